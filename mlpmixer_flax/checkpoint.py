@@ -1,0 +1,133 @@
+"""A run on disk: a directory with its config and the like as JSON, and checkpoints by Orbax."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from mlpmixer_flax import UserError
+
+BEST_BY = "test/accuracy"
+
+
+def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """Raises UserError, and writes nothing, where a run of this config cannot use the directory."""
+    stored = workdir / "config.json"
+    existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to workdir {workdir}: {existing} is not a directory you may write to")
+    if not stored.exists():
+        return
+    theirs = flatten_dict(read_json(stored), sep=".")
+    ours = flatten_dict(json.loads(json.dumps(config)), sep=".")  # tuples become lists, as in the file
+    differing = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing)
+        raise UserError(f"{workdir} holds a run of another config ({changes}): choose another --workdir")
+
+
+def read_json(file: Path) -> Any:
+    """Raises UserError for a file that is not JSON."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): choose another --workdir") from None
+
+
+def write_run(workdir: Path, config: dict[str, Any], *, class_names: list[str]) -> None:
+    """Creates the directory with what later programs need beside the weights; UserError where it can't."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(workdir / "config.json", config)
+        _write_json(workdir / "class_names.json", class_names)
+        _write_json(workdir / "preprocess.json", config["preprocess"])
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir} ({error.strerror}): choose another") from None
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Atomically: a reader, or a restart after a kill, sees the whole file or none."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(file)
+
+
+class Checkpoints:
+    """The checkpoints of a run: the newest `keep` and the best by test accuracy, saved in the background."""
+
+    def __init__(self, workdir: Path, *, keep: int):
+        self.folder = workdir.absolute() / "checkpoints"
+        self._keep = keep
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        def accuracy(metrics):
+            return metrics[BEST_BY]
+
+        newest = policies.LatestN(self._keep)
+        best = policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+            best_fn=accuracy,  # or no metrics are stored
+            cleanup_tmp_directories=True,  # what a killed run was in the middle of writing
+        )
+        return ocp.CheckpointManager(epath.Path(self.folder), options=options)
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
+        """Returns once the state is copied off the devices; a step that is saved already is left alone."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+
+    def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any]:
+        """The newest checkpoint that can be read, as (step, state); (0, None) if there is none.
+
+        `like` is a tree of shapes and dtypes. Damaged checkpoints newer than the one read are said aloud and
+        moved to `<workdir>/damaged`. Raises UserError when there are checkpoints and none can be read.
+        """
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+        failures = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+            except Exception as error:  # Orbax, TensorStore and JSON each have their own
+                failures[step] = " ".join(str(error).split())[:150]
+                print(f"checkpoint {step} cannot be read, trying the one before: {failures[step]}")
+            else:
+                self._set_aside(failures)
+                return step, state
+        if failures:
+            raise UserError(
+                f"none of the checkpoints {', '.join(map(str, failures))} in {self.folder} can be read: "
+                "choose another --workdir to start over"
+            )
+        return 0, None
+
+    def _set_aside(self, steps) -> None:
+        if not steps:
+            return
+        damaged = self.folder.parent / "damaged"
+        damaged.mkdir(exist_ok=True)
+        for step in steps:
+            shutil.rmtree(damaged / str(step), ignore_errors=True)
+            shutil.move(self.folder / str(step), damaged / str(step))
+        self._manager.close()
+        self._manager = self._open()
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, test accuracy) of the best checkpoint, if one was saved with its accuracy."""
+        self._manager.wait_until_finished()
+        scored = [(self._manager.metrics(step), step) for step in self._manager.all_steps()]
+        scored = [(metrics[BEST_BY], step) for metrics, step in scored if metrics]
+        return max((accuracy, step) for accuracy, step in scored)[::-1] if scored else None
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

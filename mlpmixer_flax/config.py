@@ -1,0 +1,224 @@
+"""Every knob of a run with its unit and meaning, the Mixer sizes, and the checks a config must pass.
+
+A config file under `configs/` is a short diff over `get_config()`; on the command line
+`--config.optimizer.learning_rate=0.01` changes one key of it.
+"""
+
+import math
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from mlpmixer_flax import UserError
+
+
+def _mixer(patch_px, hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim) -> FrozenConfigDict:
+    return FrozenConfigDict(
+        {
+            "patches": {"size": (patch_px, patch_px)},
+            "hidden_dim": hidden_dim,
+            "num_blocks": num_blocks,
+            "tokens_mlp_dim": tokens_mlp_dim,
+            "channels_mlp_dim": channels_mlp_dim,
+        }
+    )
+
+
+# The paper's sizes (arXiv 2105.01601, Table 1); S/8 is published by Google without standing in the table.
+mixer_s8_config = _mixer(8, 512, 8, 256, 2048)
+mixer_s16_config = _mixer(16, 512, 8, 256, 2048)
+mixer_s32_config = _mixer(32, 512, 8, 256, 2048)
+mixer_b16_config = _mixer(16, 768, 12, 384, 3072)
+mixer_b32_config = _mixer(32, 768, 12, 384, 3072)
+mixer_l16_config = _mixer(16, 1024, 24, 512, 4096)
+mixer_l32_config = _mixer(32, 1024, 24, 512, 4096)
+mixer_h14_config = _mixer(14, 1280, 32, 640, 5120)
+
+# Small ones for images of 8 to 32 px.
+mixer_digits_config = _mixer(2, 64, 3, 32, 128)
+mixer_mnist_config = _mixer(7, 128, 3, 64, 256)
+mixer_nano4_config = _mixer(4, 128, 8, 128, 256)
+mixer_tiny4_config = _mixer(4, 256, 12, 128, 1024)
+
+RANDAUGMENT_OPS = (
+    "auto_contrast equalize invert rotate posterize solarize solarize_add color contrast brightness "
+    "sharpness shear_x shear_y translate_x translate_y"
+).split()
+
+# What a key that names something may name; `step`, `augment` and `models` hold a table with these keys.
+CHOICES = {
+    "loss": ("softmax", "sigmoid"),
+    "optimizer.name": ("adam", "adamw", "sgd"),
+    "optimizer.accumulator_dtype": ("float32", "bfloat16"),
+    "schedule.name": ("cosine", "linear", "constant", "rsqrt"),
+    "model.gelu": ("tanh", "erf"),
+    "model.dtype": ("float32", "bfloat16"),
+    "preprocess.interpolation": ("bilinear", "bicubic"),
+}
+
+
+def get_config() -> ConfigDict:
+    """The base config: every key there is, locked against others; trains on the embedded digits.
+
+    A duration has a `_steps` key (completed updates) and an `_epochs` key (passes over the training
+    split); `_steps` counts where it is above 0.
+    """
+    config = ConfigDict()
+    config.seed = 0  # initial weights, order of the data, augmentation, dropout
+
+    # Data
+    config.dataset = "digits"  # "digits" (embedded) or a TFDS name: "cifar10", "cifar10:3.0.2"
+    config.data_dir = ""  # TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    config.train_split = "train"  # TFDS split syntax: "train[:90%]"
+    config.test_split = "test"  # scored every `eval_every`
+    config.batch_size = 64  # images an update, over all devices
+    config.accumulation_steps = 1  # forward-backward passes an update: less memory, the same result
+    config.cache_bytes = 4 * 1024**3  # a split that decodes to no more is held in memory, others are streamed
+    config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this one
+
+    # From stored pixels to the model's input, in training and ever after (saved with the run)
+    config.preprocess = ConfigDict()
+    config.preprocess.image_size_px = 8  # side of the model's square input
+    config.preprocess.crop_fraction = 1.0  # share of the side that the central crop at test time keeps
+    config.preprocess.interpolation = "bilinear"  # or "bicubic"; when an image is resized
+    config.preprocess.mean = (0.5,)  # subtracted from pixels in [0, 1]; one value, or one a channel
+    config.preprocess.std = (0.5,)  # then divided by; 0.5 and 0.5 give [-1, 1]
+
+    # Augmentation of training images, in this order; as written here all of it is off
+    config.augment = ConfigDict()
+    config.augment.crop_padding_px = 0  # zeros around the image before a random crop of its size
+    config.augment.min_crop_area = 1.0  # least share of the area a random resized crop keeps; 1 = off
+    config.augment.flip = False  # mirror left-right half the time
+    config.augment.randaugment_layers = 0  # ops in a row, each drawn from the next list; 0 = off
+    config.augment.randaugment_ops = tuple(RANDAUGMENT_OPS)
+    config.augment.randaugment_magnitude = 10.0  # strength of the ops, 0 to 30
+    config.augment.erase_probability = 0.0  # chance that a rectangle becomes noise
+    config.augment.mixup_alpha = 0.0  # images blended with weight Beta(alpha, alpha); 0 = off
+    config.augment.cutmix_alpha = 0.0  # rectangles swapped, of area Beta(alpha, alpha); 0 = off
+    config.augment.mix_probability = 1.0  # share of images that mixup or CutMix touches
+    config.augment.label_smoothing = 0.0  # share of the label spread over all classes
+
+    # Model: the fields of models.MlpMixer
+    config.model = ConfigDict(mixer_digits_config)
+    config.model.gelu = "tanh"  # as Google's; "erf" as timm's
+    config.model.dropout_rate = 0.0  # inside both MLPs
+    config.model.stochastic_depth_rate = 0.0  # of skipping the last block; linearly to 0 at the first
+    config.model.head_bias_init = 0.0  # -6.9 with the sigmoid loss
+    config.model.dtype = "float32"  # "bfloat16" = mixed precision: computes so, keeps float32 parameters
+    config.model.remat = False  # recompute blocks in the backward pass: less memory, a third slower
+    config.init_from = ""  # published weights to start from: "imagenet21k/Mixer-B_16"; "" = random
+
+    # Optimisation
+    config.loss = "softmax"  # or "sigmoid": one cross-entropy a class
+    config.total_epochs = 30.0  # length of the run
+    config.total_steps = 0
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or "adam", "sgd" (with momentum)
+    config.optimizer.learning_rate = 3e-3  # highest, after warmup
+    config.optimizer.weight_decay = 0.0  # decoupled, times the learning rate, on kernels only
+    config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0 = off
+    config.optimizer.momentum = 0.9  # sgd
+    config.optimizer.b1 = 0.9  # adam, adamw
+    config.optimizer.b2 = 0.999  # adam, adamw
+    config.optimizer.accumulator_dtype = "float32"  # of momentum and Adam's first moment; or "bfloat16"
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # or "linear", "constant", "rsqrt" (1 / sqrt(step))
+    config.schedule.warmup_epochs = 0.0  # linear, from 0
+    config.schedule.warmup_steps = 0
+    config.schedule.final_fraction = 0.0  # of the learning rate, where cosine and linear end
+    config.ema_decay = 0.0  # moving average of the weights, evaluated instead of them; 0 = off
+
+    # Intervals; 0 steps and 0 epochs = only at the end, which is always evaluated, logged and saved
+    config.log_every_steps = 50
+    config.eval_every_epochs = 1.0
+    config.eval_every_steps = 0
+    config.save_every_epochs = 1.0
+    config.save_every_steps = 0
+    config.keep_checkpoints = 2  # newest ones kept, beside the best
+    return config.lock()
+
+
+def in_steps(section: ConfigDict, name: str, steps_per_epoch: float) -> int:
+    """A duration of a config section in updates: `<name>_steps`, or `<name>_epochs` where that is 0."""
+    return section[f"{name}_steps"] or round(section[f"{name}_epochs"] * steps_per_epoch)
+
+
+def flatten(config: ConfigDict) -> dict[str, object]:
+    """Dotted key -> value, for every leaf of a config."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+# What a number must be, beyond finite and, but for these, 0 or more.
+_ANY_SIGN = {"preprocess.mean", "model.head_bias_init"}
+_RANGES = (
+    ("at least 1", lambda v: v >= 1, {
+        "batch_size", "accumulation_steps", "log_every_steps", "keep_checkpoints", "preprocess.image_size_px",
+        "model.patches.size", "model.hidden_dim", "model.num_blocks", "model.tokens_mlp_dim",
+        "model.channels_mlp_dim",
+    }),
+    ("above 0", lambda v: v > 0, {
+        "preprocess.crop_fraction", "preprocess.std", "augment.min_crop_area", "optimizer.learning_rate",
+    }),
+    ("at most 1", lambda v: v <= 1, {
+        "preprocess.crop_fraction", "augment.min_crop_area", "augment.erase_probability",
+        "augment.mix_probability", "augment.label_smoothing", "schedule.final_fraction",
+    }),
+    ("below 1", lambda v: v < 1, {
+        "model.dropout_rate", "model.stochastic_depth_rate", "optimizer.momentum", "optimizer.b1",
+        "optimizer.b2", "ema_decay",
+    }),
+    ("at most 30", lambda v: v <= 30, {"augment.randaugment_magnitude"}),
+)  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, naming the key, the value and the remedy, for what no run could use."""
+    flat = flatten(config)
+    for key, value in flat.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, (int, float)):
+                continue
+            rules = [(text, holds) for text, holds, keys in _RANGES if key in keys]
+            if key not in _ANY_SIGN:
+                rules.append(("0 or more", lambda v: v >= 0))
+            for text, holds in [("a finite number", math.isfinite), *rules]:
+                if not holds(number):
+                    raise UserError(f"{key}={value!r} must be {text}: change --config.{key}")
+    for key, names in CHOICES.items():
+        if flat[key] not in names:
+            raise UserError(f"unknown {key} {flat[key]!r}: choose one of {', '.join(names)}")
+    for name in config.augment.randaugment_ops:
+        if name not in RANDAUGMENT_OPS:
+            raise UserError(f"unknown augmentation {name!r}: choose from {', '.join(RANDAUGMENT_OPS)}")
+    _validate_combinations(config)
+
+
+def _validate_combinations(config: ConfigDict) -> None:
+    size, patch = config.preprocess.image_size_px, config.model.patches["size"]
+    if len(patch) != 2 or not all(isinstance(side, int) for side in patch):
+        raise UserError(f"model.patches.size={patch!r} must be two whole numbers of pixels: (height, width)")
+    if size % patch[0] or size % patch[1]:
+        raise UserError(
+            f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {size}x{size} px: "
+            "choose another preprocess.image_size_px or model.patches.size"
+        )
+    if config.batch_size % config.accumulation_steps:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by "
+            f"accumulation_steps={config.accumulation_steps}: choose a multiple"
+        )
+    if not config.total_steps and not config.total_epochs:
+        raise UserError("total_steps and total_epochs are both 0: set one, it is the length of the run")
+    if config.optimizer.name == "adam" and config.optimizer.weight_decay:
+        raise UserError(
+            f"optimizer.weight_decay={config.optimizer.weight_decay} is decoupled, which 'adam' has not: "
+            "set optimizer.name to 'adamw', or the decay to 0"
+        )
+    schedule = config.schedule
+    if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
+        raise UserError("schedule.name='rsqrt' starts where the warmup ends: set schedule.warmup_steps")

@@ -1,0 +1,91 @@
+"""From `--config=FILE --config.KEY=VALUE` to a valid config."""
+
+import ast
+import difflib
+import importlib.util
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.config import flatten, get_config, validate
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file, changed by arguments of the form `--config.KEY=VALUE`, validated.
+
+    A path that isn't there is looked up among the configs shipped with the package. Raises UserError
+    for a missing or broken file, an unknown key, a value of the wrong type or out of range.
+    """
+    config = _run_config_file(_find_config_file(path))
+    for argument in overrides:
+        _override(config, argument)
+    validate(config)
+    return config
+
+
+def _find_config_file(path: str) -> Path:
+    here = Path(__file__).parent
+    shipped = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
+    for candidate in [Path(path), *(folder / Path(path).name for folder in shipped)]:
+        if candidate.is_file():
+            return candidate
+    names = sorted({file.name for folder in shipped for file in folder.glob("*.py")})
+    raise UserError(f"there is no config file {path}: give its path, or one of {', '.join(names)}")
+
+
+def _run_config_file(file: Path) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if spec is None:
+        raise UserError(f"{file} is not a Python file: a config file is one with a get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever a file of the user's raises
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        message = " ".join(str(error).split()).strip("'")
+        raise UserError(f"{file}, line {line}: {type(error).__name__}: {message}") from None
+    if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(get_config()).keys():
+        raise UserError(
+            f"get_config() in {file} must return the base config, with values changed but no keys"
+        )
+    return config
+
+
+def _override(config: ConfigDict, argument: str) -> None:
+    name, equals, text = argument.partition("=")
+    key = name.removeprefix("--config.")
+    if key == name or not equals:
+        raise UserError(f"cannot use {argument!r}: a key of the config is changed by --config.KEY=VALUE")
+    values = flatten(config)
+    if key not in values:
+        raise UserError(f"the config has no key {key!r}: {_suggest(key, list(values))}")
+    try:
+        config.update_from_flattened_dict({key: _parse(text, like=values[key])})
+    except (KeyError, TypeError, ValueError, SyntaxError):
+        kind = type(values[key]).__name__
+        raise UserError(f"{argument} is of the wrong type: {key} is a {kind}, now {values[key]!r}") from None
+
+
+def _parse(text: str, *, like: Any) -> Any:
+    if isinstance(like, str):
+        return text
+    if isinstance(like, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(like, tuple) and isinstance(like[0], str):
+        return tuple(part.strip(" '\"") for part in text.strip("()").split(",") if part.strip())
+    value = ast.literal_eval(text)
+    return (value,) if isinstance(like, tuple) and not isinstance(value, tuple) else value
+
+
+def _suggest(key: str, keys: list[str]) -> str:
+    by_leaf = {known.split(".")[-1]: known for known in keys}
+    close = difflib.get_close_matches(key, keys, n=1)
+    close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1)]
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"

@@ -1,0 +1,140 @@
+"""What a run reports: metrics.jsonl, TensorBoard events and the terminal. For the lead process only."""
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Recent:
+    """Metrics of the steps since the last summary, fetched a step late so that the device never waits."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.waiting: list[tuple[int, Any]] = []
+        self.fetched: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def add(self, step: int, metrics) -> None:
+        self.waiting.append((step, metrics))
+        self._fetch(keep=1)
+
+    def _fetch(self, *, keep: int) -> None:
+        while len(self.waiting) > keep:
+            step, metrics = self.waiting.pop(0)
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"{name} is {value} at step {step}: the run stops, its last checkpoint stays; lower "
+                        "optimizer.learning_rate, lengthen the warmup or set optimizer.clip_norm"
+                    )
+            self.fetched.append(values)
+
+    def summary(self) -> dict[str, float]:
+        """Means by their TensorBoard names, and images a second; starts anew."""
+        self._fetch(keep=0)
+        rows, seconds = self.fetched, time.monotonic() - self.started
+        self.fetched, self.started = [], time.monotonic()
+        means = {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        return {**means, "images_per_second": len(rows) * self.batch_size / seconds}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside, after the steps so far are done, counts for no speed."""
+        self._fetch(keep=0)
+        paused = time.monotonic()
+        yield
+        self.started += time.monotonic() - paused
+
+
+class Reporter:
+    """Writes scalars to `metrics.jsonl` and TensorBoard, and shows them: a progress bar with a line per
+    evaluation on a terminal, plain lines elsewhere.
+
+    Opening one for a run that resumes at `start_step` drops what was written about later steps.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+        file = workdir / "metrics.jsonl"
+        _drop_after(file, start_step)
+        self._jsonl = file.open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}, ETA {remaining}",
+            ncols=80,
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
+        )
+        self._start_step, self._total_steps = start_step, total_steps
+        self._started = time.monotonic()
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Prints a line; above the bar, if there is one."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+    def training(self, step: int, scalars: dict[str, float]) -> None:
+        """Means over the steps since the last call: `train/loss`, `train/accuracy`, `images_per_second`, …"""
+        self._write(step, scalars)
+        speed = f"{scalars['images_per_second']:,.0f} img/s"
+        loss, accuracy = scalars["train/loss"], scalars["train/accuracy"]
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.3f}, {speed}")
+            return
+        done = step - self._start_step
+        left = (time.monotonic() - self._started) / done * (self._total_steps - step)
+        print(
+            f"step {step}/{self._total_steps}: loss {loss:.4f}, accuracy {accuracy:.4f}, {speed}, "
+            f"ETA {tqdm.format_interval(left)}",
+            flush=True,
+        )
+
+    def evaluation(self, step: int, scalars: dict[str, float]) -> None:
+        """Scores of a whole split: `test/loss`, `test/accuracy`, `test/accuracy_top5`."""
+        self._write(step, scalars)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
+        self.say(f"step {step}: {shown}")
+
+    def _write(self, step: int, scalars: dict[str, float]) -> None:
+        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._jsonl.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._jsonl.close()
+        self._events.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _drop_after(file: Path, step: int) -> None:
+    kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] <= step]
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(file)

@@ -1,0 +1,122 @@
+"""MLP-Mixer (arXiv 2105.01601) in Linen, with the parameter names of Google's published weights."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlpmixer_flax import UserError
+
+# The original uses the tanh approximation, timm the exact function; weights want the one they grew up with.
+GELU = {"tanh": partial(jax.nn.gelu, approximate=True), "erf": partial(jax.nn.gelu, approximate=False)}
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a GELU between them, over the last axis: (..., d) -> (..., d).
+
+    Dropout follows the GELU.
+    """
+
+    mlp_dim: int
+    gelu: str = "tanh"
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        y = GELU[self.gelu](nn.Dense(self.mlp_dim, dtype=self.dtype)(x))
+        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        return nn.Dense(x.shape[-1], dtype=self.dtype)(y)
+
+
+class MixerBlock(nn.Module):
+    """Mixes tokens, then channels, each behind a LayerNorm and a skip connection (paper §2, Figure 1).
+
+    (n, tokens, channels) -> the same. `stochastic_depth_rate` is the chance, per image and branch, that
+    a branch is left out in training; what stays is scaled up so that the expectation is unchanged
+    (arXiv 1603.09382).
+    """
+
+    tokens_mlp_dim: int
+    channels_mlp_dim: int
+    gelu: str = "tanh"
+    dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        # Dropout with one draw an image is stochastic depth.
+        keep = nn.Dropout(self.stochastic_depth_rate, broadcast_dims=(1, 2), deterministic=not train)
+        mlp = partial(MlpBlock, gelu=self.gelu, dropout_rate=self.dropout_rate, dtype=self.dtype)
+        norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+
+        y = jnp.swapaxes(norm()(x), 1, 2)
+        y = mlp(self.tokens_mlp_dim, name="token_mixing")(y, train=train)
+        x = x + keep(jnp.swapaxes(y, 1, 2))
+        y = norm()(x)
+        return x + keep(mlp(self.channels_mlp_dim, name="channel_mixing")(y, train=train))
+
+
+class MlpMixer(nn.Module):
+    """MLP-Mixer: (n, height, width, any channels) float images -> float32 logits (n, num_classes).
+
+    With `num_classes=0` there is no head and the result is the features, (n, hidden_dim). In training
+    (`train=True`) an rng named "dropout" is needed if a rate is above 0.
+
+    Raises UserError when the patch does not divide the image, or for an unknown `gelu`.
+    """
+
+    num_classes: int
+    patches: Mapping[str, tuple[int, int]]  # {"size": (height, width)} in pixels
+    hidden_dim: int  # channels of a token: C in the paper
+    num_blocks: int
+    tokens_mlp_dim: int  # D_S
+    channels_mlp_dim: int  # D_C
+    gelu: str = "tanh"  # a key of GELU
+    dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0  # of the last block; falls linearly to 0 at the first (Table 4)
+    head_bias_init: float = 0.0  # -6.9 starts a sigmoid loss near 1/1000
+    dtype: Any = jnp.float32  # of the computation; parameters are float32
+    remat: bool = False  # recompute each block in the backward pass instead of storing it
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        dtype = jnp.dtype(self.dtype)
+        patch = tuple(self.patches["size"])
+        height, width = images.shape[1:3]
+        if height % patch[0] or width % patch[1]:
+            raise UserError(
+                f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {height}x{width} px: "
+                "choose another preprocess.image_size_px or model.patches.size"
+            )
+        if self.gelu not in GELU:
+            raise UserError(f"unknown gelu {self.gelu!r}: choose one of {', '.join(GELU)}")
+
+        x = nn.Conv(self.hidden_dim, patch, strides=patch, padding="VALID", dtype=dtype, name="stem")(images)
+        x = x.reshape(x.shape[0], -1, self.hidden_dim)  # tokens in raster order
+        Block = nn.remat(MixerBlock, static_argnums=(2,)) if self.remat else MixerBlock
+        for i in range(self.num_blocks):
+            x = Block(
+                self.tokens_mlp_dim,
+                self.channels_mlp_dim,
+                gelu=self.gelu,
+                dropout_rate=self.dropout_rate,
+                stochastic_depth_rate=self.stochastic_depth_rate * i / max(self.num_blocks - 1, 1),
+                dtype=dtype,
+                name=f"MixerBlock_{i}",
+            )(x, train)
+        x = nn.LayerNorm(epsilon=1e-6, dtype=dtype, name="pre_head_layer_norm")(x)
+        x = jnp.mean(x, axis=1, dtype=jnp.float32)
+        if self.num_classes == 0:
+            return x
+        head = nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.constant(self.head_bias_init),
+            name="head",
+        )
+        return head(x)

@@ -1,0 +1,125 @@
+"""From a config to everything a run consists of, with nothing written yet."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mlpmixer_flax import UserError, sharding
+from mlpmixer_flax.config import in_steps
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches, get_dataset_info, open_examples
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.step import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before the first update, with nothing written yet."""
+
+    config: ConfigDict
+    info: Mapping[str, Any]  # of the training split
+    train_batches: TrainBatches
+    test_batches: TestBatches
+    model: MlpMixer
+    input_shape: tuple[int, int, int]
+    mesh: jax.sharding.Mesh
+    total_steps: int
+    eval_every: int  # steps; 0 = at the end
+    save_every: int  # likewise
+    init: Callable[[], TrainState]
+    update: Callable  # (state, batch) -> (state, metrics)
+    score: Callable  # (parameters, batch) -> sums
+
+
+def make_plan(config: ConfigDict) -> Plan:
+    """Opens the data and builds model and step functions for a valid config; UserError as `train`."""
+    mesh = sharding.make_mesh()
+    _check_devices(config, num_devices=mesh.size)
+    if config.init_from:
+        raise UserError(
+            f"init_from={config.init_from!r}: this version cannot load published weights yet; "
+            "--config.init_from= trains from random ones"
+        )
+    info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
+    channels = info["image_shape"][2]
+    _check_channels(config, channels)
+    train_batches, test_batches = _open_batches(config)
+    steps_per_epoch = info["num_examples"] / config.batch_size
+    total_steps = max(in_steps(config, "total", steps_per_epoch), 1)
+
+    model = MlpMixer(num_classes=info["num_classes"], **config.model.to_dict())
+    input_shape = (config.preprocess.image_size_px, config.preprocess.image_size_px, channels)
+    warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)
+    schedule = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
+    optimizer = make_optimizer(config, schedule)
+    on_device = ConfigDict(config)
+    if train_batches.examples.cropped:  # by the host already
+        on_device.augment.min_crop_area = on_device.preprocess.crop_fraction = 1.0
+    return Plan(
+        config=config,
+        info=info,
+        train_batches=train_batches,
+        test_batches=test_batches,
+        model=model,
+        input_shape=input_shape,
+        mesh=mesh,
+        total_steps=total_steps,
+        eval_every=in_steps(config, "eval_every", steps_per_epoch),
+        save_every=in_steps(config, "save_every", steps_per_epoch),
+        init=partial(
+            init_state, model, optimizer, seed=config.seed, image_shape=input_shape, ema=config.ema_decay > 0
+        ),
+        update=make_train_step(model, optimizer, schedule, on_device),
+        score=make_eval_step(model, on_device),
+    )
+
+
+def _check_devices(config: ConfigDict, *, num_devices: int) -> None:
+    parts = num_devices * config.accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by {num_devices} devices x "
+            f"accumulation_steps={config.accumulation_steps}: choose a multiple of {parts}"
+        )
+
+
+def _check_channels(config: ConfigDict, channels: int) -> None:
+    for key in ("mean", "std"):
+        values = config.preprocess[key]
+        if len(values) not in (1, channels):
+            raise UserError(
+                f"preprocess.{key}={values} has {len(values)} values, images of {config.dataset!r} have "
+                f"{channels} channels: give one value, or one a channel"
+            )
+
+
+def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
+    def open_split(split, min_crop_area):
+        return open_examples(
+            config.dataset,
+            split,
+            data_dir=config.data_dir,
+            cache_bytes=config.cache_bytes,
+            image_size_px=config.preprocess.image_size_px,
+            crop_fraction=config.preprocess.crop_fraction,
+            interpolation=config.preprocess.interpolation,
+            min_crop_area=min_crop_area,
+        )
+
+    shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    train_examples = open_split(config.train_split, config.augment.min_crop_area)
+    test_examples = open_split(config.test_split, 1.0)
+    return (
+        TrainBatches(train_examples, batch_size=config.batch_size, seed=config.seed, **shard),
+        TestBatches(test_examples, batch_size=config.batch_size, **shard),
+    )

@@ -1,0 +1,212 @@
+"""Train a Mixer: python -m mlpmixer_flax.train --config=configs/digits.py
+
+One config file is one run; --config.KEY=VALUE changes a key of it, and every key stands in
+mlpmixer_flax/config.py. The run goes to --workdir: config, metrics, checkpoints.
+The same command with the same --workdir continues a run that was stopped.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mlpmixer_flax import UserError, sharding
+from mlpmixer_flax.checkpoint import BEST_BY, Checkpoints, check_workdir, write_run
+from mlpmixer_flax.config import validate
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.dataloader import iterate
+from mlpmixer_flax.evaluate import evaluate
+from mlpmixer_flax.metrics import Recent, Reporter, read_metrics
+from mlpmixer_flax.plan import Plan, make_plan
+from mlpmixer_flax.step import TrainState
+from mlpmixer_flax.summary import summarize
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop and its state is saved; `args[0]` is the signal's number."""
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
+    """Trains to the end, from the newest checkpoint in `workdir` if any; returns the last test scores.
+
+    Raises UserError for what cannot be used, before anything is written; FloatingPointError when loss or
+    weights are no longer finite; Interrupted after SIGTERM or SIGINT.
+    """
+    validate(config)
+    check_workdir(workdir, config.to_dict())
+    plan = make_plan(config)
+    everywhere = sharding.replicated(plan.mesh)
+    init = jax.jit(plan.init, out_shardings=everywhere)
+    like = jax.eval_shape(init)
+    print(summarize(plan.model, plan.input_shape, params=like.params, opt_state=like.opt_state))
+    num_train, num_test = plan.info["num_examples"], len(plan.test_batches.examples)
+    print(
+        f"{config.dataset}: {num_train:,} training images, {num_test:,} test images, "
+        f"{plan.info['num_classes']} classes\n{plan.total_steps:,} steps of {config.batch_size} images "
+        f"on {plan.mesh.size} x {jax.devices()[0].device_kind}",
+        flush=True,
+    )
+    write_run(workdir, config.to_dict(), class_names=plan.info["class_names"])
+    with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
+        start, state = checkpoints.restore(like, everywhere)
+        if start:
+            print(f"continuing from step {start} of {workdir}", flush=True)
+        if start < plan.total_steps:
+            reporter = Reporter(workdir, start_step=start, total_steps=plan.total_steps)
+            with contextlib.closing(reporter):
+                _run(plan, init() if state is None else state, start, checkpoints, reporter)
+        best = checkpoints.best()
+    return _finish(workdir, best)
+
+
+def _run(plan: Plan, state: TrainState, start: int, checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """The loop: steps start + 1 to the last, with logging, evaluation and saving on their intervals."""
+    config, mesh = plan.config, plan.mesh
+    update, score = _compile(plan, state, reporter)
+    best = checkpoints.best()
+    best_accuracy = best[1] if best else 0.0
+    recent = Recent(config.batch_size)
+    batches = iterate(plan.train_batches, start, plan.total_steps, num_workers=config.num_workers)
+    with _watch_signals() as caught, contextlib.closing(batches):
+        for step, batch in enumerate(batches, start + 1):
+            state, metrics = update(state, sharding.put_batch(batch, mesh))
+            recent.add(step, metrics)
+            reporter.advance()
+
+            def due(every, step=step):
+                return step == plan.total_steps or (every and step % every == 0)
+
+            if due(config.log_every_steps):
+                reporter.training(step, recent.summary())
+            scores = None
+            if due(plan.eval_every):
+                with recent.paused():
+                    scores = _evaluate(plan, score, state)
+                reporter.evaluation(step, scores)
+            is_best = scores is not None and scores[BEST_BY] >= best_accuracy
+            if is_best or due(plan.save_every) or caught:
+                with recent.paused():
+                    checkpoints.save(step, state, scores)
+            if is_best:
+                best_accuracy = scores[BEST_BY]
+            if caught and step < plan.total_steps:
+                name = signal.Signals(caught[0]).name
+                reporter.say(
+                    f"{name}: saved step {step}; the same command with this --workdir continues from there"
+                )
+                raise Interrupted(caught[0])
+
+
+def _compile(plan: Plan, state: TrainState, reporter: Reporter) -> tuple[Callable, Callable]:
+    """Both step functions compiled for the shapes of this run, at once and before any timing."""
+    started = time.monotonic()
+    everywhere, rows = sharding.replicated(plan.mesh), sharding.split_by_rows(plan.mesh)
+    n = plan.config.batch_size
+
+    def shapes(examples):
+        return {
+            "image": jax.ShapeDtypeStruct((n, *examples.image_shape), jnp.uint8, sharding=rows),
+            "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
+            "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
+        }
+
+    update = jax.jit(plan.update, donate_argnums=0, out_shardings=everywhere)
+    score = jax.jit(plan.score, out_shardings=everywhere)
+    jobs = [
+        (update, state, shapes(plan.train_batches.examples)),
+        (score, state.eval_params, shapes(plan.test_batches.examples)),
+    ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        compiled = pool.map(lambda job: job[0].lower(*job[1:]).compile(), jobs)
+        update, score = compiled
+    reporter.say(f"compiled in {time.monotonic() - started:.1f} s, which no speed below includes")
+    return update, score
+
+
+def _evaluate(plan: Plan, score: Callable, state: TrainState) -> dict[str, float]:
+    batches = iterate(plan.test_batches, 0, len(plan.test_batches), num_workers=plan.config.num_workers)
+    bar = tqdm(
+        batches, "evaluating", len(plan.test_batches), leave=False, delay=2, disable=not sys.stdout.isatty()
+    )
+    with contextlib.closing(batches):
+        scores = evaluate(score, state.eval_params, bar, mesh=plan.mesh)
+    return {f"test/{name}": value for name, value in scores.items()}
+
+
+@contextlib.contextmanager
+def _watch_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to; the second one acts as it always does."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may set handlers
+        return
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(workdir: Path, best: tuple[int, float] | None) -> dict[str, float]:
+    """Prints what came out and where it lies; returns the last test scores."""
+    last = [row for row in read_metrics(workdir / "metrics.jsonl") if BEST_BY in row][-1]
+    print(f"done: test accuracy {last[BEST_BY]:.2%} after {last['step']} steps")
+    if best:
+        print(f"best: {best[1]:.2%} at step {best[0]}")
+    print(
+        f"{workdir}: config.json, class_names.json, preprocess.json, metrics.jsonl, checkpoints/\n"
+        f"curves: tensorboard --logdir {workdir}"
+    )
+    return last
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 1 diverged, 2 unusable input, 128 + n stopped by signal n."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpmixer_flax.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python -m mlpmixer_flax.train --config=configs/digits.py\n"
+        "  python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist \\\n"
+        "      --config.total_epochs=3 --config.optimizer.learning_rate=1e-3\n",
+    )
+    parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
+    parser.add_argument("--workdir", type=Path, help="directory of the run (default: runs/CONFIG-TIME)")
+    arguments, overrides = parser.parse_known_args(argv)
+    try:
+        config = load_config(arguments.config, overrides)
+        name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        train(config, arguments.workdir or Path("runs") / name)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        return 128 + stop.args[0]
+    except KeyboardInterrupt:
+        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
