@@ -137,6 +137,30 @@ def get_config() -> ConfigDict:
     return config.lock()
 
 
+def get_pretraining_config() -> ConfigDict:
+    """What pre-training on ImageNet and ImageNet-21k shares for every size (paper, Table 4)."""
+    config = get_config()
+    config.dataset = "imagenet2012"
+    config.test_split = "validation"
+    config.batch_size = 4096
+    config.total_epochs = 300.0
+    config.num_workers = 16
+    config.preprocess.image_size_px = 224
+    config.preprocess.crop_fraction = 0.875
+    config.augment.min_crop_area = 0.05
+    config.augment.flip = True
+    config.augment.randaugment_layers = 2
+    config.augment.randaugment_magnitude = 15.0
+    config.augment.mixup_alpha = 0.5
+    config.model.stochastic_depth_rate = 0.1
+    config.model.dtype = "bfloat16"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.1  # times the learning rate: 1e-4
+    config.schedule.name = "linear"
+    config.schedule.warmup_steps = 10_000
+    return config
+
+
 def in_steps(section: ConfigDict, name: str, steps_per_epoch: float) -> int:
     """A duration of a config section in updates: `<name>_steps`, or `<name>_epochs` where that is 0."""
     return section[f"{name}_steps"] or round(section[f"{name}_epochs"] * steps_per_epoch)

@@ -7,6 +7,7 @@ The same command with the same --workdir continues a run that was stopped.
 
 import argparse
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -62,17 +63,27 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
         if start:
             print(f"continuing from step {start} of {workdir}", flush=True)
         if start < plan.total_steps:
+            state = init() if state is None else state
+            update, score = _compile(plan, state)
             reporter = Reporter(workdir, start_step=start, total_steps=plan.total_steps)
             with contextlib.closing(reporter):
-                _run(plan, init() if state is None else state, start, checkpoints, reporter)
+                _run(plan, update, score, state, start=start, checkpoints=checkpoints, reporter=reporter)
         best = checkpoints.best()
     return _finish(workdir, best)
 
 
-def _run(plan: Plan, state: TrainState, start: int, checkpoints: Checkpoints, reporter: Reporter) -> None:
+def _run(
+    plan: Plan,
+    update: Callable,
+    score: Callable,
+    state: TrainState,
+    *,
+    start: int,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+) -> None:
     """The loop: steps start + 1 to the last, with logging, evaluation and saving on their intervals."""
     config, mesh = plan.config, plan.mesh
-    update, score = _compile(plan, state, reporter)
     best = checkpoints.best()
     best_accuracy = best[1] if best else 0.0
     recent = Recent(config.batch_size)
@@ -107,7 +118,7 @@ def _run(plan: Plan, state: TrainState, start: int, checkpoints: Checkpoints, re
                 raise Interrupted(caught[0])
 
 
-def _compile(plan: Plan, state: TrainState, reporter: Reporter) -> tuple[Callable, Callable]:
+def _compile(plan: Plan, state: TrainState) -> tuple[Callable, Callable]:
     """Both step functions compiled for the shapes of this run, at once and before any timing."""
     started = time.monotonic()
     everywhere, rows = sharding.replicated(plan.mesh), sharding.split_by_rows(plan.mesh)
@@ -129,7 +140,7 @@ def _compile(plan: Plan, state: TrainState, reporter: Reporter) -> tuple[Callabl
     with ThreadPoolExecutor(len(jobs)) as pool:
         compiled = pool.map(lambda job: job[0].lower(*job[1:]).compile(), jobs)
         update, score = compiled
-    reporter.say(f"compiled in {time.monotonic() - started:.1f} s, which no speed below includes")
+    print(f"compiled in {time.monotonic() - started:.1f} s, which no speed below includes", flush=True)
     return update, score
 
 
@@ -190,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
     parser.add_argument("--workdir", type=Path, help="directory of the run (default: runs/CONFIG-TIME)")
     arguments, overrides = parser.parse_known_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
     try:
         config = load_config(arguments.config, overrides)
         name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,18 @@
+# Build:  docker build -t mlpmixer-flax .      (GPU: add --build-arg EXTRAS=[cuda])
+# Train:  mkdir -p runs && docker run --user "$(id -u)" -v "$PWD/runs:/data/runs" mlpmixer-flax
+# Another program follows the image's name: mlpmixer_flax.evaluate --help      (GPU: add --gpus all)
+FROM python:3.12-slim
+
+ARG EXTRAS=""
+WORKDIR /source
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY mlpmixer_flax mlpmixer_flax
+COPY configs configs
+RUN pip install --no-cache-dir ".$EXTRAS"
+
+# The installed package carries the configs and the digits: nothing below needs the source.
+RUN useradd --create-home mixer && install --directory --owner mixer /data
+USER mixer
+WORKDIR /data
+ENTRYPOINT ["python", "-m"]
+CMD ["mlpmixer_flax.train", "--config=configs/digits.py", "--workdir=runs/digits"]

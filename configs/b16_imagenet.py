@@ -1,0 +1,15 @@
+"""Mixer-B/16 on ImageNet-1k from scratch: 300 epochs, as Table 4 of the paper (arXiv 2105.01601) has it.
+
+    python -m mlpmixer_flax.train --config=configs/b16_imagenet.py --workdir=runs/b16_imagenet
+
+Needs `imagenet2012` as a TFDS directory in ArrayRecord format. Google reports 76.44 % top-1 for its published weights of this size.
+We have not run it.
+"""
+
+from mlpmixer_flax.config import get_pretraining_config, mixer_b16_config
+
+
+def get_config():
+    config = get_pretraining_config()
+    config.model.update(mixer_b16_config)
+    return config

@@ -1,0 +1,21 @@
+"""MNIST, 28 px, from scratch.
+
+python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist
+"""
+
+from mlpmixer_flax.config import get_config as get_base_config
+from mlpmixer_flax.config import mixer_mnist_config
+
+
+def get_config():
+    config = get_base_config()
+    config.dataset = "mnist"
+    config.batch_size = 128
+    config.total_epochs = 10.0
+    config.preprocess.image_size_px = 28
+    config.augment.crop_padding_px = 2
+    config.model.update(mixer_mnist_config)
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.05
+    config.schedule.warmup_steps = 100
+    return config
