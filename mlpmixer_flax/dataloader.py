@@ -1,0 +1,415 @@
+"""From a dataset on disk to numpy batches: TFDS directories in ArrayRecord format, in memory or streamed.
+
+    examples = open_examples("cifar10", "train")
+    batches = TrainBatches(examples, batch_size=256, seed=0)
+    batches[1_000_000]  # a pure function of (seed, 1_000_000)
+    for batch in iterate(batches, start=10, stop=20): ...
+
+A batch is {"image": uint8 (n, h, w, c), "label": int32 (n,), "mask": bool (n,)}; the mask is False where a
+row is padding. Images of one size travel as they are stored; images of varying size are cropped and resized
+here. No JAX, no TensorFlow.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlpmixer_flax import UserError
+
+Batch = dict[str, np.ndarray]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for such images
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") -> dict[str, Any]:
+    """What a split holds, without decoding an image.
+
+    Args:
+      dataset: "digits" (embedded), or a TFDS name: "cifar10", "cifar10:3.0.2", "name/config".
+      split: in TFDS's syntax: "train", "train[:90%]", "train+test".
+      data_dir: TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Returns:
+      A dict: `num_examples`, `num_classes`, `class_names` (list of str), `int2str` (label -> name) and
+      `image_shape` (h, w, c), where h and w are None if the images vary in size.
+
+    Raises:
+      UserError: the dataset is unknown, not prepared or not made of images and labels, or the split is
+        unknown or empty.
+    """
+    builder = _load_builder(dataset, data_dir)
+    image, label = (builder.info.features[key] for key in _image_and_label_keys(builder))
+    return {
+        "num_examples": _count_examples(builder, split),
+        "num_classes": label.num_classes,
+        "class_names": list(label.names),
+        "int2str": label.int2str,
+        "image_shape": tuple(image.shape),
+    }
+
+
+def _load_builder(dataset: str, data_dir: str):
+    """The TFDS builder that reads a prepared dataset; prepares it first where TensorFlow is installed."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    name = re.split("[:/]", dataset)[0]
+    if name == "digits":
+        data_dir = str(Path(__file__).parent)
+    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    try:
+        # Files before code: TFDS's code of a dataset may import TensorFlow, and knows one version only.
+        return builder_from_files(dataset, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        pass
+    except Exception as error:
+        raise UserError(
+            f"Dataset {dataset!r} cannot be read from {data_dir}: {_first_line(error)}"
+        ) from error
+
+    # <name>/<version>/ or <name>/<config>/<version>/
+    depths = ("*/*/dataset_info.json", "*/*/*/dataset_info.json")
+    found = [path.parent.relative_to(data_dir) for depth in depths for path in Path(data_dir).glob(depth)]
+    official = tfds.list_builders(with_community_datasets=False)
+    names = {"digits", *official, *(path.parts[0] for path in found)}
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or ["digits", "cifar10"]
+        raise UserError(f"Dataset {dataset!r} is unknown: did you mean {' or '.join(map(repr, near))}?")
+    if importlib.util.find_spec("tensorflow") is None or name not in official:
+        others = ", ".join(sorted(str(path) for path in found if path.parts[0] == name))
+        raise UserError(
+            f"Dataset {dataset!r} is not prepared in {data_dir}{others and f' ({others} is)'}: "
+            'pip install "mlpmixer-flax[prepare]" to have it prepared, or set --config.data_dir or '
+            "TFDS_DATA_DIR to a directory that has it."
+        )
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:
+        raise UserError(
+            f"Dataset {dataset!r} cannot be prepared in {data_dir}: {_first_line(error)}"
+        ) from error
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _image_and_label_keys(builder) -> tuple[str, str]:
+    """The features to learn from; UserError where there is no uint8 image with a class label."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+    keys = builder.info.supervised_keys
+    image_key, label_key = keys if keys is not None and len(keys) == 2 else ("image", "label")
+    image, label = (features[key] if key in features else None for key in (image_key, label_key))
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.np_dtype != np.uint8
+        or image.shape[2] not in MODES
+        or not isinstance(label, tfds.features.ClassLabel)
+    ):
+        raise UserError(
+            f"Dataset {builder.info.name!r} cannot be classified: it needs an 8-bit image of 1, 3 or 4 "
+            f"channels and a class label, and has {', '.join(sorted(features)) or 'neither'}."
+        )
+    return image_key, label_key
+
+
+def _count_examples(builder, split: str) -> int:
+    known = ", ".join(map(repr, builder.info.splits))
+    try:
+        # Part by part, since TFDS takes the -10 % of "train[50%:40%]" off the rest of a sum.
+        counts = [builder.info.splits[part].num_examples for part in split.split("+")]
+    except Exception as error:
+        raise UserError(
+            f"Split {split!r} of dataset {builder.info.name!r} cannot be read ({_first_line(error)}): use "
+            f"{known} or a slice such as 'train[:90%]'."
+        ) from error
+    if min(counts) <= 0:
+        raise UserError(
+            f"Split {split!r} of dataset {builder.info.name!r} has no examples: use {known} or another slice."
+        )
+    return sum(counts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of a split by index: held in memory if `images` is there, else decoded when read."""
+
+    name: str  # of dataset and split, for messages
+    source: Any  # index -> record with an encoded image
+    keys: tuple[str, str]  # of image and label in a record
+    num_classes: int
+    image_shape: tuple[int, int, int]  # of the images that read() gives
+    cropped: bool  # True: images vary in size as stored, and are cropped and resized here, not on the device
+    crop_fraction: float
+    min_crop_area: float
+    interpolation: str
+    images: np.ndarray | None = None  # uint8 (n, h, w, c)
+    labels: np.ndarray | None = None  # int32 (n,)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(
+        self, indices: np.ndarray, crop_seeds: Sequence[tuple[int, ...]] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 (n, h, w, c) and labels int32 (n,); with a seed for each image its crop is random.
+
+        Raises:
+          UserError: a record or image is damaged, an image has another shape than the dataset says, or a
+            label is none of the classes.
+        """
+        if self.images is not None:
+            return self.images[indices], self.labels[indices]
+        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        try:
+            records = self.source.__getitems__(indices.tolist())
+        except Exception as error:
+            raise UserError(
+                f"Records of {self.name} are damaged ({_first_line(error)}): prepare it anew."
+            ) from error
+        for row, record in enumerate(records):
+            try:
+                image = self._decode(record[self.keys[0]], crop_seeds and crop_seeds[row])
+                if image.shape != self.image_shape:
+                    raise ValueError(f"its shape is {image.shape}, not {self.image_shape}")
+                label = int(record[self.keys[1]])
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"its label {label} is not in [0, {self.num_classes})")
+            except Exception as error:
+                identity = record.get("id", record.get("file_name", b""))
+                identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
+                raise UserError(
+                    f"Image {indices[row]}{identity and f' ({identity})'} of {self.name} cannot be used "
+                    f"({_first_line(error)}): repair it or leave it out of the split."
+                ) from error
+            images[row], labels[row] = image, label
+        return images, labels
+
+    def _decode(self, encoded: bytes, crop_seed: tuple[int, ...] | None) -> np.ndarray:
+        height, width, channels = self.image_shape
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode != MODES[channels]:
+                image = image.convert(MODES[channels])
+            if self.cropped:
+                box = _central_box(*image.size, self.crop_fraction)
+                if crop_seed is not None and self.min_crop_area < 1:
+                    rng = np.random.default_rng(crop_seed)
+                    box = _random_box(*image.size, self.min_crop_area, rng) or box
+                image = image.resize((width, height), RESAMPLING[self.interpolation], box)
+            pixels = np.asarray(image)
+        return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _central_box(width: int, height: int, crop_fraction: float) -> Box:
+    # Resized to s, this is the central square of the image with its short side resized to s / crop_fraction.
+    side = min(width, height) * crop_fraction
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _random_box(width: int, height: int, min_crop_area: float, rng: np.random.Generator) -> Box | None:
+    """Inception's crop: a share of the area, sides 3:4 to 4:3; None if ten draws do not fit in the image."""
+    for _ in range(10):
+        area = width * height * rng.uniform(min_crop_area, 1)
+        aspect = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return left, top, left + w, top + h
+    return None
+
+
+def open_examples(
+    dataset: str,
+    split: str,
+    *,
+    data_dir: str = "",
+    cache_bytes: int = 4 * 1024**3,
+    image_size_px: int = 224,
+    crop_fraction: float = 1.0,
+    min_crop_area: float = 1.0,
+    interpolation: str = "bilinear",
+) -> Examples:
+    """Opens a split, and decodes it into memory if it takes no more than `cache_bytes` there.
+
+    The last four arguments matter only where images vary in size. Those become squares of
+    `image_size_px`: in TrainBatches a random box of at least `min_crop_area` of the image, resized; in
+    TestBatches, or with `min_crop_area` 1, the central square of `crop_fraction` of the short side, resized.
+    A split to be cropped at random is never held in memory.
+
+    Raises:
+      UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; or the dataset is
+        prepared in a format without random access.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = _load_builder(dataset, data_dir)
+    keys = _image_and_label_keys(builder)
+    _count_examples(builder, split)
+    try:
+        source = builder.as_data_source(split, decoders={keys[0]: tfds.decode.SkipDecoding()})
+    except Exception as error:
+        form = getattr(builder.info.file_format, "value", "nothing")
+        raise UserError(
+            f"Dataset {dataset!r}, prepared as {form} in {builder.data_dir}, cannot be read "
+            f"({_first_line(error)}): prepare it anew with file_format='array_record'."
+        ) from error
+    height, width, channels = builder.info.features[keys[0]].shape
+    cropped = height is None or width is None
+    examples = Examples(
+        name=f"split {split!r} of dataset {dataset!r}",
+        source=source,
+        keys=keys,
+        num_classes=builder.info.features[keys[1]].num_classes,
+        image_shape=(image_size_px, image_size_px, channels) if cropped else (height, width, channels),
+        cropped=cropped,
+        crop_fraction=crop_fraction,
+        min_crop_area=min_crop_area,
+        interpolation=interpolation,
+    )
+    if len(examples) * math.prod(examples.image_shape) > cache_bytes or (cropped and min_crop_area < 1):
+        return examples
+    images, labels = _decode_all(examples)
+    return dataclasses.replace(examples, images=images, labels=labels)
+
+
+def _decode_all(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    images = np.empty((len(examples), *examples.image_shape), np.uint8)
+    labels = np.empty(len(examples), np.int32)
+
+    def decode(chunk: np.ndarray) -> int:
+        images[chunk], labels[chunk] = examples.read(chunk)
+        return len(chunk)
+
+    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
+    # Threads suffice: Pillow decodes without holding the interpreter's lock.
+    with tqdm(desc=f"decoding {examples.name}", total=len(examples), unit="img", delay=2, leave=False) as bar:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for count in pool.map(decode, chunks):
+                bar.update(count)
+    return images, labels
+
+
+class TrainBatches:
+    """`batches[k]` is batch k of an endless shuffled stream, a pure function of (seed, k).
+
+    The stream is one permutation of the examples after another, one an epoch, so example i of epoch e
+    is at a position in [e * n, (e + 1) * n); a batch may hold the end of an epoch and the start of the next.
+    Shard i of `shard_count` gets its share of the rows of every batch, in order.
+    """
+
+    def __init__(
+        self, examples: Examples, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+    ):
+        if seed < 0:
+            raise UserError(f"The seed is {seed}: give one of at least 0.")
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.rows = _shard_rows(batch_size, shard_index, shard_count)
+
+    def __getitem__(self, k: int) -> Batch:
+        positions = k * self.batch_size + self.rows
+        epochs, offsets = np.divmod(positions, len(self.examples))
+        n, used = len(self.examples), np.unique(epochs)
+        indices = np.concatenate([_permutation(n, self.seed, int(e))[offsets[epochs == e]] for e in used])
+        # 1 keeps the randomness of crops apart from that of the order, which has 0.
+        images, labels = self.examples.read(indices, [(self.seed, 1, int(p)) for p in positions])
+        return {"image": images, "label": labels, "mask": np.ones(len(labels), bool)}
+
+
+@functools.lru_cache(maxsize=2)  # neighbouring epochs, when batches across their border are read in parallel
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(n)
+
+
+class TestBatches:
+    """`batches[k]` for k < len(batches): every example once and in order, the last batch filled with zeros.
+
+    Rows that fill have mask False. Shard i of `shard_count` gets its share of the rows of every batch.
+    """
+
+    __test__ = False  # or pytest takes the name for a test
+
+    def __init__(self, examples: Examples, *, batch_size: int, shard_index: int = 0, shard_count: int = 1):
+        self.examples, self.batch_size = examples, batch_size
+        self.rows = _shard_rows(batch_size, shard_index, shard_count)
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def __getitem__(self, k: int) -> Batch:
+        if not 0 <= k < len(self):
+            raise IndexError(f"batch {k} of {len(self)}")
+        positions = k * self.batch_size + self.rows
+        mask = positions < len(self.examples)
+        image = np.zeros((len(mask), *self.examples.image_shape), np.uint8)
+        label = np.zeros(len(mask), np.int32)
+        image[mask], label[mask] = self.examples.read(positions[mask])
+        return {"image": image, "label": label, "mask": mask}
+
+
+def _shard_rows(batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
+    if shard_count < 1 or not 0 <= shard_index < shard_count:
+        raise UserError(f"Shard {shard_index} of {shard_count} does not exist: shards count from 0.")
+    if batch_size < 1 or batch_size % shard_count:
+        raise UserError(f"Batch size {batch_size} is not a positive multiple of the {shard_count} shards.")
+    rows = batch_size // shard_count
+    return np.arange(shard_index * rows, (shard_index + 1) * rows)
+
+
+def iterate(
+    batches: TrainBatches | TestBatches, start: int, stop: int, *, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Batches start to stop - 1, in order; streamed ones come from threads, or from `num_workers` processes.
+
+    The batches are the same for any number of workers. Close the iterator if you leave it early: that ends
+    the processes.
+
+    Raises:
+      UserError: as `Examples.read`, also from a worker.
+    """
+    if batches.examples.images is not None or start >= stop:
+        yield from map(batches.__getitem__, range(start, stop))
+        return
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads flags, which only a program parses
+    # An element is a whole batch: few are held at once.
+    threads = 1 if num_workers else min(os.cpu_count() or 1, 8)
+    stream = (
+        grain.MapDataset.range(start, stop)
+        .map(batches.__getitem__)
+        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    )
+    if num_workers:
+        # Through pipes: shared memory is 64 MB in a container by default, and Grain leaves some behind.
+        options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        stream = grain.experimental.WithOptionsIterDataset(stream, options)
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    iterator = iter(stream)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

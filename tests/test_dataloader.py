@@ -1,0 +1,603 @@
+"""Datasets, batches and iteration, on the embedded digits and on TFDS directories written here."""
+
+import io
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mlpmixer_flax import UserError, dataloader
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches, get_dataset_info, iterate, open_examples
+
+DIGITS_TRAIN, DIGITS_TEST = 1433, 364
+
+
+def encode(pixels, file_format="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(
+        buffer, file_format, **options
+    )
+    return buffer.getvalue()
+
+
+def write_dataset(data_dir, name, examples, *, features=None, image_shape=(None, None, 3), **info):
+    """Writes `examples` ({split: [(image bytes, label)]}) as a TFDS dataset that TFDS has no code for."""
+    features = features or {
+        "id": tfds.features.Text(),
+        "image": tfds.features.Image(shape=image_shape),
+        "label": tfds.features.ClassLabel(names=["cat", "dog", "emu"]),
+    }
+    info = {"supervised_keys": ("image", "label"), "file_format": "array_record", **info}
+    keys = [key for key in features if key != "id"]
+
+    class Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=info["supervised_keys"],
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(split) for split in examples}
+
+        def _generate_examples(self, split):
+            for i, values in enumerate(examples[split]):
+                example = dict(zip(keys, values, strict=True))
+                yield i, example | ({"id": f"{split}-{i}"} if "id" in features else {})
+
+    Writer.name = name
+    Writer(data_dir=data_dir, file_format=info["file_format"]).download_and_prepare()
+    return str(data_dir)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """40 training and 9 test JPEGs of several sizes, two of them grayscale: a gradient across, one down."""
+    rng = np.random.default_rng(0)
+
+    def photo(i):
+        width, height = int(rng.integers(20, 60)), int(rng.integers(20, 60))
+        across = np.broadcast_to(np.linspace(0, 255, width), (height, width))
+        down = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+        pixels = np.stack([across, down, np.full((height, width), 6 * i)], -1).astype(np.uint8)
+        return encode(pixels[..., 0] if i in (3, 4) else pixels, "JPEG", quality=95), i % 3
+
+    examples = {"train": [photo(i) for i in range(40)], "test": [photo(i) for i in range(9)]}
+    return write_dataset(tmp_path_factory.mktemp("photos"), "photos", examples)
+
+
+def digits(**options):
+    return open_examples("digits", "train", **options)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() == {"image", "label", "mask"}
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def fingerprints(batches, ks):
+    """One bytes object an example of these batches; the digits are all different but for a few."""
+    rows = [(batches[k]["image"], batches[k]["label"]) for k in ks]
+    return [
+        image.tobytes() + bytes([label])
+        for images, labels in rows
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+# --- dataset
+
+
+def test_info_of_digits():
+    info = get_dataset_info("digits", "train")
+    assert info["num_examples"] == DIGITS_TRAIN
+    assert get_dataset_info("digits", "test")["num_examples"] == DIGITS_TEST
+    assert get_dataset_info("digits", "train[:10]+test")["num_examples"] == 10 + DIGITS_TEST
+    assert info["num_classes"] == 10
+    assert info["class_names"] == list("0123456789")
+    assert info["int2str"](7) == info["int2str"](np.int32(7)) == "7"
+    assert info["image_shape"] == (8, 8, 1)
+
+
+def test_digits_are_those_of_scikit_learn():
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    images, labels = datasets.load_digits().images, datasets.load_digits().target
+    expected = [
+        np.round(i * 255 / 16).astype(np.uint8).tobytes() + bytes([n])
+        for i, n in zip(images, labels, strict=True)
+    ]
+    stored = []
+    for split in ("train", "test"):
+        examples = open_examples("digits", split)
+        stored += [i.tobytes() + bytes([n]) for i, n in zip(examples.images, examples.labels, strict=True)]
+        shares = np.bincount(examples.labels) / len(examples)
+        np.testing.assert_allclose(shares, np.bincount(labels) / len(labels), atol=2e-3)
+    assert sorted(stored) == sorted(expected)
+
+
+def test_digits_hold_no_path_of_the_machine_that_wrote_them():
+    folder = Path(dataloader.__file__).parent / "digits"
+    text = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert len(text) > 100_000
+    for word in (b"/root", b"/home", b"/tmp", b"/work", b"/Users"):
+        assert word not in text
+
+
+def test_info_of_images_of_varying_size(photos):
+    info = get_dataset_info("photos", "test", data_dir=photos)
+    assert info["image_shape"] == (None, None, 3)
+    assert info["class_names"] == ["cat", "dog", "emu"]
+    assert info["int2str"](2) == "emu"
+    assert info["num_examples"] == 9
+
+
+def test_version_may_be_named(photos):
+    assert get_dataset_info("photos:1.0.0", data_dir=photos)["num_examples"] == 40
+    with pytest.raises(UserError, match=r"'photos:2.0.0' is not prepared in .*photos/1\.0\.0.*data_dir"):
+        get_dataset_info("photos:2.0.0", data_dir=photos)
+
+
+def test_data_dir_comes_from_the_environment(photos, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", photos)
+    assert get_dataset_info("photos")["num_examples"] == 40
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("cifar9", ["'cifar9' is unknown", "'cifar10'"]),
+        ("digit", ["'digit' is unknown", "'digits'"]),
+        ("fotos", ["'fotos' is unknown", "'photos'"]),
+        ("", ["'' cannot be read"]),
+        ("a/b/c:1", ["'a/b/c:1' cannot be read"]),
+        (
+            "svhn_cropped",
+            ["'svhn_cropped' is not prepared", "mlpmixer-flax[prepare]", "TFDS_DATA_DIR", "data_dir"],
+        ),
+    ],
+)
+def test_unusable_dataset_is_refused(photos, dataset, words):
+    if dataset == "svhn_cropped" and dataloader.importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed, so the dataset would be downloaded")
+    with pytest.raises(UserError) as error:
+        get_dataset_info(dataset, data_dir=photos)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["trian", "train[", "", "train[::2]", "train[:99999]", "train+nope"])
+def test_unknown_split_is_refused_with_those_there_are(split):
+    with pytest.raises(UserError, match="'train', 'test'|'test', 'train'") as error:
+        open_examples("digits", split)
+    assert repr(split) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train[:0%]", "train[50%:40%]", "train[5:5]", "test+train[50%:40%]"])
+def test_empty_split_is_refused(split):
+    for function in (get_dataset_info, open_examples):
+        with pytest.raises(UserError, match="no examples"):
+            function("digits", split)
+
+
+def test_dataset_without_labels_or_images_is_refused(tmp_path):
+    label = tfds.features.ClassLabel(num_classes=2)
+    for name, features, example in [
+        ("texts", {"text": tfds.features.Text(), "label": label}, ("a", 1)),
+        (
+            "captions",
+            {"image": tfds.features.Image(), "text": tfds.features.Text()},
+            (encode(np.zeros((4, 4, 3), np.uint8)), "a"),
+        ),
+        (
+            "deep",
+            {"image": tfds.features.Image(shape=(2, 2, 1), dtype=np.uint16), "label": label},
+            (encode(np.zeros((2, 2), np.uint16)), 1),
+        ),
+    ]:
+        write_dataset(tmp_path, name, {"train": [example]}, features=features, supervised_keys=None)
+        with pytest.raises(UserError, match=f"'{name}' cannot be classified") as error:
+            open_examples(name, "train", data_dir=str(tmp_path))
+        assert ", ".join(sorted(features)) in str(error.value)
+
+
+def test_other_keys_are_found_by_supervised_keys(tmp_path):
+    features = {"scan": tfds.features.Image(shape=(2, 2, 1)), "kind": tfds.features.ClassLabel(num_classes=4)}
+    pixels = np.array([[1, 2], [3, 4]], np.uint8)
+    write_dataset(
+        tmp_path,
+        "scans",
+        {"train": [(encode(pixels), 3)]},
+        features=features,
+        supervised_keys=("scan", "kind"),
+    )
+    examples = open_examples("scans", "train", data_dir=str(tmp_path))
+    np.testing.assert_array_equal(examples.images[0, :, :, 0], pixels)
+    assert examples.labels.tolist() == [3]
+
+
+def test_other_file_format_is_refused(photos, tmp_path):
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "photos" / "1.0.0" / "dataset_info.json"
+    path.write_text(path.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(UserError, match="prepared as tfrecord .*array_record"):
+        open_examples("photos", "train", data_dir=str(tmp_path))
+
+
+def test_damaged_file_is_reported(tmp_path, photos):
+    shutil.copytree(photos, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / "photos" / "1.0.0").glob("*train.array_record*")
+    data = bytearray(path.read_bytes())
+    data[5000:5100] = bytes(100)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="'train' of dataset 'photos' are damaged"):
+        open_examples("photos", "train", data_dir=str(tmp_path), image_size_px=8)
+    path.unlink()
+    with pytest.raises(UserError, match="'photos' are damaged .*No such file"):
+        open_examples("photos", "train", data_dir=str(tmp_path), image_size_px=8)
+
+
+# --- examples
+
+
+def test_cache_bytes_decides():
+    size = DIGITS_TRAIN * 8 * 8
+    cached, streamed = digits(cache_bytes=size), digits(cache_bytes=size - 1)
+    assert cached.images.shape == (DIGITS_TRAIN, 8, 8, 1) and cached.images.dtype == np.uint8
+    assert cached.labels.shape == (DIGITS_TRAIN,) and cached.labels.dtype == np.int32
+    assert streamed.images is None and streamed.labels is None
+    assert len(cached) == len(streamed) == DIGITS_TRAIN
+    assert not cached.cropped
+
+
+def test_image_mode_follows_the_channels_of_the_dataset(tmp_path):
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    color = Image.fromarray(np.stack([gray] * 3, -1))
+    files = [encode(gray), encode(color), encode(color.convert("RGBA")), encode(color.convert("P"))]
+    for channels in (1, 3, 4):
+        name = f"modes{channels}"
+        write_dataset(tmp_path, name, {"train": [(f, 0) for f in files]}, image_shape=(8, 8, channels))
+        images = open_examples(name, "train", data_dir=str(tmp_path)).images
+        assert images.shape == (4, 8, 8, channels)
+        for image in images[:3]:
+            np.testing.assert_array_equal(
+                image[..., : min(channels, 3)], np.stack([gray] * min(channels, 3), -1)
+            )
+        if channels == 4:
+            assert (images[..., 3] == 255).all()
+
+
+def test_images_of_varying_size_become_central_squares(photos):
+    examples = open_examples("photos", "test", data_dir=photos, image_size_px=16, crop_fraction=0.875)
+    assert examples.images.shape == (9, 16, 16, 3) and examples.cropped
+    full = open_examples("photos", "test", data_dir=photos, image_size_px=16)
+    for index, (image, whole) in enumerate(zip(examples.images, full.images, strict=True)):
+        if index not in (3, 4):
+            # Red rises to the right and green downwards; a central crop leaves their means at 127.
+            red, green = image[..., 0].mean(0), image[..., 1].mean(1)
+            assert (np.diff(red) > 0).all() and (np.diff(green) > 0).all()
+            assert abs(red.mean() - 127) < 4 and abs(green.mean() - 127) < 4
+            assert np.ptp(red) < np.ptp(whole[..., 0].mean(0))  # a smaller part of the gradient
+
+
+def test_central_square_is_resize_then_crop():
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (6, 9, 3), np.uint8)).resize(
+        (360, 240), Image.Resampling.BICUBIC
+    )
+    usual = smooth.resize((96, 64), Image.Resampling.BILINEAR).crop((20, 4, 76, 60))
+    box = dataloader._central_box(360, 240, 56 / 64)
+    ours = smooth.resize((56, 56), Image.Resampling.BILINEAR, box)
+    assert np.abs(np.asarray(usual, int) - np.asarray(ours, int)).max() <= 1
+
+
+def test_interpolation_is_used(photos):
+    images = [
+        open_examples("photos", "test", data_dir=photos, image_size_px=64, interpolation=name).images
+        for name in ("bilinear", "bicubic")
+    ]
+    assert (images[0] != images[1]).any()
+
+
+def test_random_crops_are_random_and_a_function_of_seed_and_position(photos):
+    options = {"data_dir": photos, "image_size_px": 16, "min_crop_area": 0.1}
+    examples = open_examples("photos", "train", **options)
+    assert examples.images is None  # a crop to be drawn anew each epoch cannot be held in memory
+    batches = TrainBatches(examples, batch_size=40, seed=1)
+    assert batches[0]["image"].shape == (40, 16, 16, 3)
+    assert_same(
+        batches[7], TrainBatches(open_examples("photos", "train", **options), batch_size=40, seed=1)[7]
+    )
+    # The same crop whatever the batch size: the key is the position in the stream.
+    assert_same(
+        {k: v[10:20] for k, v in batches[2].items()}, TrainBatches(examples, batch_size=10, seed=1)[9]
+    )
+    # In a split of one image only the crop can differ from seed to seed.
+    one = open_examples("photos", "train[:1]", **options)
+    assert (
+        TrainBatches(one, batch_size=1, seed=0)[0]["image"]
+        != TrainBatches(one, batch_size=1, seed=1)[0]["image"]
+    ).any()
+    indices = np.zeros(200, int)
+    images, _ = examples.read(indices, [(0, i) for i in range(200)])
+    assert len({image.tobytes() for image in images}) == 200
+    reds = images[..., 0].astype(float).mean(1)
+    spans = np.ptp(reds, axis=1) / 255  # share of the width that the crop shows
+    assert spans.min() < 0.5 and spans.max() > 0.75
+    assert np.std(images[..., 0].mean((1, 2))) > 10  # crops lie left and right
+    assert np.std(images[..., 1].mean((1, 2))) > 10  # and up and down
+
+
+def test_random_box_keeps_its_limits():
+    for seed in range(300):
+        width, height = 40 + seed % 50, 80 - seed % 30
+        box = dataloader._random_box(width, height, 0.3, np.random.default_rng(seed))
+        if box is not None:
+            left, top, right, bottom = box
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert (right - left) * (bottom - top) >= 0.28 * width * height
+            assert 0.7 < (right - left) / (bottom - top) < 1.43
+    assert dataloader._random_box(1000, 10, 0.9, np.random.default_rng(0)) is None
+
+
+def test_random_crops_do_not_touch_test_batches(photos):
+    options = {"data_dir": photos, "image_size_px": 16}
+    cropped = open_examples("photos", "test", min_crop_area=0.1, **options)
+    central = open_examples("photos", "test", **options)
+    assert_same(TestBatches(cropped, batch_size=4)[1], TestBatches(central, batch_size=4)[1])
+
+
+# --- batches
+
+
+def test_batch_is_a_function_of_seed_and_k():
+    batches = TrainBatches(digits(), batch_size=32, seed=3)
+    ks = [1_000_000, 0, 5, 44, 45]
+    first = {k: batches[k] for k in ks}
+    fresh = TrainBatches(digits(), batch_size=32, seed=3)
+    for k in reversed(ks):
+        assert_same(first[k], batches[k])
+        assert_same(first[k], fresh[k])
+        assert first[k]["image"].shape == (32, 8, 8, 1) and first[k]["image"].dtype == np.uint8
+        assert first[k]["label"].shape == (32,) and first[k]["label"].dtype == np.int32
+        assert first[k]["mask"].all() and first[k]["mask"].dtype == bool
+    assert (first[0]["image"] != first[5]["image"]).any()
+    assert (first[0]["image"] != TrainBatches(digits(), batch_size=32, seed=4)[0]["image"]).any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 1433, 2000])
+def test_every_example_once_an_epoch(batch_size):
+    examples = open_examples("digits", "train[:50]") if batch_size == 1 else digits()
+    n = len(examples)
+    expected = sorted(i.tobytes() + bytes([x]) for i, x in zip(examples.images, examples.labels, strict=True))
+    stream = fingerprints(
+        TrainBatches(examples, batch_size=batch_size, seed=0), range(-(-3 * n // batch_size))
+    )
+    epochs = [stream[e * n : (e + 1) * n] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == expected
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_batch_may_be_larger_than_the_split():
+    examples = open_examples("digits", "train[:7]")
+    batch = TrainBatches(examples, batch_size=70, seed=0)[3]
+    assert (
+        np.bincount(batch["label"], minlength=10).tolist()
+        == (10 * np.bincount(examples.labels, minlength=10)).tolist()
+    )
+
+
+@pytest.mark.parametrize("kind", [TrainBatches, TestBatches])
+def test_shards_are_the_rows_of_the_global_batch(kind):
+    options = {"seed": 0} if kind is TrainBatches else {}
+    whole = kind(digits(), batch_size=96, **options)
+    shards = [kind(digits(), batch_size=96, shard_index=i, shard_count=3, **options) for i in range(3)]
+    for k in (0, 14):  # 14: the last test batch; over the end of the epoch in training
+        parts = [shard[k] for shard in shards]
+        assert_same(whole[k], {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+@pytest.mark.parametrize(("index", "count"), [(-1, 2), (2, 2), (0, 0)])
+def test_impossible_shard_is_refused(index, count):
+    for make in (
+        lambda **k: TrainBatches(digits(), batch_size=8, seed=0, **k),
+        lambda **k: TestBatches(digits(), batch_size=8, **k),
+    ):
+        with pytest.raises(UserError, match=f"Shard {index} of {count}"):
+            make(shard_index=index, shard_count=count)
+
+
+def test_impossible_batch_size_or_seed_is_refused():
+    with pytest.raises(UserError, match="Batch size 10 .* 4 shards"):
+        TrainBatches(digits(), batch_size=10, seed=0, shard_count=4)
+    with pytest.raises(UserError, match="Batch size 0"):
+        TestBatches(digits(), batch_size=0)
+    with pytest.raises(UserError, match="seed is -1"):
+        TrainBatches(digits(), batch_size=10, seed=-1)
+
+
+@pytest.mark.parametrize(("batch_size", "shard_count"), [(364, 1), (50, 2), (128, 4), (1000, 2)])
+def test_test_batches_score_every_example_once_and_in_order(batch_size, shard_count):
+    examples = open_examples("digits", "test")
+    shards = [
+        TestBatches(examples, batch_size=batch_size, shard_index=i, shard_count=shard_count)
+        for i in range(shard_count)
+    ]
+    images, labels = [], []
+    assert {len(shard) for shard in shards} == {-(-DIGITS_TEST // batch_size)}
+    for k in range(len(shards[0])):
+        for shard in shards:
+            batch = shard[k]
+            assert (
+                len(batch["image"]) == len(batch["label"]) == len(batch["mask"]) == batch_size // shard_count
+            )
+            assert not batch["image"][~batch["mask"]].any()
+            images.append(batch["image"][batch["mask"]])
+            labels.append(batch["label"][batch["mask"]])
+    np.testing.assert_array_equal(np.concatenate(images), examples.images)
+    np.testing.assert_array_equal(np.concatenate(labels), examples.labels)
+    with pytest.raises(IndexError):
+        shards[0][len(shards[0])]
+
+
+# --- iterate
+
+
+def test_streamed_batches_are_the_cached_ones_for_any_number_of_workers():
+    cached = TrainBatches(digits(), batch_size=100, seed=5)
+    streamed = TrainBatches(digits(cache_bytes=0), batch_size=100, seed=5)
+    expected = list(iterate(cached, 10, 18))
+    assert len(expected) == 8
+    for k, batch in enumerate(expected):
+        assert_same(batch, cached[10 + k])
+    for num_workers in (0, 1, 2):
+        got = list(iterate(streamed, 10, 18, num_workers=num_workers))
+        assert len(got) == 8
+        for a, b in zip(expected, got, strict=True):
+            assert_same(a, b)
+    # Resumed in the middle, over the end of the epoch at batch 14.33.
+    for a, b in zip(expected[4:], iterate(streamed, 14, 18), strict=True):
+        assert_same(a, b)
+
+
+def test_more_workers_than_batches_and_no_batches():
+    streamed = TrainBatches(digits(cache_bytes=0), batch_size=10, seed=0)
+    assert len(list(iterate(streamed, 3, 4, num_workers=2))) == 1
+    assert list(iterate(streamed, 3, 3, num_workers=2)) == []
+
+
+def test_photos_stream_the_same_from_workers(photos):
+    examples = open_examples("photos", "train", data_dir=photos, image_size_px=16, min_crop_area=0.2)
+    batches = TrainBatches(examples, batch_size=16, seed=0)
+    for k, batch in enumerate(iterate(batches, 0, 4, num_workers=2)):
+        assert_same(batch, batches[k])
+    test = open_examples("photos", "test", data_dir=photos, image_size_px=16, cache_bytes=0)
+    cached = open_examples("photos", "test", data_dir=photos, image_size_px=16)
+    batches = TestBatches(test, batch_size=4)
+    assert test.images is None
+    got = list(iterate(batches, 0, len(batches)))
+    assert [batch["mask"].sum() for batch in got] == [4, 4, 1]
+    for k, batch in enumerate(got):
+        assert_same(batch, TestBatches(cached, batch_size=4)[k])
+
+
+def test_workers_end_with_the_iterator():
+    streamed = TrainBatches(digits(cache_bytes=0), batch_size=10, seed=0)
+    before = set(multiprocessing.active_children())
+    iterator = iterate(streamed, 0, 1000, num_workers=2)
+    next(iterator)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    iterator.close()
+    deadline = time.time() + 20
+    while set(multiprocessing.active_children()) - before and time.time() < deadline:
+        time.sleep(0.1)
+    assert not set(multiprocessing.active_children()) - before
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("cut", ["Image 4 (train-4)", "'train' of dataset 'bad'"]),
+        ("text", ["Image 4 (train-4)", "UnidentifiedImageError"]),
+        ("size", ["Image 4 (train-4)", "(7, 8, 3), not (8, 8, 3)"]),
+        ("label", ["Image 4 (train-4)", "label -1 is not in [0, 3)"]),
+    ],
+)
+def test_bad_example_is_named_whether_cached_or_streamed(tmp_path, damage, words):
+    rng = np.random.default_rng(0)
+    examples = [(encode(rng.integers(0, 255, (8, 8, 3), np.uint8)), i % 3) for i in range(6)]
+    image, label = examples[4]
+    examples[4] = {
+        "cut": (image[:-60], label),
+        "text": (b"not an image", label),
+        "size": (encode(np.zeros((7, 8, 3), np.uint8)), label),
+        "label": (image, -1),
+    }[damage]
+    write_dataset(tmp_path, "bad", {"train": examples}, image_shape=(8, 8, 3))
+
+    def cached():
+        open_examples("bad", "train", data_dir=str(tmp_path))
+
+    def streamed(num_workers):
+        batches = TrainBatches(
+            open_examples("bad", "train", data_dir=str(tmp_path), cache_bytes=0), batch_size=3, seed=0
+        )
+        list(iterate(batches, 0, 4, num_workers=num_workers))
+
+    for read in [cached, lambda: streamed(0)] + [lambda: streamed(2)] * (damage == "cut"):
+        with pytest.raises(UserError) as error:
+            read()
+        for word in words:
+            assert word in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# --- what it imports
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_import_is_light_and_loading_needs_no_tensorflow():
+    heavy = "[m for m in ('jax', 'tensorflow', 'grain', 'tensorflow_datasets') if m in sys.modules]"
+    result = run_python(
+        "import sys, mlpmixer_flax.dataloader as d; from absl import flags\n"
+        f"print({heavy}, flags.FLAGS.is_parsed())\n"
+        "e = d.open_examples('digits', 'train', cache_bytes=0)\n"
+        "b = d.TrainBatches(e, batch_size=8, seed=0)\n"
+        "print('jax' in sys.modules, 'tensorflow' in sys.modules, flags.FLAGS.is_parsed())\n"
+        "print(len(list(d.iterate(b, 0, 3))), 'tensorflow' in sys.modules)"
+    )
+    assert result.stdout.splitlines() == ["[] False", "False False False", "3 False"], result.stderr
+    assert result.stderr == ""
+
+
+def test_flags_of_a_program_stay_as_parsed():
+    result = run_python(
+        "import sys; from absl import app, flags\n"
+        "flags.DEFINE_integer('size', 1, '')\n"
+        "import mlpmixer_flax.dataloader as d\n"
+        "def main(argv):\n"
+        "    e = d.open_examples('digits', 'train', cache_bytes=0)\n"
+        "    list(d.iterate(d.TrainBatches(e, batch_size=8, seed=0), 0, 2))\n"
+        "    print(flags.FLAGS.size)\n"
+        "app.run(main, ['x', '--size=3'])"
+    )
+    assert result.stdout.splitlines() == ["3"], result.stderr
+
+
+# --- real datasets, where there are any
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape", "train"), [("mnist", (28, 28, 1), 60000), ("cifar10", (32, 32, 3), 50000)]
+)
+def test_real_dataset(dataset, shape, train):
+    data_dir = os.environ.get("TFDS_DATA_DIR", "")
+    if not os.path.isdir(os.path.join(data_dir, dataset)) or not data_dir:
+        pytest.skip(f"TFDS_DATA_DIR names no directory with {dataset}")
+    info = get_dataset_info(dataset, "train")
+    assert (info["num_examples"], info["num_classes"], info["image_shape"]) == (train, 10, shape)
+    examples = open_examples(dataset, "test")
+    assert examples.images.shape == (10000, *shape)
+    assert np.bincount(examples.labels).sum() == 10000
+    streamed = TrainBatches(open_examples(dataset, "train", cache_bytes=0), batch_size=64, seed=0)
+    (batch,) = iterate(streamed, 12345, 12346)
+    assert_same(batch, streamed[12345])
