@@ -27,14 +27,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _find_config_file(path: str) -> Path:
+def shipped_configs() -> dict[str, Path]:
+    """Name -> path of the configs that come with the package: beside it in a clone, inside it once installed."""
     here = Path(__file__).parent
-    shipped = [folder for folder in (here / "configs", here.parent / "configs") if folder.is_dir()]
-    for candidate in [Path(path), *(folder / Path(path).name for folder in shipped)]:
-        if candidate.is_file():
-            return candidate
-    names = sorted({file.name for folder in shipped for file in folder.glob("*.py")})
-    raise UserError(f"there is no config file {path}: give its path, or one of {', '.join(names)}")
+    files = [file for folder in (here.parent, here) for file in sorted((folder / "configs").glob("*.py"))]
+    return {file.name: file for file in files}
+
+
+def _find_config_file(path: str) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    shipped = shipped_configs()
+    if Path(path).name in shipped:
+        return shipped[Path(path).name]
+    raise UserError(f"there is no config file {path}: give its path, or one of {', '.join(shipped)}")
 
 
 def _run_config_file(file: Path) -> ConfigDict:
@@ -49,7 +55,7 @@ def _run_config_file(file: Path) -> ConfigDict:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        message = " ".join(str(error).split()).strip("'")
+        message = " ".join(str(error).split())
         raise UserError(f"{file}, line {line}: {type(error).__name__}: {message}") from None
     if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(get_config()).keys():
         raise UserError(
@@ -88,4 +94,4 @@ def _suggest(key: str, keys: list[str]) -> str:
     by_leaf = {known.split(".")[-1]: known for known in keys}
     close = difflib.get_close_matches(key, keys, n=1)
     close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1)]
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(keys)}"
+    return f"did you mean {close[0]!r}?" if close else "get_config() in mlpmixer_flax/config.py lists all"

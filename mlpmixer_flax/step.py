@@ -132,8 +132,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "gradient_norm": optax.global_norm(grads),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(grads),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics

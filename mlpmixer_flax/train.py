@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError, sharding
 from mlpmixer_flax.checkpoint import BEST_BY, Checkpoints, check_workdir, write_run
 from mlpmixer_flax.config import validate
-from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.configfile import load_config, shipped_configs
 from mlpmixer_flax.dataloader import iterate
 from mlpmixer_flax.evaluate import evaluate
 from mlpmixer_flax.metrics import Recent, Reporter, read_metrics
@@ -196,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog="examples:\n"
         "  python -m mlpmixer_flax.train --config=configs/digits.py\n"
         "  python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist \\\n"
-        "      --config.total_epochs=3 --config.optimizer.learning_rate=1e-3\n",
+        "      --config.total_epochs=3 --config.optimizer.learning_rate=1e-3\n"
+        "configs of the package:\n"
+        + textwrap.fill("  " + " ".join(shipped_configs()), 79, subsequent_indent="  "),
     )
     parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
     parser.add_argument("--workdir", type=Path, help="directory of the run (default: runs/CONFIG-TIME)")

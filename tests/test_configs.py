@@ -1,0 +1,70 @@
+"""Every shipped config builds, validates and takes a step of a shrunken copy."""
+
+import ast
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.plan import make_plan
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_config_builds_at_full_size(file):
+    config = load_config(str(file))
+    size = config.preprocess.image_size_px
+    model = MlpMixer(num_classes=10, **config.model.to_dict())
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))
+    assert sum(p.size for p in jax.tree.leaves(shapes)) > 10_000
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shrunken_config_takes_a_step(file):
+    config = load_config(str(file))
+    patch = config.model.patches["size"]
+    assert patch[0] == patch[1]
+    config.update_from_flattened_dict(
+        {
+            # Data that is there: what a config names may take a download of 150 GB.
+            "dataset": "digits",
+            "train_split": "train[:40]",
+            "test_split": "test[:8]",
+            "num_workers": 0,
+            "init_from": "",
+            "batch_size": 8,
+            "accumulation_steps": min(config.accumulation_steps, 2),
+            "preprocess.image_size_px": 2 * patch[0],
+            "preprocess.mean": config.preprocess.mean[:1],
+            "preprocess.std": config.preprocess.std[:1],
+            "model.hidden_dim": 8,
+            "model.num_blocks": 2,
+            "model.tokens_mlp_dim": 4,
+            "model.channels_mlp_dim": 8,
+            "total_steps": 10,
+            "schedule.warmup_steps": min(config.schedule.warmup_steps, 1),
+        }
+    )
+    plan = make_plan(config)
+    update = jax.jit(plan.update)
+    state = plan.init()
+    for k in range(2):  # with a warmup the first step has learning rate 0
+        state, metrics = update(state, plan.train_batches[k])
+    assert int(state.step) == 2
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), plan.init().params["head"], state.params["head"])
+    assert all(jax.tree.leaves(moved))
+    sums = jax.jit(plan.score)(state.eval_params, plan.test_batches[0])
+    assert sums["count"] == 8
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_docstring_holds_the_command(file):
+    text = ast.get_docstring(ast.parse(file.read_text()))
+    assert re.search(rf"python -m mlpmixer_flax\.train --config=configs/{file.name} --workdir=runs/", text)

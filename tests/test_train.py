@@ -1,0 +1,276 @@
+"""The program, as its user meets it: real processes, real kills, real data."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.train import main, train
+
+# Everything random is on, so that a resumed run has much to get wrong.
+SMALL = [
+    "--config.model.hidden_dim=16",
+    "--config.model.channels_mlp_dim=16",
+    "--config.model.num_blocks=2",
+    "--config.model.dropout_rate=0.1",
+    "--config.model.stochastic_depth_rate=0.1",
+    "--config.augment.mixup_alpha=0.5",
+    "--config.ema_decay=0.9",
+    "--config.log_every_steps=10",
+]
+
+
+def run_small(workdir, *arguments):
+    return main(["--config=digits.py", f"--workdir={workdir}", *SMALL, *arguments])
+
+
+def start_process(workdir, *arguments):
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "mlpmixer_flax.train",
+        "--config=digits.py",
+        f"--workdir={workdir}",
+    ]
+    # A compiled program is kept on disk, so that a restart takes less of the test's time.
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [*command, *SMALL, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def read_until(process, pattern):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return lines
+    raise AssertionError(f"ended with {process.wait()} before {pattern!r}:\n{''.join(lines)}")
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_state(workdir):
+    steps = sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(steps[-1]) / "default").absolute())
+
+
+def test_run_directory_holds_what_later_programs_need(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
+    out = capsys.readouterr().out
+    names = {file.name for file in workdir.iterdir()}
+    assert {"config.json", "class_names.json", "preprocess.json", "metrics.jsonl", "checkpoints"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["total_steps"] == 30 and config["model"]["hidden_dim"] == 16
+    assert json.loads((workdir / "class_names.json").read_text()) == [str(i) for i in range(10)]
+    logged = rows(workdir)
+    assert [row["step"] for row in logged if "train/loss" in row] == [10, 20, 30]
+    assert [row["step"] for row in logged if "test/accuracy" in row] == [10, 20, 30]
+    assert {"train/accuracy", "train/learning_rate", "images_per_second"} <= logged[0].keys()
+    assert {"test/loss", "test/accuracy_top5"} <= logged[1].keys()
+    assert all(row["test/accuracy"] <= row["test/accuracy_top5"] for row in logged if "test/accuracy" in row)
+    assert re.search(r"total: [\d,]+ parameters", out) and "compiled in" in out
+    best = max(row["test/accuracy"] for row in logged if "test/accuracy" in row)
+    assert f"best: {best:.2%}" in out and str(workdir) in out
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 90
+
+    # The same command again has nothing to do, says so, and leaves all as it is.
+    before = (workdir / "metrics.jsonl").read_text()
+    assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
+    assert "done: test accuracy" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_intervals_are_independent_and_the_end_counts_for_all(tmp_path):
+    intervals = {"log_every_steps": 4, "eval_every_steps": 5, "save_every_steps": 3, "keep_checkpoints": 9}
+    arguments = [f"--config.{key}={value}" for key, value in intervals.items()]
+    assert run_small(tmp_path / "run", "--config.total_steps=11", *arguments) == 0
+    logged = rows(tmp_path / "run")
+    assert [row["step"] for row in logged if "train/loss" in row] == [4, 8, 11]
+    assert [row["step"] for row in logged if "test/accuracy" in row] == [5, 10, 11]
+    saved = {int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {3, 6, 9, 11} <= saved <= {3, 5, 6, 9, 10, 11}  # 5 and 10 where they were the best so far
+
+
+def test_killed_at_random_moments_ends_bit_identical(tmp_path):
+    arguments = ["--config.total_steps=400", "--config.save_every_steps=7", "--config.eval_every_steps=90"]
+    whole = start_process(tmp_path / "whole", *arguments)
+    began = time.monotonic()
+    read_until(whole, "compiled in")
+    compiled = time.monotonic()
+    assert whole.wait() == 0, whole.stdout.read()
+    seconds = time.monotonic() - compiled
+    seed = int(began * 1000)
+    print(f"seed of the kills: {seed}")
+    rng = random.Random(seed)
+    steps_at_kill = []
+    for _ in range(3):
+        process = start_process(tmp_path / "killed", *arguments)
+        lines = read_until(process, "compiled in")
+        time.sleep(rng.uniform(0.05, 0.3) * seconds)
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read()
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        steps_at_kill.append(re.findall(r"continuing from step (\d+)", "".join(lines)) + [rest[-80:]])
+    process = start_process(tmp_path / "killed", *arguments)
+    out = process.stdout.read()
+    assert process.wait() == 0, out
+    assert "continuing from step" in out, steps_at_kill
+    chex.assert_trees_all_equal(last_state(tmp_path / "killed"), last_state(tmp_path / "whole"))
+    # Every evaluation too, and each once; the means of training differ in what they are over.
+    evaluations = [[row for row in rows(tmp_path / run) if "test/loss" in row] for run in ("whole", "killed")]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_says_so_and_the_same_command_continues(tmp_path, number):
+    workdir = tmp_path / "run"
+    arguments = ["--config.total_steps=100000", "--config.save_every_steps=100000"]
+    process = start_process(workdir, *arguments, "--config.eval_every_steps=100000")
+    read_until(process, r"^step \d+/100000")
+    process.send_signal(number)
+    out = process.stdout.read()
+    assert process.wait() == 128 + number
+    name = signal.Signals(number).name
+    step = int(
+        re.search(rf"{name}: saved step (\d+); the same command with this --workdir continues", out)[1]
+    )
+    assert int(last_state(workdir)["step"]) == step > 0
+    assert "Traceback" not in out
+
+    process = start_process(workdir, *arguments, "--config.eval_every_steps=100000")
+    lines = read_until(process, "continuing from step")
+    process.kill()
+    process.communicate()
+    assert f"continuing from step {step} " in lines[-1]
+
+
+def test_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    arguments = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e4"]
+    arguments += ["--config.optimizer.clip_norm=0", "--config.save_every_steps=1", "--config.total_steps=200"]
+    assert run_small(workdir, *arguments, "--config.schedule.warmup_steps=150") == 1
+    message = capsys.readouterr().err
+    step = int(re.search(r"error: \w+ is (nan|inf) at step (\d+): .*learning_rate", message)[2])
+    state = last_state(workdir)
+    assert 1 <= int(state["step"]) < step
+    assert all(np.isfinite(leaf).all() for leaf in state["params"]["head"].values())
+
+
+def test_accumulation_and_streaming_train_the_same_as_one_pass_from_memory(tmp_path):
+    """The order of the data doesn't depend on how it is held, nor the result on how it is cut up."""
+    scores = []
+    for name, *arguments in (
+        ["plain"],
+        ["streamed", "--config.cache_bytes=0"],
+        ["accumulated", "--config.accumulation_steps=4"],
+    ):
+        options = ["--config.total_steps=20", "--config.model.dropout_rate=0", *arguments]
+        options.append("--config.model.stochastic_depth_rate=0")
+        config = load_config("digits.py", [*SMALL, *options])
+        scores.append(train(config, tmp_path / name)["test/loss"])
+    assert scores[0] == scores[1]
+    np.testing.assert_allclose(scores[2], scores[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--config.dataset=digit"], "Dataset 'digit' is unknown: did you mean 'digits'"),
+        (["--config.train_split=trian"], "Split 'trian' of dataset 'digits' cannot be read"),
+        (["--config.test_split=test[:0]"], "Split 'test.:0.' of dataset 'digits' has no examples"),
+        (["--config.preprocess.mean=0.1,0.2,0.3"], "preprocess.mean=.* has 3 values, .* 1 channel"),
+        (
+            ["--config.init_from=imagenet21k/Mixer-B_16"],
+            "init_from='imagenet21k/Mixer-B_16': .*--config.init_from=",
+        ),
+        (["--config.modle.remat=1"], "no key 'modle.remat': did you mean 'model.remat'"),
+    ],
+)
+def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys, arguments, message):
+    assert run_small(tmp_path / "run", *arguments) == 2
+    captured = capsys.readouterr()
+    assert re.search(f"^error: .*{message}", captured.err) and captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batch_that_devices_cannot_share_is_refused(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    command = [
+        sys.executable,
+        "-m",
+        "mlpmixer_flax.train",
+        "--config=digits.py",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert (
+        "batch_size=64 is not divisible by 3 devices x accumulation_steps=1: choose a multiple of 3"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_workdir_of_another_config_is_refused_with_the_keys(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert run_small(workdir, "--config.total_steps=2") == 0
+    before = {file: file.stat().st_mtime_ns for file in workdir.rglob("*")}
+    capsys.readouterr()
+    assert run_small(workdir, "--config.total_steps=3", "--config.seed=5") == 2
+    message = capsys.readouterr().err
+    assert "seed was 0, is 5" in message and "total_steps was 2, is 3" in message
+    assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == before
+
+
+def test_help_teaches_and_missing_config_is_said():
+    done = subprocess.run(
+        [sys.executable, "-m", "mlpmixer_flax.train", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "--config.KEY=VALUE" in done.stdout and "mnist.py" in done.stdout and "continues" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "mlpmixer_flax.train"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--config" in done.stderr
+
+
+def test_default_workdir_is_named_after_config_and_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config=digits.py", *SMALL, "--config.total_steps=1"]) == 0
+    (workdir,) = Path("runs").iterdir()
+    assert re.fullmatch(r"digits-\d{8}-\d{6}", workdir.name)
+
+
+def test_no_tensorflow_is_loaded(tmp_path):
+    code = (
+        "import sys; from mlpmixer_flax.train import main; status = main(sys.argv[1:]); "
+        "loaded = [m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'torch')]; "
+        "sys.exit(f'{status} {loaded}' if status or loaded else 0)"
+    )
+    arguments = ["--config=digits.py", f"--workdir={tmp_path / 'run'}", *SMALL, "--config.total_steps=1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
