@@ -7,7 +7,7 @@ from mlpmixer_flax.config import get_config as get_base_config
 
 
 def get_config():
-    config = get_base_config()  # which is this run, but for augmentation
-    config.augment.crop_padding_px = 1
+    config = get_base_config()
+    config.augment.mixup_alpha = 0.2
     config.optimizer.weight_decay = 0.1
     return config

@@ -166,6 +166,10 @@ def _watch_signals() -> Iterator[list[int]]:
     def note(number, frame):
         caught.append(number)
         signal.signal(number, before[number])
+        print(
+            f"\n{signal.Signals(number).name}: stopping after this step; a second one stops at once",
+            flush=True,
+        )
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -181,10 +185,8 @@ def _finish(workdir: Path, best: tuple[int, float] | None) -> dict[str, float]:
     print(f"done: test accuracy {last[BEST_BY]:.2%} after {last['step']} steps")
     if best:
         print(f"best: {best[1]:.2%} at step {best[0]}")
-    print(
-        f"{workdir}: config.json, class_names.json, preprocess.json, metrics.jsonl, checkpoints/\n"
-        f"curves: tensorboard --logdir {workdir}"
-    )
+    print(f"in {workdir}: checkpoints, metrics.jsonl, config.json, class_names.json, preprocess.json")
+    print(f"curves: tensorboard --logdir {workdir}")
     return last
 
 

@@ -19,8 +19,10 @@ PROGRAMS = "train predict export analyze benchmark".split()
 ALLOWED = {
     "__init__": set(),
     "randaugment": set(),  # a part of augment
+    "datasets": set(),  # a part of dataloader
     **{module: set() for module in LAYER_0},
     "augment": {"randaugment"},
+    "dataloader": {"datasets"},
     "configfile": {"config"},
     "step": {"augment"},
     "plan": {"config", "dataloader", "models", "sharding", "step"},

@@ -14,6 +14,7 @@ import chex
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from made_datasets import encode, write_dataset
 
 from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.train import main, train
@@ -35,7 +36,7 @@ def run_small(workdir, *arguments):
     return main(["--config=digits.py", f"--workdir={workdir}", *SMALL, *arguments])
 
 
-def start_process(workdir, *arguments):
+def start_process(workdir, *arguments, **options):
     command = [
         sys.executable,
         "-u",
@@ -55,6 +56,7 @@ def start_process(workdir, *arguments):
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
+        **options,
     )
 
 
@@ -169,6 +171,19 @@ def test_signal_saves_says_so_and_the_same_command_continues(tmp_path, number):
     assert f"continuing from step {step} " in lines[-1]
 
 
+def test_interrupt_from_a_terminal_reaches_the_workers_too_and_saves_all_the_same(tmp_path):
+    streamed = ["--config.cache_bytes=0", "--config.num_workers=2", "--config.eval_every_steps=20"]
+    arguments = [*streamed, "--config.total_steps=100000", "--config.save_every_steps=100000"]
+    process = start_process(tmp_path / "run", *arguments, start_new_session=True)
+    read_until(process, r"^step \d+/100000")
+    os.killpg(process.pid, signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGINT, out
+    step = int(re.search(r"SIGINT: saved step (\d+)", out)[1])
+    assert int(last_state(tmp_path / "run")["step"]) == step > 0
+    assert "Traceback" not in out
+
+
 def test_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e4"]
@@ -217,6 +232,30 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys
     captured = capsys.readouterr()
     assert re.search(f"^error: .*{message}", captured.err) and captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda image: (image[: len(image) // 2], 1),
+            r"Image 3 \(train-3\) of split 'train' of dataset 'broken' ",
+        ),
+        (lambda image: (image, -1), "has label -1, which is not in"),
+    ],
+)
+def test_bad_example_is_named_and_nothing_written(tmp_path, capsys, damage, message):
+    image = encode(np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)[..., 0])
+    examples = [(image, i % 3) for i in range(8)]
+    examples[3] = damage(image)
+    data_dir = write_dataset(
+        tmp_path / "data", "broken", {"train": examples, "test": examples[:2]}, image_shape=(8, 8, 1)
+    )
+    arguments = ["--config.dataset=broken", f"--config.data_dir={data_dir}", "--config.batch_size=4"]
+    assert run_small(tmp_path / "run", *arguments) == 2
+    captured = capsys.readouterr()
+    assert re.search(f"^error: .*{message}", captured.err) and captured.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_batch_that_devices_cannot_share_is_refused(tmp_path):
