@@ -241,7 +241,7 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys
             lambda image: (image[: len(image) // 2], 1),
             r"Image 3 \(train-3\) of split 'train' of dataset 'broken' ",
         ),
-        (lambda image: (image, -1), "has label -1, which is not in"),
+        (lambda image: (image, -1), "its label -1 is not in "),
     ],
 )
 def test_bad_example_is_named_and_nothing_written(tmp_path, capsys, damage, message):
@@ -252,6 +252,7 @@ def test_bad_example_is_named_and_nothing_written(tmp_path, capsys, damage, mess
         tmp_path / "data", "broken", {"train": examples, "test": examples[:2]}, image_shape=(8, 8, 1)
     )
     arguments = ["--config.dataset=broken", f"--config.data_dir={data_dir}", "--config.batch_size=4"]
+    capsys.readouterr()
     assert run_small(tmp_path / "run", *arguments) == 2
     captured = capsys.readouterr()
     assert re.search(f"^error: .*{message}", captured.err) and captured.err.count("\n") == 1
