@@ -67,7 +67,7 @@ class Reporter:
         file = workdir / "metrics.jsonl"
         _drop_after(file, start_step)
         self._jsonl = file.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,

@@ -14,7 +14,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, params: An
     """Per module: output shape, parameters, MACs of one image; then the totals.
 
     `params` and `opt_state` are trees of arrays or jax.ShapeDtypeStruct. MACs are those of convolution and
-    dense layers, which is how the paper counts; LayerNorm, GELU and sums are left out. Only the first of the
+    dense layers; LayerNorm, GELU and sums are left out. Only the first of the
     equal Mixer blocks is listed with its parts.
     """
     rows, total_macs = [], 0

@@ -147,7 +147,10 @@ def test_every_parameter_gets_a_gradient(remat):
     params = random_params(model, images)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, images) ** 2)))(params)
     for name, grad in flatten_dict(grads, sep="/").items():
-        assert jnp.all(jnp.any(grad != 0)), name
+        # That bias moves all channels of a token alike, and every LayerNorm after it takes this out again:
+        # but for rounding its gradient is zero, in the original too.
+        largest = float(jnp.abs(grad).max())
+        assert largest < 1e-4 if name.endswith("token_mixing/Dense_1/bias") else largest > 1e-2, name
 
 
 def test_remat_changes_neither_parameters_nor_gradients():

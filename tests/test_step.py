@@ -1,0 +1,656 @@
+"""The update against NumPy: schedules, optimizers, losses, accumulation, average, randomness; the scoring."""
+
+import math
+from functools import cache, partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlpmixer_flax import augment
+from mlpmixer_flax.config import CHOICES, get_config, in_steps, validate
+from mlpmixer_flax.models import GELU, MlpMixer
+from mlpmixer_flax.step import (
+    LOSSES,
+    TrainState,
+    init_state,
+    kernels_only,
+    make_eval_step,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+)
+
+CLASSES = 3
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, which takes nearly all of the time here
+TINY = {
+    "model.patches.size": (4, 4),
+    "model.hidden_dim": 8,
+    "model.num_blocks": 1,
+    "model.tokens_mlp_dim": 6,
+    "model.channels_mlp_dim": 10,
+}
+# Plain gradient descent: what is wrong with a gradient shows in the parameters at its size.
+DESCENT = {
+    "optimizer.name": "sgd",
+    "optimizer.momentum": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.learning_rate": 0.1,
+    "schedule.name": "constant",
+}
+SHIFTED = {"augment.crop_padding_px": 1, "augment.flip": True}
+MIXED = {"augment.mixup_alpha": 0.5, "augment.cutmix_alpha": 1.0, "augment.label_smoothing": 0.1}
+
+
+def config_with(**values):
+    config = get_config()
+    config.update_from_flattened_dict({**TINY, **values})
+    return config
+
+
+def tiny_model(config):
+    return MlpMixer(num_classes=CLASSES, **config.model.to_dict())
+
+
+def tiny_batch(n=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8),
+        "label": rng.integers(0, CLASSES, n, dtype=np.int32),
+        "mask": np.ones(n, bool),
+    }
+
+
+def make_run(**values):
+    """A jitted update and a state whose parameters are all away from zero, head and biases too."""
+    return _make_run(tuple(sorted(values.items())))
+
+
+@cache  # tests share compiled updates
+def _make_run(values):
+    values = dict(values)
+    warmup_steps = values.get("schedule.warmup_steps", 0)
+    config = config_with(**values)
+    model = tiny_model(config)
+    schedule = make_schedule(config, total_steps=10, warmup_steps=warmup_steps)
+    optimizer = make_optimizer(config, schedule)
+    state = jax.eval_shape(lambda: start(model, optimizer, config))
+    update = make_train_step(model, optimizer, schedule, config)
+    return jax.jit(update, compiler_options=QUICK), fill(state)
+
+
+def start(model, optimizer, config):
+    return init_state(model, optimizer, seed=config.seed, image_shape=(8, 8, 1), ema=config.ema_decay > 0)
+
+
+def fill(state):
+    """Shapes of a state -> random parameters, the average equal to them, the optimizer at zero."""
+    rng = np.random.default_rng(7)
+
+    def zeros(tree):
+        return jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), tree)
+
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 0.3, p.shape).astype(p.dtype) + np.float32(p.ndim == 1), state.params
+    )
+    ema = None if state.ema is None else params
+    return TrainState(zeros(state.step), params, zeros(state.opt_state), ema)
+
+
+# Schedules
+
+
+def by_hand(name, step, *, peak, total, warmup, final):
+    if step < warmup:
+        return peak * step / warmup
+    share = min((step - warmup) / (total - warmup), 1.0)
+    return {
+        "cosine": peak * (final + (1 - final) * (1 + math.cos(math.pi * share)) / 2),
+        "linear": peak * (1 + (final - 1) * share),
+        "constant": peak,
+        "rsqrt": peak * math.sqrt(warmup / step) if step else None,
+    }[name]
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "warmup"),
+    [(name, warmup) for name in CHOICES["schedule.name"] for warmup in (0, 8) if name != "rsqrt" or warmup],
+)
+def test_schedule_equals_its_formula_at_every_step(name, warmup, final):
+    config = config_with(
+        **{
+            "schedule.name": name,
+            "schedule.final_fraction": final,
+            "optimizer.learning_rate": 0.3,
+        }
+    )
+    schedule = make_schedule(config, total_steps=28, warmup_steps=warmup)
+    steps = np.arange(31)  # past the end, too
+    expected = [by_hand(name, s, peak=0.3, total=28, warmup=warmup, final=final) for s in steps]
+    # cos near pi in float32 leaves 1e-8 of the peak where the formula has 0.
+    np.testing.assert_allclose(jax.jit(schedule)(steps), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "landmarks"),  # step -> share of the peak, warmup 10 of 110 steps, final_fraction 0.2
+    [
+        ("cosine", {0: 0, 5: 0.5, 10: 1, 60: 0.6, 110: 0.2}),
+        ("linear", {0: 0, 5: 0.5, 10: 1, 60: 0.6, 85: 0.4, 110: 0.2}),
+        ("constant", {0: 0, 5: 0.5, 10: 1, 60: 1, 110: 1}),
+        ("rsqrt", {0: 0, 5: 0.5, 10: 1, 40: 0.5, 90: 1 / 3}),
+    ],
+)
+def test_schedule_passes_its_landmarks(name, landmarks):
+    config = config_with(
+        **{"schedule.name": name, "schedule.final_fraction": 0.2, "optimizer.learning_rate": 2.0}
+    )
+    schedule = jax.jit(make_schedule(config, total_steps=110, warmup_steps=10))
+    shares = schedule(np.array(list(landmarks))) / 2.0
+    np.testing.assert_allclose(shares, list(landmarks.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHOICES["schedule.name"])
+def test_schedule_is_finite_where_the_warmup_takes_the_whole_run(name):
+    config = config_with(**{"schedule.name": name, "optimizer.learning_rate": 1.0})
+    schedule = jax.jit(make_schedule(config, total_steps=5, warmup_steps=8))
+    np.testing.assert_allclose(schedule(np.arange(5)), np.arange(5) / 8, rtol=1e-6)
+
+
+def test_rsqrt_learns_where_a_short_warmup_rounds_to_no_step():
+    """warmup_epochs=0.01 of 30 steps an epoch: config.validate lets it pass, and it is 0 steps."""
+    config = config_with(**{"schedule.name": "rsqrt", "schedule.warmup_epochs": 0.01})
+    validate(config)
+    warmup_steps = in_steps(config.schedule, "warmup", 30)
+    assert warmup_steps == 0
+    schedule = jax.jit(make_schedule(config, total_steps=10, warmup_steps=warmup_steps))
+    rates = schedule(np.arange(10))
+    assert np.isfinite(rates).all() and (rates > 0).all(), rates
+
+
+# Optimizers, on a tree with every kind of leaf
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+
+    def leaf(*shape):
+        return (scale * rng.normal(size=shape)).astype(np.float32)
+
+    return {
+        "stem": {"kernel": leaf(2, 2, 1, 3), "bias": leaf(3)},
+        "LayerNorm_0": {"scale": leaf(3), "bias": leaf(3)},
+        "head": {"kernel": leaf(3, 2), "bias": leaf(2)},
+    }
+
+
+def is_kernel(path):
+    return path[-1].key == "kernel"
+
+
+def descend(config, params, grads_of_steps, schedule=lambda step: 0.1 / (1 + step)):
+    """Parameters after each update, and the last optimizer state."""
+    optimizer = make_optimizer(config, schedule)
+    state, history = jax.jit(optimizer.init)(params), []
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    for grads in grads_of_steps:
+        params, state = update(grads, state, params)
+        history.append(params)
+    return history, state
+
+
+def descend_by_hand(config, params, grads_of_steps):
+    """The same in float64, from the papers' formulas; the learning rate is 0.1 / (1 + step)."""
+    o, history = config.optimizer, []
+    params = jax.tree.map(np.float64, params)
+    first = second = jax.tree.map(np.zeros_like, params)
+    for step, grads in enumerate(grads_of_steps):
+        grads = jax.tree.map(np.float64, grads)
+        norm = math.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+        if o.clip_norm and norm > o.clip_norm:
+            grads = jax.tree.map(lambda g, by=o.clip_norm / norm: g * by, grads)
+        if o.name == "sgd":
+            first = jax.tree.map(lambda m, g: o.momentum * m + g, first, grads)
+            direction = first
+        else:
+            first = jax.tree.map(lambda m, g: o.b1 * m + (1 - o.b1) * g, first, grads)
+            second = jax.tree.map(lambda v, g: o.b2 * v + (1 - o.b2) * g * g, second, grads)
+            a, b = 1 - o.b1 ** (step + 1), 1 - o.b2 ** (step + 1)
+            direction = jax.tree.map(lambda m, v, a=a, b=b: (m / a) / (np.sqrt(v / b) + 1e-8), first, second)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, p, d, lr=0.1 / (1 + step): p - lr * (d + o.weight_decay * is_kernel(path) * p),
+            params,
+            direction,
+        )
+        history.append(params)
+    return history
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "sgd", "momentum": 0.9, "clip_norm": 0.0},
+        {"name": "sgd", "momentum": 0.5, "clip_norm": 1.5, "weight_decay": 0.2},
+        {"name": "adam", "b1": 0.8, "b2": 0.95, "clip_norm": 0.0},
+        {"name": "adamw", "b1": 0.8, "b2": 0.95, "clip_norm": 1.5, "weight_decay": 0.2},
+    ],
+    ids=lambda values: f"{values['name']}-clip{values['clip_norm']}",
+)
+def test_optimizer_equals_its_formula_over_several_steps(values):
+    config = config_with(**{f"optimizer.{key}": value for key, value in values.items()})
+    # Some gradients are above and some below the norm to clip at, 1.5.
+    grads = [tree(seed, scale) for seed, scale in ((1, 1.0), (2, 0.1), (3, 3.0), (4, 0.2))]
+    history, _ = descend(config, tree(0), grads)
+    expected = descend_by_hand(config, tree(0), grads)
+    for ours, theirs in zip(history, expected, strict=True):
+        chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "norm"), [(1.0, 0.5), (0.01, None)])
+def test_gradient_is_clipped_by_its_global_norm_and_only_above_it(scale, norm):
+    config = config_with(**{**DESCENT, "optimizer.clip_norm": 0.5})
+    grads = tree(1, scale)
+    (after,), _ = descend(config, jax.tree.map(np.zeros_like, grads), [grads], lambda step: 1.0)
+    flat, applied = (np.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (grads, after))
+    length = np.linalg.norm(flat.astype(np.float64))
+    assert (length > 0.5) == (norm is not None)  # the test means what it says
+    np.testing.assert_allclose(np.linalg.norm(applied), norm or length, rtol=1e-5)
+    np.testing.assert_allclose(applied / np.linalg.norm(applied), -flat / length, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_is_decoupled_and_of_kernels_only(name):
+    """With no gradient an update is the decay alone: learning rate x decay x parameter."""
+    config = config_with(**{"optimizer.name": name, "optimizer.weight_decay": 0.2})
+    params = tree(0)
+    (after,), _ = descend(config, params, [jax.tree.map(np.zeros_like, params)], lambda step: 0.5)
+
+    def check(path, before, after):
+        if is_kernel(path):
+            np.testing.assert_allclose(before - after, 0.5 * 0.2 * before, rtol=1e-5, atol=1e-7)
+        else:
+            np.testing.assert_array_equal(after, before)
+
+    jax.tree_util.tree_map_with_path(check, params, after)
+
+
+def test_decay_covers_exactly_the_kernels_of_the_model():
+    config = config_with()
+    shapes = jax.eval_shape(tiny_model(config).init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    names = jax.tree_util.tree_map_with_path(lambda path, p: is_kernel(path), shapes)
+    assert kernels_only(shapes) == names
+    assert sum(jax.tree.leaves(names)) == 6  # stem, two in each MLP, head
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_bfloat16_accumulator_is_stored_so_and_holds_the_rounded_moment(name):
+    values = {"optimizer.name": name, "optimizer.clip_norm": 0.0, "optimizer.accumulator_dtype": "bfloat16"}
+    grads = tree(1)
+    (after,), state = descend(config_with(**values), tree(0), [grads])
+    stored = {
+        dtype: [leaf for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.dtype == dtype]
+        for dtype in (jnp.bfloat16, jnp.float32)
+    }
+    assert len(stored[jnp.bfloat16]) == len(jax.tree.leaves(grads))  # momentum or Adam's first moment
+    assert len(stored[jnp.float32]) == (0 if name == "sgd" else len(jax.tree.leaves(grads)))
+    share = 1.0 if name == "sgd" else 0.1  # 1 - b1
+    for leaf, grad in zip(stored[jnp.bfloat16], jax.tree.leaves(grads), strict=True):
+        # 8 bits of mantissa, rounded to nearest
+        np.testing.assert_allclose(np.float32(leaf), share * grad, rtol=2**-8)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(after))
+    (plain,), state = descend(
+        config_with(**{**values, "optimizer.accumulator_dtype": "float32"}), tree(0), [grads]
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state) if leaf.ndim)
+    chex.assert_trees_all_close(after, plain, rtol=1e-6)  # what is rounded is the store, not this update
+
+
+# Losses, and the names in the config
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def loss_by_hand(name, logits, labels):
+    if name == "softmax":
+        return -(labels * log_softmax(logits)).sum(-1)
+    p = 1 / (1 + np.exp(-logits))
+    return -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).sum(-1)
+
+
+@pytest.mark.parametrize("name", CHOICES["loss"])
+def test_loss_equals_its_formula_with_soft_labels(name):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, (6, 5)), rng.dirichlet(np.ones(5), 6)
+    loss = jax.jit(LOSSES[name])(np.float32(logits), np.float32(labels))
+    np.testing.assert_allclose(loss, loss_by_hand(name, logits, labels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHOICES["loss"])
+def test_loss_is_finite_and_exact_for_confident_wrong_logits(name):
+    logits, labels = np.float32([[200.0, -200.0]]), np.float32([[0.0, 1.0]])
+    np.testing.assert_allclose(
+        jax.jit(LOSSES[name])(logits, labels), {"softmax": [400.0], "sigmoid": [400.0]}[name]
+    )
+
+
+def test_names_in_the_config_are_those_of_the_tables():
+    assert set(CHOICES["loss"]) == set(LOSSES)
+    assert set(CHOICES["model.gelu"]) == set(GELU)
+
+
+def build(config):
+    """Everything that reads a name, traced and not compiled."""
+    schedule = make_schedule(config, total_steps=10, warmup_steps=2)
+    optimizer = make_optimizer(config, schedule)
+    model = tiny_model(config)
+    state = jax.eval_shape(lambda: start(model, optimizer, config))
+    batch = {**tiny_batch(), "image": np.zeros((8, 6, 6, 1), np.uint8)}  # resized to 8 px
+    jax.eval_shape(make_train_step(model, optimizer, schedule, config), state, batch)
+    jax.eval_shape(make_eval_step(model, config), state.params, batch)
+
+
+@pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in CHOICES.items() for name in names])
+def test_every_name_in_the_config_builds_a_run(key, name):
+    build(config_with(**{key: name}))
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_another_name_builds_none(key):
+    with pytest.raises((ValueError, KeyError, TypeError), match="lamb"):
+        build(config_with(**{key: "lamb"}))
+
+
+# The update
+
+
+@pytest.mark.parametrize("loss", CHOICES["loss"])
+def test_one_update_is_a_step_down_the_gradient_of_the_loss(loss):
+    update, state = make_run(**DESCENT, loss=loss)
+    batch = tiny_batch()
+    model = tiny_model(config_with())
+    images = np.float32(batch["image"]) / 127.5 - 1  # mean and std 0.5
+    one_hot = np.eye(CLASSES, dtype=np.float32)[batch["label"]]
+
+    @jax.jit
+    def forward(params):
+        def mean_loss(params):
+            logits = model.apply({"params": params}, images)
+            if loss == "softmax":
+                return -jnp.sum(one_hot * jax.nn.log_softmax(logits)) / 8, logits
+            return -jnp.sum(jax.nn.log_sigmoid((2 * one_hot - 1) * logits)) / 8, logits
+
+        return jax.grad(mean_loss, has_aux=True)(params)
+
+    grads, logits = forward(state.params)
+    after, metrics = update(state, batch)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, jax.device_get(grads))
+    chex.assert_trees_all_close(after.params, expected, rtol=1e-5, atol=1e-6)
+
+    def norm(t):
+        return math.sqrt(sum((np.float64(x) ** 2).sum() for x in jax.tree.leaves(t)))
+
+    by_hand = {
+        "loss": loss_by_hand(loss, np.float64(logits), one_hot).mean(),
+        "accuracy": (np.argmax(logits, -1) == batch["label"]).mean(),
+        "gradient_norm": norm(grads),
+        "parameter_norm": norm(expected),
+        "learning_rate": 0.1,
+    }
+    assert metrics.keys() == by_hand.keys()
+    for name, value in by_hand.items():
+        assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    assert 0 < by_hand["accuracy"] < 1  # a constant would not pass
+
+
+def test_average_follows_its_formula_and_steps_count_up():
+    values = {"ema_decay": 0.2, "optimizer.learning_rate": 1.0, "schedule.warmup_steps": 2}
+    update, state = make_run(**{**DESCENT, **values, "optimizer.clip_norm": 0.2})
+    expected, decays = state.params, []
+    for step in range(4):
+        before = state
+        state, metrics = update(state, tiny_batch(seed=step))
+        assert int(state.step) == step + 1 and state.step.dtype == jnp.int32
+        np.testing.assert_allclose(metrics["learning_rate"], [0.0, 0.5, 1.0, 1.0][step])
+        if step == 0:  # the warmup starts at 0
+            chex.assert_trees_all_equal(state.params, before.params)
+            # The norm reported is that before clipping.
+            unclipped, start = make_run(**DESCENT)
+            norm = unclipped(start, tiny_batch())[1]["gradient_norm"]
+            assert norm > 0.2
+            np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+        decays.append(min(0.2, (1 + step) / (10 + step)))
+        expected = jax.tree.map(
+            lambda e, p, d=decays[-1]: d * e + (1 - d) * np.float64(p),
+            expected,
+            jax.device_get(state.params),
+        )
+        chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+    assert decays[1] < decays[2] == 0.2  # both sides of the minimum were met
+    assert state.eval_params is state.ema
+    gap = jax.tree.map(lambda e, p: np.abs(e - p).max(), state.ema, state.params)
+    assert max(jax.tree.leaves(gap)) > 1e-3
+
+
+def test_without_average_the_parameters_are_evaluated():
+    update, state = make_run(**DESCENT)
+    assert state.ema is None
+    state, _ = update(state, tiny_batch())
+    assert state.ema is None and state.eval_params is state.params
+
+
+@cache
+def initial_states():
+    """Seed -> state, jitted once."""
+    config = config_with(**{"ema_decay": 0.9, "model.head_bias_init": -6.9})
+    optimizer, model = make_optimizer(config, lambda step: 0.1), tiny_model(config)
+    return jax.jit(
+        lambda seed: init_state(model, optimizer, seed=seed, image_shape=(8, 8, 1), ema=True),
+        compiler_options=QUICK,
+    )
+
+
+def test_initial_average_equals_the_parameters_in_buffers_of_its_own():
+    state = initial_states()(3)
+    chex.assert_trees_all_equal(state.ema, state.params)
+    assert int(state.step) == 0
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)  # or the update could not be donated the state
+
+
+def test_initial_weights_derive_from_the_seed():
+    one, again, other = (initial_states()(seed).params["stem"]["kernel"] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_head_bias_starts_the_sigmoid_loss_low():
+    params = initial_states()(0).params
+    np.testing.assert_array_equal(params["head"]["bias"], np.float32([-6.9] * CLASSES))
+    update, state = make_run(**DESCENT, loss="sigmoid")
+    _, metrics = update(state.replace(params=params), tiny_batch())
+    p = 1 / (1 + math.exp(6.9))
+    np.testing.assert_allclose(metrics["loss"], -math.log(p) - 2 * math.log(1 - p), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("values", "passes"), [({}, (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
+def test_accumulated_parts_equal_the_whole_batch(values, passes):
+    """Also with mixup and CutMix, which take their partners from the whole batch, not from the part."""
+    (whole, by_whole), *others = (
+        update(state, tiny_batch())
+        for update, state in [
+            make_run(**DESCENT, **values),
+            *(make_run(**DESCENT, **values, accumulation_steps=n) for n in passes),
+        ]
+    )
+    for parts, by_parts in others:
+        # Sums in another order: float32 rounding.
+        chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(by_parts, by_whole, rtol=1e-5)
+    assert by_whole["gradient_norm"] > 0.1
+
+
+def test_parts_of_a_batch_drop_different_units():
+    """Both parts are the same images: with one mask for both, their losses would be equal."""
+    values = {**DESCENT, "model.dropout_rate": 0.5}
+    two, state = make_run(**values, accumulation_steps=2)
+    half = tiny_batch(4)
+    double = {name: np.repeat(rows, 2, axis=0) for name, rows in half.items()}  # parts: every second row
+    _, by_two = two(state, double)
+    model = tiny_model(config_with(**values))
+    images = np.float32(half["image"]) / 127.5 - 1
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def part_losses(params):
+        def loss(key):
+            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), half["label"]])
+
+        _, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
+        return jnp.stack([loss(key) for key in jax.random.split(dropout_key, 2)])
+
+    losses = part_losses(state.params)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    np.testing.assert_allclose(by_two["loss"], np.mean(losses), rtol=1e-5)
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("values", [SHIFTED, {"model.dropout_rate": 0.5}], ids=["augment", "dropout"])
+def test_randomness_is_a_function_of_seed_and_step(values):
+    update, state = make_run(**DESCENT, **values)
+    batch = tiny_batch()
+    first, by_first = update(state, batch)
+    again, by_again = update(state, batch)
+    chex.assert_trees_all_equal((first, by_first), (again, by_again))
+
+    def at_step(update, step):
+        return float(update(state.replace(step=np.int32(step)), batch)[1]["loss"])
+
+    losses = [at_step(update, step) for step in (0, 1, 2, 1_000_000)]
+    if values is SHIFTED:  # both get their keys from the same one: one recompilation tells
+        losses.append(at_step(make_run(**DESCENT, **values, seed=1)[0], 0))
+    assert losses[0] == float(by_first["loss"])
+    gaps = [abs(a - b) for i, a in enumerate(losses) for b in losses[:i]]
+    assert min(gaps) > 1e-4
+
+
+def test_nothing_is_random_where_augmentation_and_dropout_are_off():
+    update, state = make_run(**DESCENT)
+    (a, by_a), (b, by_b) = (update(state.replace(step=np.int32(s)), tiny_batch()) for s in (0, 5))
+    chex.assert_trees_all_equal((a.params, by_a), (b.params, by_b))
+
+
+def test_mixed_precision_keeps_parameters_and_optimizer_in_float32():
+    update, state = make_run(**{"model.dtype": "bfloat16", "ema_decay": 0.9, "accumulation_steps": 2})
+    exact, start = make_run(**DESCENT)
+    after, metrics = update(state, tiny_batch())
+    for leaf in jax.tree.leaves((after.params, after.ema, after.opt_state, metrics)):
+        assert leaf.dtype == (jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32)
+    gap = abs(float(metrics["loss"]) - float(exact(start, tiny_batch())[1]["loss"]))
+    assert 1e-5 < gap < 0.05  # it does compute in bfloat16, whose rounding is 0.4 %
+
+
+# Scoring
+
+
+class FirstPixels(nn.Module):
+    """Logits are the first pixels of the image: what comes out can be worked out by hand."""
+
+    num_classes: int
+
+    def __call__(self, images, *, train=False):
+        return images.reshape(images.shape[0], -1)[:, : self.num_classes]
+
+
+def score(logits, labels, mask, *, loss="softmax"):
+    """eval_step of images that hold these logits, whole numbers from 0 to 255 times 1/255 x 255 = 1."""
+    n, classes = np.shape(logits)
+    config = config_with(
+        **{
+            "preprocess.image_size_px": 3,
+            "preprocess.mean": (0.0,),
+            "preprocess.std": (1 / 255,),
+            "loss": loss,
+        }
+    )
+    images = np.full((n, 9), 255, np.uint8)
+    images[:, :classes] = logits
+    batch = {"image": images.reshape(n, 3, 3, 1), "label": np.int32(labels), "mask": np.array(mask)}
+    return jax.device_get(jax.jit(make_eval_step(FirstPixels(classes), config))({}, batch))
+
+
+def test_scores_are_sums_over_unmasked_rows_top1_and_top5_by_hand():
+    logits = [
+        [9, 1, 2, 3, 4, 5, 6],  # label 0: best
+        [9, 1, 2, 3, 4, 5, 6],  # label 3: fifth
+        [9, 1, 2, 3, 4, 5, 6],  # label 2: sixth
+        [1, 8, 2, 3, 4, 5, 6],  # label 1: best
+        [9, 1, 2, 3, 4, 5, 6],  # label 0, masked
+        [0, 0, 0, 0, 0, 0, 200],  # label 0, masked: a loss of 200 to be left out
+    ]
+    labels, mask = [0, 3, 2, 1, 0, 0], [True] * 4 + [False] * 2
+    sums = score(logits, labels, mask)
+    losses = -log_softmax(np.float64(logits))[np.arange(6), labels]
+    assert sums.keys() == {"loss", "accuracy", "accuracy_top5", "count"}
+    assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (2, 3, 4)
+    np.testing.assert_allclose(sums["loss"], losses[:4].sum(), rtol=1e-5)
+    assert all(value.dtype == np.float32 and value.shape == () for value in sums.values())
+
+
+def test_scores_use_the_loss_of_the_config():
+    logits, labels = [[3, 1, 2], [0, 4, 1]], [0, 2]
+    one_hot = np.eye(3)[labels]
+    sums = score(logits, labels, [True, True], loss="sigmoid")
+    expected = loss_by_hand("sigmoid", np.float64(logits), one_hot).sum()
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_top5_of_five_classes_or_fewer_is_everything(classes):
+    logits = np.tile(np.arange(classes), (classes, 1))
+    sums = score(logits, np.arange(classes), [True] * classes)
+    assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (1, classes, classes)
+
+
+def test_a_batch_of_padding_alone_counts_nothing():
+    sums = score([[1, 2], [3, 4]], [0, 0], [False, False])
+    assert sums == {"loss": 0, "accuracy": 0, "accuracy_top5": 0, "count": 0}
+
+
+def test_scoring_takes_the_test_time_path_without_dropout_or_augmentation():
+    values = {
+        **SHIFTED,
+        "preprocess.crop_fraction": 0.5,
+        "preprocess.mean": (0.2,),
+        "model.dropout_rate": 0.5,
+        "model.stochastic_depth_rate": 0.5,
+    }
+    config = config_with(**values)
+    model, batch = tiny_model(config), tiny_batch()
+    params = make_run(**DESCENT)[1].params
+
+    @jax.jit
+    def by_hand(params):
+        middle = np.float32(batch["image"][:, 2:6, 2:6])
+        images = (augment.resize(middle, 8, "bilinear") / 255 - 0.2) / 0.5
+        return model.apply({"params": params}, images)
+
+    sums = jax.jit(make_eval_step(model, config))(params, batch)
+    logits = np.float64(by_hand(params))
+    np.testing.assert_allclose(
+        sums["loss"], -log_softmax(logits)[np.arange(8), batch["label"]].sum(), rtol=1e-5
+    )
+    assert sums["accuracy"] == (logits.argmax(-1) == batch["label"]).sum()
