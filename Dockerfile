@@ -1,6 +1,6 @@
 # Build:  docker build -t mlpmixer-flax .      (GPU: add --build-arg EXTRAS=[cuda])
 # Train:  mkdir -p runs && docker run --user "$(id -u)" -v "$PWD/runs:/data/runs" mlpmixer-flax
-# Another program follows the image's name: mlpmixer_flax.evaluate --help      (GPU: add --gpus all)
+# Arguments after the image's name replace the last line: mlpmixer_flax.train --help      (GPU: add --gpus all)
 FROM python:3.12-slim
 
 ARG EXTRAS=""

@@ -10,12 +10,14 @@ from mlpmixer_flax.config import mixer_mnist_config
 def get_config():
     config = get_base_config()
     config.dataset = "mnist"
-    config.batch_size = 128
-    config.total_epochs = 10.0
+    config.batch_size = 64
+    config.accumulation_steps = 4  # 16 images a pass fit the caches of a CPU; a GPU would rather have 1
+    config.total_epochs = 8.0
     config.preprocess.image_size_px = 28
     config.augment.crop_padding_px = 2
     config.model.update(mixer_mnist_config)
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
     config.schedule.warmup_steps = 100
+    config.ema_decay = 0.99
     return config

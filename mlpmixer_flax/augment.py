@@ -93,7 +93,7 @@ def prepare(
 def central_crop(images: jax.Array, fraction: float) -> jax.Array:
     """The middle of (n, h, w, c), keeping `fraction` of each side, to the nearest pixel."""
     h, w = images.shape[1:3]
-    height, width = round(h * fraction), round(w * fraction)
+    height, width = max(round(h * fraction), 1), max(round(w * fraction), 1)
     top, left = (h - height) // 2, (w - width) // 2
     return images[:, top : top + height, left : left + width]
 

@@ -20,12 +20,19 @@ BEST_BY = "test/accuracy"
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     """Raises UserError, and writes nothing, where a run of this config cannot use the directory."""
     stored = workdir / "config.json"
-    existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
+    try:
+        existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
+    except OSError as error:
+        raise UserError(f"cannot use workdir {workdir} ({error.strerror}): choose another") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to workdir {workdir}: {existing} is not a directory you may write to")
     if not stored.exists():
+        if (workdir / "checkpoints").exists():
+            raise UserError(
+                f"{workdir} has checkpoints but no config.json to tell whose: choose another --workdir"
+            )
         return
-    theirs = flatten_dict(read_json(stored), sep=".")
+    theirs = flatten_dict(_read_config(stored), sep=".")
     ours = flatten_dict(json.loads(json.dumps(config)), sep=".")  # tuples become lists, as in the file
     differing = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
     if differing:
@@ -33,12 +40,14 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{workdir} holds a run of another config ({changes}): choose another --workdir")
 
 
-def read_json(file: Path) -> Any:
-    """Raises UserError for a file that is not JSON."""
+def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): choose another --workdir") from None
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no config of a run: choose another --workdir")
+    return config
 
 
 def write_run(workdir: Path, config: dict[str, Any], *, class_names: list[str]) -> None:
@@ -65,6 +74,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
         self._keep = keep
+        self._drop_damaged_metrics()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -79,6 +89,14 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a killed run was in the middle of writing
         )
         return ocp.CheckpointManager(epath.Path(self.folder), options=options)
+
+    def _drop_damaged_metrics(self) -> None:
+        """Orbax opens no folder with such a file in it; without its metrics a checkpoint is as good, but never best."""
+        for file in self.folder.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError:
+                shutil.rmtree(file.parent)
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
         """Returns once the state is copied off the devices; a step that is saved already is left alone."""

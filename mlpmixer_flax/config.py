@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     config.train_split = "train"  # TFDS split syntax: "train[:90%]"
     config.test_split = "test"  # scored every `eval_every`
     config.batch_size = 64  # images an update, over all devices
-    config.accumulation_steps = 1  # forward-backward passes an update: less memory, the same result
+    config.accumulation_steps = 1  # passes an update: less memory, same result but for dropout's draws
     config.cache_bytes = 4 * 1024**3  # a split that decodes to no more is held in memory, others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this one
 
@@ -98,7 +98,7 @@ def get_config() -> ConfigDict:
     config.augment.label_smoothing = 0.0  # share of the label spread over all classes
 
     # Model: the fields of models.MlpMixer
-    config.model = ConfigDict(mixer_digits_config)
+    config.model = ConfigDict(mixer_digits_config.to_dict())
     config.model.gelu = "tanh"  # as Google's; "erf" as timm's
     config.model.dropout_rate = 0.0  # inside both MLPs
     config.model.stochastic_depth_rate = 0.0  # of skipping the last block; linearly to 0 at the first
@@ -162,8 +162,12 @@ def get_pretraining_config() -> ConfigDict:
 
 
 def in_steps(section: ConfigDict, name: str, steps_per_epoch: float) -> int:
-    """A duration of a config section in updates: `<name>_steps`, or `<name>_epochs` where that is 0."""
-    return section[f"{name}_steps"] or round(section[f"{name}_epochs"] * steps_per_epoch)
+    """A duration of a config section in updates: `<name>_steps`, or `<name>_epochs` where that is 0.
+
+    0 only where both are: any part of an epoch is at least one step.
+    """
+    steps, epochs = section[f"{name}_steps"], section[f"{name}_epochs"]
+    return steps or (max(round(epochs * steps_per_epoch), 1) if epochs else 0)
 
 
 def flatten(config: ConfigDict) -> dict[str, object]:
@@ -202,8 +206,10 @@ _RANGES = (
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError, naming the key, the value and the remedy, for what no run could use."""
-    flat = flatten(config)
+    flat, base = flatten(config), flatten(get_config())
     for key, value in flat.items():
+        if not _is_like(value, base[key]):
+            raise UserError(f"{key}={value!r} is of the wrong type: something like {base[key]!r} is needed")
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (int, float)):
                 continue
@@ -222,20 +228,25 @@ def validate(config: ConfigDict) -> None:
     _validate_combinations(config)
 
 
+def _is_like(value: object, base: object) -> bool:
+    if isinstance(base, tuple):
+        return isinstance(value, tuple) and all(_is_like(element, base[0]) for element in value)
+    if isinstance(base, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is type(base)
+
+
 def _validate_combinations(config: ConfigDict) -> None:
     size, patch = config.preprocess.image_size_px, config.model.patches["size"]
-    if len(patch) != 2 or not all(isinstance(side, int) for side in patch):
-        raise UserError(f"model.patches.size={patch!r} must be two whole numbers of pixels: (height, width)")
+    if len(patch) != 2:
+        raise UserError(f"model.patches.size={patch!r} must be two numbers of pixels: (height, width)")
     if size % patch[0] or size % patch[1]:
         raise UserError(
             f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {size}x{size} px: "
             "choose another preprocess.image_size_px or model.patches.size"
         )
-    if config.batch_size % config.accumulation_steps:
-        raise UserError(
-            f"batch_size={config.batch_size} is not divisible by "
-            f"accumulation_steps={config.accumulation_steps}: choose a multiple"
-        )
+    if config.augment.randaugment_layers and not config.augment.randaugment_ops:
+        raise UserError("augment.randaugment_ops is empty: name some, or set augment.randaugment_layers to 0")
     if not config.total_steps and not config.total_epochs:
         raise UserError("total_steps and total_epochs are both 0: set one, it is the length of the run")
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:

@@ -28,18 +28,19 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Name -> path of the configs that come with the package: beside it in a clone, inside it once installed."""
-    here = Path(__file__).parent
-    files = [file for folder in (here.parent, here) for file in sorted((folder / "configs").glob("*.py"))]
-    return {file.name: file for file in files}
+    """Name -> path of the configs that come with the package: inside it once installed, in a clone beside it."""
+    inside = Path(__file__).parent / "configs"
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+    return {file.name: file for file in sorted(folder.glob("*.py"))}
 
 
 def _find_config_file(path: str) -> Path:
     if Path(path).is_file():
         return Path(path)
     shipped = shipped_configs()
-    if Path(path).name in shipped:
-        return shipped[Path(path).name]
+    name = path.removeprefix("configs/")
+    if name in shipped:
+        return shipped[name]
     raise UserError(f"there is no config file {path}: give its path, or one of {', '.join(shipped)}")
 
 
@@ -51,7 +52,7 @@ def _run_config_file(file: Path) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # whatever a file of the user's raises
+    except (Exception, SystemExit) as error:  # whatever a file of the user's raises
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
@@ -75,8 +76,7 @@ def _override(config: ConfigDict, argument: str) -> None:
     try:
         config.update_from_flattened_dict({key: _parse(text, like=values[key])})
     except (KeyError, TypeError, ValueError, SyntaxError):
-        kind = type(values[key]).__name__
-        raise UserError(f"{argument} is of the wrong type: {key} is a {kind}, now {values[key]!r}") from None
+        raise UserError(f"{argument} is of the wrong type: {key} is now {values[key]!r}") from None
 
 
 def _parse(text: str, *, like: Any) -> Any:
@@ -84,7 +84,7 @@ def _parse(text: str, *, like: Any) -> Any:
         return text
     if isinstance(like, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if isinstance(like, tuple) and isinstance(like[0], str):
+    if isinstance(like, tuple) and all(isinstance(element, str) for element in like):
         return tuple(part.strip(" '\"") for part in text.strip("()").split(",") if part.strip())
     value = ast.literal_eval(text)
     return (value,) if isinstance(like, tuple) and not isinstance(value, tuple) else value

@@ -17,6 +17,8 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -197,7 +199,9 @@ def _decode_all(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
 
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
     # Threads suffice: Pillow decodes without holding the interpreter's lock.
-    with tqdm(desc=f"decoding {examples.name}", total=len(examples), unit="img", delay=2, leave=False) as bar:
+    with tqdm(
+        desc=f"decoding {examples.name}", total=len(examples), unit="img", delay=2, leave=False, disable=None
+    ) as bar:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for count in pool.map(decode, chunks):
                 bar.update(count)
@@ -270,9 +274,21 @@ def _shard_rows(batch_size: int, shard_index: int, shard_count: int) -> np.ndarr
     return np.arange(shard_index * rows, (shard_index + 1) * rows)
 
 
-def _ignore_interrupts(worker_index: int, worker_count: int) -> None:
-    """A terminal's Ctrl-C goes to the workers too, and is the parent's to act on, which still wants batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _live_as_long_as_the_parent(worker_index: int, worker_count: int) -> None:
+    """What ends a worker is the end of its parent, even a killed one.
+
+    Ctrl-C and SIGTERM often reach the whole process group; they are the parent's to act on, and until it has
+    done so it wants batches.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def iterate(
@@ -305,7 +321,9 @@ def iterate(
         # Through pipes: shared memory is 64 MB in a container by default, and Grain leaves some behind.
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         stream = grain.experimental.WithOptionsIterDataset(stream, options)
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), _ignore_interrupts)
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers), _live_as_long_as_the_parent
+        )
     iterator = iter(stream)
     try:
         yield from iterator

@@ -62,7 +62,7 @@ def make_plan(config: ConfigDict) -> Plan:
     warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)
     schedule = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     optimizer = make_optimizer(config, schedule)
-    on_device = ConfigDict(config)
+    on_device = ConfigDict(config.to_dict())  # a copy to the leaves, unlike ConfigDict(config)
     if train_batches.examples.cropped:  # by the host already
         on_device.augment.min_crop_area = on_device.preprocess.crop_fraction = 1.0
     return Plan(

@@ -8,6 +8,7 @@ The same command with the same --workdir continues a run that was stopped.
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 import textwrap
@@ -35,7 +36,7 @@ from mlpmixer_flax.summary import summarize
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop and its state is saved; `args[0]` is the signal's number."""
+    """A signal asked the run to stop; `args` are the signal's number and the step that is saved."""
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -55,7 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     print(
         f"{config.dataset}: {num_train:,} training images, {num_test:,} test images, "
         f"{plan.info['num_classes']} classes\n{plan.total_steps:,} steps of {config.batch_size} images "
-        f"on {plan.mesh.size} x {jax.devices()[0].device_kind}",
+        f"on {plan.mesh.size} x {jax.devices()[0].device_kind}, in {workdir}",
         flush=True,
     )
     write_run(workdir, config.to_dict(), class_names=plan.info["class_names"])
@@ -112,11 +113,7 @@ def _run(
             if is_best:
                 best_accuracy = scores[BEST_BY]
             if caught and step < plan.total_steps:
-                name = signal.Signals(caught[0]).name
-                reporter.say(
-                    f"{name}: saved step {step}; the same command with this --workdir continues from there"
-                )
-                raise Interrupted(caught[0])
+                raise Interrupted(caught[0], step)
 
 
 def _compile(plan: Plan, state: TrainState) -> tuple[Callable, Callable]:
@@ -166,10 +163,9 @@ def _watch_signals() -> Iterator[list[int]]:
     def note(number, frame):
         caught.append(number)
         signal.signal(number, before[number])
-        print(
-            f"\n{signal.Signals(number).name}: stopping after this step; a second one stops at once",
-            flush=True,
-        )
+        # Not print: the signal may have come in the middle of one.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping after this step; a second one stops at once\n".encode())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -181,8 +177,9 @@ def _watch_signals() -> Iterator[list[int]]:
 
 def _finish(workdir: Path, best: tuple[int, float] | None) -> dict[str, float]:
     """Prints what came out and where it lies; returns the last test scores."""
-    last = [row for row in read_metrics(workdir / "metrics.jsonl") if BEST_BY in row][-1]
-    print(f"done: test accuracy {last[BEST_BY]:.2%} after {last['step']} steps")
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if BEST_BY in row]
+    last = rows[-1] if rows else {}
+    print(f"done: test accuracy {last[BEST_BY]:.2%} after {last['step']} steps" if last else "done")
     if best:
         print(f"best: {best[1]:.2%} at step {best[0]}")
     print(f"in {workdir}: checkpoints, metrics.jsonl, config.json, class_names.json, preprocess.json")
@@ -210,7 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, overrides)
         name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        train(config, arguments.workdir or Path("runs") / name)
+        workdir = arguments.workdir or Path("runs") / name
+        train(config, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -218,9 +216,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
-        return 128 + stop.args[0]
+        number, step = stop.args
+        name = signal.Signals(number).name
+        print(f"{name}: saved step {step}; the same command with --workdir={workdir} continues from there")
+        return 128 + number
     except KeyboardInterrupt:
-        print("interrupted before the first step: nothing to save", file=sys.stderr)
+        print("stopped at once; a run continues from its newest checkpoint, if there is one", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

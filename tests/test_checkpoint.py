@@ -93,11 +93,13 @@ def test_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
     assert restore(tmp_path)[0] == 2
 
 
-@pytest.mark.parametrize("folder", ["default", "default/d", "default/ocdbt.process_0"])
+@pytest.mark.parametrize("folder", [".", "default/d", "default/ocdbt.process_0", "metrics"])
 def test_no_file_cut_short_goes_unnoticed(tmp_path, folder):
     """Whichever file of the newest checkpoint is empty: the state is restored exactly, or the older one is."""
-    save(tmp_path, {1: None, 2: None})
-    for file in damaging_files(tmp_path / "checkpoints" / "2" / folder):
+    save(tmp_path, {1: 0.5, 2: 0.6})
+    files = damaging_files(tmp_path / "checkpoints" / "2" / folder)
+    assert files
+    for file in files:
         file.write_bytes(b"")
     step, restored = restore(tmp_path)
     chex.assert_trees_all_equal(restored, state(step))
@@ -142,6 +144,18 @@ def test_workdir_that_cannot_be_is_refused(tmp_path):
 
 
 def test_config_json_that_is_no_json_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is not valid JSON"):
+    for text, message in (("{", "config.json cannot be read"), ("[]", "config.json holds no config")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            check_workdir(tmp_path, CONFIG)
+
+
+def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
+    save(tmp_path, {1: None})
+    with pytest.raises(UserError, match="has checkpoints but no config.json"):
         check_workdir(tmp_path, CONFIG)
+
+
+def test_a_name_no_file_system_takes_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot use workdir"):
+        check_workdir(tmp_path / ("x" * 300), CONFIG)

@@ -57,7 +57,11 @@ def test_mixer_configs_cannot_be_changed_by_accident():
         ({"loss": "hinge"}, "unknown loss 'hinge'"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must be below 1"),
         ({"total_epochs": 0.0}, "total_steps and total_epochs are both 0"),
-        ({"accumulation_steps": 7}, "batch_size=64 is not divisible by accumulation_steps=7"),
+        ({"batch_size": None}, "batch_size=None is of the wrong type"),
+        ({"total_steps": True}, "total_steps=True is of the wrong type"),
+        ({"preprocess__mean": ("a",)}, "preprocess.mean=.* is of the wrong type"),
+        ({"model__patches": {"size": (2.0, 2.0)}}, "model.patches.size=.* is of the wrong type"),
+        ({"augment__randaugment_layers": 1, "augment__randaugment_ops": ()}, "randaugment_ops is empty"),
     ],
 )
 def test_unusable_value_is_named_with_the_remedy(values, message):
@@ -70,6 +74,13 @@ def test_steps_count_where_given_else_epochs():
     assert in_steps(changed(total_epochs=2.5), "total", 10.0) == 25
     assert in_steps(changed(total_epochs=2.5, total_steps=7), "total", 10.0) == 7
     assert in_steps(get_config().schedule, "warmup", 10.0) == 0
+    assert in_steps(changed(total_epochs=0.01), "total", 10.0) == 1
+
+
+def test_a_changed_config_changes_no_other():
+    config = get_config()
+    config.model.patches.size = (4, 4)
+    assert get_config().model.patches["size"] == (2, 2)
 
 
 @pytest.mark.parametrize("key", flatten(get_config()))

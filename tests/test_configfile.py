@@ -56,9 +56,9 @@ def test_overrides_take_the_type_of_what_they_replace():
         ("--config.learning_rate=3", "no key 'learning_rate': did you mean 'optimizer.learning_rate'"),
         ("--config.model.hidden=3", "no key 'model.hidden': did you mean 'model.hidden_dim'"),
         ("--config.qqq=3", r"no key 'qqq': get_config\(\) in mlpmixer_flax/config.py lists all"),
-        ("--config.batch_size=many", "--config.batch_size=many is of the wrong type: batch_size is a int"),
+        ("--config.batch_size=many", "--config.batch_size=many is of the wrong type: batch_size is now 64"),
         ("--config.batch_size=1.5", "wrong type"),
-        ("--config.augment.flip=perhaps", "wrong type: augment.flip is a bool, now False"),
+        ("--config.augment.flip=perhaps", "wrong type: augment.flip is now False"),
         ("--config.preprocess.mean=grey", "wrong type"),
         ("--config.augment.flip", "cannot use '--config.augment.flip': .*--config.KEY=VALUE"),
         ("--batch_size=3", "cannot use '--batch_size=3'"),
@@ -79,6 +79,7 @@ def test_unusable_override_is_named_with_the_remedy(override, message):
         ("x = 1\n", "mine.py, line 1: AttributeError: .*get_config"),
         ("def get_config():\n    return {}\n", "mine.py must return the base config"),
         ("def get_config():\n    return 1 / 0\n", "mine.py, line 2: ZeroDivisionError"),
+        ("import sys\nsys.exit(3)\n", "mine.py, line 2: SystemExit: 3"),
         ("import nowhere\n", "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere'"),
         (
             "from mlpmixer_flax.config import get_config as base\n\ndef get_config():\n"
@@ -103,6 +104,12 @@ def test_broken_file_is_named_with_the_line(tmp_path, text, message):
 def test_missing_file_is_said_with_those_there_are():
     with pytest.raises(UserError, match=r"no config file nowhere\.py: .*b16_cifar10\.py, .*digits\.py"):
         load_config("nowhere.py")
+
+
+def test_only_a_name_stands_for_a_shipped_config():
+    assert load_config("mnist.py").dataset == load_config("configs/mnist.py").dataset == "mnist"
+    with pytest.raises(UserError, match="no config file mine/mnist.py"):
+        load_config("mine/mnist.py")
 
 
 def test_a_file_that_is_not_python_is_said(tmp_path):
