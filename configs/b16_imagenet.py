@@ -2,8 +2,8 @@
 
     python -m mlpmixer_flax.train --config=configs/b16_imagenet.py --workdir=runs/b16_imagenet
 
-Needs `imagenet2012` as a TFDS directory in ArrayRecord format. Google reports 76.44 % top-1 for its published weights of this size.
-We have not run it.
+Needs `imagenet2012` as a TFDS directory in ArrayRecord format.
+Google reports 76.44 % top-1 for its published weights of this size. We have not run it.
 """
 
 from mlpmixer_flax.config import get_pretraining_config, mixer_b16_config

@@ -2,8 +2,8 @@
 
     python -m mlpmixer_flax.train --config=configs/l16_imagenet.py --workdir=runs/l16_imagenet
 
-Needs `imagenet2012` as a TFDS directory in ArrayRecord format. Google reports 71.76 % top-1 for its published weights of this size.
-We have not run it.
+Needs `imagenet2012` as a TFDS directory in ArrayRecord format.
+Google reports 71.76 % top-1 for its published weights of this size. We have not run it.
 """
 
 from mlpmixer_flax.config import get_pretraining_config, mixer_l16_config

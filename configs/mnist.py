@@ -11,8 +11,7 @@ def get_config():
     config = get_base_config()
     config.dataset = "mnist"
     config.batch_size = 64
-    config.accumulation_steps = 4  # 16 images a pass fit the caches of a CPU; a GPU would rather have 1
-    config.total_epochs = 8.0
+    config.total_epochs = 13.0
     config.preprocess.image_size_px = 28
     config.augment.crop_padding_px = 2
     config.model.update(mixer_mnist_config)

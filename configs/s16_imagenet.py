@@ -2,8 +2,8 @@
 
     python -m mlpmixer_flax.train --config=configs/s16_imagenet.py --workdir=runs/s16_imagenet
 
-Needs `imagenet2012` as a TFDS directory in ArrayRecord format. The paper gives no result for this size and dataset.
-We have not run it.
+Needs `imagenet2012` as a TFDS directory in ArrayRecord format.
+The paper gives no result for this size and dataset. We have not run it.
 """
 
 from mlpmixer_flax.config import get_pretraining_config, mixer_s16_config
