@@ -2,8 +2,9 @@
 
     python -m mlpmixer_flax.train --config=configs/nano_cifar10.py --workdir=runs/nano --config.total_epochs=10
 
-Measured so, cut to 10 epochs (NANO)
-On a GPU add --config.accumulation_steps=1. The whole 100 epochs are not measured yet.
+Measured so, cut to 10 epochs, on a JPEG copy of CIFAR-10: test accuracy 72.90 % (n = 1), in 55 minutes on 2 cores of
+an AMD EPYC that had other work too, jax 0.10.2, flax 0.12.8. The 100 epochs are not measured yet. On a GPU add
+--config.accumulation_steps=1.
 """
 
 from mlpmixer_flax.config import get_config as get_base_config
