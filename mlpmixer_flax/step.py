@@ -47,12 +47,11 @@ def make_schedule(config: ConfigDict, *, total_steps: int, warmup_steps: int) ->
     peak = config.optimizer.learning_rate
     final = config.schedule.final_fraction
     rest = max(total_steps - warmup_steps, 1)
-    start = max(warmup_steps, 1)  # where rsqrt begins to fall
     after_warmup = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
         "linear": lambda: optax.linear_schedule(peak, peak * final, rest),
         "constant": lambda: optax.constant_schedule(peak),
-        "rsqrt": lambda: lambda step: peak * jnp.sqrt(start / (start + step)),
+        "rsqrt": lambda: lambda step: peak * jnp.sqrt(warmup_steps / (warmup_steps + step)),
     }[config.schedule.name]()
     if not warmup_steps:
         return after_warmup
