@@ -55,7 +55,7 @@ def make_plan(config: ConfigDict) -> Plan:
     _check_channels(config, channels)
     train_batches, test_batches = _open_batches(config)
     steps_per_epoch = info["num_examples"] / config.batch_size
-    total_steps = max(in_steps(config, "total", steps_per_epoch), 1)
+    total_steps = in_steps(config, "total", steps_per_epoch)
 
     model = MlpMixer(num_classes=info["num_classes"], **config.model.to_dict())
     input_shape = (config.preprocess.image_size_px, config.preprocess.image_size_px, channels)
