@@ -11,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import flatten, get_config, validate
+from mlpmixer_flax.config import flatten, get_config
+from mlpmixer_flax.validate import validate
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -84,7 +85,7 @@ def _parse(text: str, *, like: Any) -> Any:
         return text
     if isinstance(like, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if isinstance(like, tuple) and all(isinstance(element, str) for element in like):
+    if isinstance(like, tuple) and like and all(isinstance(element, str) for element in like):
         return tuple(part.strip(" '\"") for part in text.strip("()").split(",") if part.strip())
     value = ast.literal_eval(text)
     return (value,) if isinstance(like, tuple) and not isinstance(value, tuple) else value
