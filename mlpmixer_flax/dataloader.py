@@ -1,4 +1,4 @@
-"""From a dataset on disk to numpy batches: TFDS directories in ArrayRecord format, in memory or streamed.
+"""From a dataset on disk to numpy batches: TFDS directories and folders of images, in memory or streamed.
 
     examples = open_examples("cifar10", "train")
     batches = TrainBatches(examples, batch_size=256, seed=0)
@@ -28,21 +28,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.datasets import (
-    MODES,
-    count_examples,
-    first_line,
-    get_dataset_info,
-    image_and_label_keys,
-    load_builder,
-)
+from mlpmixer_flax.datasets import get_dataset_info, open_source
+from mlpmixer_flax.images import MODES, RESAMPLING, central_box, first_line, random_box, to_mode
 
 __all__ = ["Examples", "TestBatches", "TrainBatches", "get_dataset_info", "iterate", "open_examples"]
 
 Batch = dict[str, np.ndarray]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +72,7 @@ class Examples:
             records = self.source.__getitems__(indices.tolist())
         except Exception as error:
             raise UserError(
-                f"Records of {self.name} are damaged ({first_line(error)}): prepare it anew."
+                f"Records of {self.name} are damaged ({first_line(error)}): restore or prepare them anew."
             ) from error
         for row, record in enumerate(records):
             try:
@@ -104,35 +95,15 @@ class Examples:
     def _decode(self, encoded: bytes, crop_seed: tuple[int, ...] | None) -> np.ndarray:
         height, width, channels = self.image_shape
         with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode != MODES[channels]:
-                image = image.convert(MODES[channels])
+            image = to_mode(image, MODES[channels])
             if self.cropped:
-                box = _central_box(*image.size, self.crop_fraction)
+                box = central_box(*image.size, self.crop_fraction)
                 if crop_seed is not None and self.min_crop_area < 1:
                     rng = np.random.default_rng(crop_seed)
-                    box = _random_box(*image.size, self.min_crop_area, rng) or box
+                    box = random_box(*image.size, self.min_crop_area, rng) or box
                 image = image.resize((width, height), RESAMPLING[self.interpolation], box)
             pixels = np.asarray(image)
         return pixels.reshape(*pixels.shape[:2], channels)
-
-
-def _central_box(width: int, height: int, crop_fraction: float) -> Box:
-    # Resized to s, this is the central square of the image with its short side resized to s / crop_fraction.
-    side = min(width, height) * crop_fraction
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _random_box(width: int, height: int, min_crop_area: float, rng: np.random.Generator) -> Box | None:
-    """Inception's crop: a share of the area, sides 3:4 to 4:3; None if ten draws do not fit in the image."""
-    for _ in range(10):
-        area = width * height * rng.uniform(min_crop_area, 1)
-        aspect = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            return left, top, left + w, top + h
-    return None
 
 
 def open_examples(
@@ -145,38 +116,29 @@ def open_examples(
     crop_fraction: float = 1.0,
     min_crop_area: float = 1.0,
     interpolation: str = "bilinear",
+    skip_bad_images: bool = False,
 ) -> Examples:
     """Opens a split, and decodes it into memory if it takes no more than `cache_bytes` there.
 
-    The last four arguments matter only where images vary in size. Those become squares of
+    A folder's images are checked first, and those that cannot be used are left out with `skip_bad_images`.
+    The four arguments before that matter only where images vary in size. Those become squares of
     `image_size_px`: in TrainBatches a random box of at least `min_crop_area` of the image, resized; in
     TestBatches, or with `min_crop_area` 1, the central square of `crop_fraction` of the short side, resized.
     A split to be cropped at random is never held in memory.
 
     Raises:
-      UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; or the dataset is
-        prepared in a format without random access.
+      UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; the dataset is
+        prepared in a format without random access; or a folder has bad images, all of which are named.
     """
-    import tensorflow_datasets as tfds
-
-    builder = load_builder(dataset, data_dir)
-    keys = image_and_label_keys(builder)
-    count_examples(builder, split)
-    try:
-        source = builder.as_data_source(split, decoders={keys[0]: tfds.decode.SkipDecoding()})
-    except Exception as error:
-        form = getattr(builder.info.file_format, "value", "nothing")
-        raise UserError(
-            f"Dataset {dataset!r}, prepared as {form} in {builder.data_dir}, cannot be read "
-            f"({first_line(error)}): prepare it anew with file_format='array_record'."
-        ) from error
-    height, width, channels = builder.info.features[keys[0]].shape
+    source, keys, num_classes, (height, width, channels) = open_source(
+        dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images
+    )
     cropped = height is None or width is None
     examples = Examples(
         name=f"split {split!r} of dataset {dataset!r}",
         source=source,
         keys=keys,
-        num_classes=builder.info.features[keys[1]].num_classes,
+        num_classes=num_classes,
         image_shape=(image_size_px, image_size_px, channels) if cropped else (height, width, channels),
         cropped=cropped,
         crop_fraction=crop_fraction,

@@ -1,24 +1,34 @@
-"""From the name of a dataset to a prepared TFDS directory: what it holds, and where. No TensorFlow."""
+"""From the name of a dataset to its encoded images: TFDS directories and folders.
+
+No TensorFlow.
+"""
 
 import difflib
+import functools
 import importlib.util
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.folders import Folder, FolderSource, read_folder, select_split
+from mlpmixer_flax.images import MODES, find_flaw, first_line
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for such images
+_FOLDER = "folder:"
+_FOLDER_SHAPE = (None, None, 3)
 
 
 def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") -> dict[str, Any]:
     """What a split holds, without decoding an image.
 
     Args:
-      dataset: "digits" (embedded), or a TFDS name: "cifar10", "cifar10:3.0.2", "name/config".
+      dataset: "digits" (embedded), a TFDS name: "cifar10", "cifar10:3.0.2", "name/config", or
+        "folder:PATH", a folder of images laid out as `folders` says.
       split: in TFDS's syntax: "train", "train[:90%]", "train+test".
       data_dir: TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
@@ -30,6 +40,15 @@ def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") 
       UserError: the dataset is unknown, not prepared or not made of images and labels, or the split is
         unknown or empty.
     """
+    if dataset.startswith(_FOLDER):
+        folder = read_folder(dataset.removeprefix(_FOLDER))
+        return {
+            "num_examples": len(select_split(folder, split)),
+            "num_classes": len(folder.class_names),
+            "class_names": folder.class_names,
+            "int2str": folder.class_names.__getitem__,
+            "image_shape": _FOLDER_SHAPE,
+        }
     builder = load_builder(dataset, data_dir)
     image, label = (builder.info.features[key] for key in image_and_label_keys(builder))
     return {
@@ -39,6 +58,38 @@ def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") 
         "int2str": label.int2str,
         "image_shape": tuple(image.shape),
     }
+
+
+def open_source(
+    dataset: str, split: str, *, data_dir: str, skip_bad_images: bool
+) -> tuple[Any, tuple[str, str], int, tuple[int | None, int | None, int]]:
+    """A split's records by index, the keys of image and label in them, the number of classes, the image shape.
+
+    The first time that a folder is opened all its images are checked, as by `find_flaw`.
+
+    Raises:
+      UserError: as `get_dataset_info`; the dataset is prepared in a format without random access; or a folder
+        has bad images, all of which are named, unless `skip_bad_images`.
+    """
+    if dataset.startswith(_FOLDER):
+        folder = read_folder(dataset.removeprefix(_FOLDER))
+        source = _check(folder, split, skip_bad_images)
+        return source, ("image", "label"), len(folder.class_names), _FOLDER_SHAPE
+    import tensorflow_datasets as tfds
+
+    builder = load_builder(dataset, data_dir)
+    keys = image_and_label_keys(builder)
+    count_examples(builder, split)
+    try:
+        source = builder.as_data_source(split, decoders={keys[0]: tfds.decode.SkipDecoding()})
+    except Exception as error:
+        form = getattr(builder.info.file_format, "value", "nothing")
+        raise UserError(
+            f"Dataset {dataset!r}, prepared as {form} in {builder.data_dir}, cannot be read "
+            f"({first_line(error)}): prepare it anew with file_format='array_record'."
+        ) from error
+    image, label = (builder.info.features[key] for key in keys)
+    return source, keys, label.num_classes, image.shape
 
 
 def load_builder(dataset: str, data_dir: str):
@@ -83,10 +134,6 @@ def load_builder(dataset: str, data_dir: str):
     return builder
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def image_and_label_keys(builder) -> tuple[str, str]:
     """The features to learn from; UserError where there is no uint8 image with a class label."""
     import tensorflow_datasets as tfds
@@ -123,3 +170,49 @@ def count_examples(builder, split: str) -> int:
             f"Split {split!r} of dataset {builder.info.name!r} has no examples: use {known} or another slice."
         )
     return sum(counts)
+
+
+# --- the images of a folder
+
+
+def _check(folder: Folder, split: str, skip_bad_images: bool) -> FolderSource:
+    source = select_split(folder, split)
+    files = [file for classes in folder.splits.values() for images in classes.values() for file in images]
+    flaws = _find_flaws(folder.root, tuple(files), tuple(folder.notes))
+    if flaws and not skip_bad_images:
+        _find_flaws.cache_clear()  # they may be repaired and tried again, from a notebook
+        raise UserError(
+            f"{len(flaws)} of {len(files):,} images in {folder.path!r} cannot be used: repair or delete them, or "
+            f"leave them out with --config.skip_bad_images=True:{_list_flaws(flaws)}"
+        )
+    bad = {file: flaws[file] for file in source.files if file in flaws}
+    if not bad:
+        return source
+    print(f"left out of split {split!r} are {len(bad)} images that cannot be used:{_list_flaws(bad)}")
+    kept = [pair for pair in zip(source.files, source.labels, strict=True) if pair[0] not in bad]
+    if not kept:
+        raise UserError(f"No image of split {split!r} of {folder.path!r} can be used: repair some.")
+    return FolderSource(folder.root, *map(list, zip(*kept, strict=True)))
+
+
+def _list_flaws(flaws: dict[str, str], shown: int = 20) -> str:
+    lines = [f"\n  {file!r}: {flaw}" for file, flaw in sorted(flaws.items())]
+    return "".join(lines[:shown]) + (f"\n  and {len(lines) - shown} more" if len(lines) > shown else "")
+
+
+@functools.lru_cache(maxsize=1)  # a run opens two splits: its folder is read, and its notes said, once
+def _find_flaws(root: str, files: tuple[str, ...], notes: tuple[str, ...]) -> dict[str, str]:
+    for note in notes:
+        print(note)
+    # Threads suffice: Pillow decodes without holding the interpreter's lock.
+    with (
+        tqdm(desc="checking images", total=len(files), unit="img", delay=2, leave=False, disable=None) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        flaws = {}
+        found = pool.map(find_flaw, (os.path.join(root, file) for file in files))
+        for file, flaw in zip(files, found, strict=True):
+            bar.update()
+            if flaw is not None:
+                flaws[file] = flaw
+    return flaws

@@ -1,0 +1,523 @@
+"""Folders of images: what any image becomes, which image is in which split, what is said and refused."""
+
+import io
+import json
+import os
+import struct
+import time
+import unicodedata
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_datasets import encode
+from PIL import Image, features
+
+from mlpmixer_flax import UserError, get_dataset_info
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
+from mlpmixer_flax.datasets import open_source
+from mlpmixer_flax.images import decode_image, find_flaw, to_mode
+from mlpmixer_flax.folders import read_folder, select_split
+from mlpmixer_flax.train import main
+
+# Smooth, so that JPEG keeps it; no two turns of it are alike.
+ACROSS, DOWN = np.meshgrid(np.linspace(0, 255, 24), np.linspace(40, 160, 16))
+PICTURE = np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype(np.uint8)
+GRAY = PICTURE[..., 0]
+
+
+def write(root, *files, data=None):
+    """Writes one small image a name, or `data`."""
+    for file in files:
+        path = Path(root, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.full((6, 6), len(file), np.uint8), "PNG") if data is None else data)
+    return str(root)
+
+
+def names(folder, count, start=0):
+    return [f"{folder}/{i}.png" for i in range(start, start + count)]
+
+
+def files_of(path, split):
+    return select_split(read_folder(str(path)), split).files
+
+
+def open_split(path, split, skip_bad_images=False):
+    return open_source(f"folder:{path}", split, data_dir="", skip_bad_images=skip_bad_images)[0]
+
+
+# --- any image
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("PPM", {}, 0),
+        ("TGA", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 6),
+        ("JPEG2000", {}, 0),
+        ("AVIF", {"quality": 95}, 12),
+        ("GIF", {}, 40),  # 256 colours
+    ],
+)
+def test_every_format_is_decoded_from_file_and_bytes(tmp_path, file_format, options, tolerance):
+    if file_format in ("WEBP", "JPEG2000", "AVIF"):
+        if not features.check({"JPEG2000": "jpg_2000"}.get(file_format, file_format.lower())):
+            pytest.skip(f"Pillow is built without {file_format}")
+    encoded = encode(PICTURE, file_format, **options)
+    path = Path(write(tmp_path, "image", data=encoded), "image")
+    for file in (encoded, path, str(path)):
+        image = decode_image(file)
+        assert image.shape == (16, 24, 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - PICTURE).max() <= tolerance
+
+
+# As EXIF defines it: what is done to the upright image before it is stored.
+STORED = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_photo_is_upright(file_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](PICTURE))
+    image = decode_image(encode(stored, file_format, exif=exif, quality=95))
+    assert image.shape == PICTURE.shape
+    assert np.abs(image.astype(int) - PICTURE).mean() < (1 if file_format in ("PNG", "TIFF") else 4)
+
+
+def test_white_shows_through_alpha_of_any_kind():
+    left_half = np.where(np.arange(24) < 12, 0, 255).astype(np.uint8) * np.ones((16, 1), np.uint8)
+    half = np.full((16, 24), 128, np.uint8)
+    rgba = np.concatenate([PICTURE, left_half[..., None]], -1)
+    palette = Image.fromarray(np.where(left_half == 0, 7, 9).astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0] * 9 + [200, 100, 50])
+    expected = np.where(left_half[..., None] == 0, 255, PICTURE)
+    for encoded, pixels in [
+        (encode(rgba), expected),
+        (encode(rgba, "WEBP", lossless=True), expected),
+        (encode(Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(left_half)])), expected[..., :1]),
+        (encode(palette, transparency=7), np.where(left_half[..., None] == 0, 255, [200, 100, 50])),
+        (encode(palette, "GIF", transparency=7), np.where(left_half[..., None] == 0, 255, [200, 100, 50])),
+        (encode(Image.fromarray(PICTURE * 0), transparency=(0, 0, 0)), np.uint8(255)),
+        (encode(np.concatenate([PICTURE * 0, half[..., None]], -1)), np.uint8(127)),
+    ]:
+        np.testing.assert_array_equal(decode_image(encoded), np.broadcast_to(pixels, PICTURE.shape))
+    with Image.open(io.BytesIO(encode(rgba))) as image:
+        np.testing.assert_array_equal(np.asarray(to_mode(image, "RGBA")), rgba)
+    with Image.open(io.BytesIO(encode(rgba))) as image:
+        assert np.asarray(to_mode(image, "L"))[0, 0] == 255
+
+
+def png_of_16_bits(color_type, channels):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 1, 16, color_type, 0, 0, 0)
+    rows = b"\0" + np.repeat(DEEP.astype(">u2"), channels).tobytes()
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    )
+
+
+DEEP = np.array([[0, 256, 32768, 65535]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        png_of_16_bits(0, 1),
+        png_of_16_bits(2, 3),
+        encode(DEEP, "TIFF"),
+        encode(DEEP.astype(">u2"), "TIFF"),
+        encode(DEEP.astype(np.int32), "TIFF"),
+        b"P5 4 1 65535\n" + DEEP.astype(">u2").tobytes(),
+    ],
+    ids=["PNG gray", "PNG RGB", "TIFF", "TIFF big-endian", "TIFF 32 bits", "PGM"],
+)
+def test_16_bits_are_scaled_not_clipped(encoded):
+    expected = np.repeat(np.array([[0, 1, 128, 255]])[..., None], 3, -1)
+    np.testing.assert_array_equal(decode_image(encoded), expected)
+
+
+def test_values_without_a_white_are_refused():
+    for pixels, words in [
+        (DEEP.astype(np.float32) / 65535, r"float32 0.0 to 1.0, not 8 or 16 bits"),
+        (DEEP.astype(np.int32) * 2, r"int32 0 to 131070, not 8 or 16 bits"),
+        (-DEEP.astype(np.int32), r"int32 -65535 to 0, not 8 or 16 bits"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            decode_image(encode(pixels, "TIFF"))
+
+
+def test_cmyk_bits_and_gray_become_rgb():
+    cmyk = decode_image(encode(Image.fromarray(PICTURE).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(cmyk.astype(int) - PICTURE).mean() < 4
+    np.testing.assert_array_equal(decode_image(encode(GRAY)), np.stack([GRAY] * 3, -1))
+    np.testing.assert_array_equal(
+        decode_image(encode(Image.fromarray(GRAY > 99))), np.stack([np.where(GRAY > 99, 255, 0)] * 3, -1)
+    )
+
+
+def test_unusable_image_is_refused_by_name(tmp_path):
+    write(tmp_path, "empty.jpg", data=b"")
+    write(tmp_path, "text.jpg", data=b"no image")
+    write(tmp_path, "cut.bmp", data=encode(PICTURE, "BMP")[:-100])
+    for name, words in [
+        ("missing.jpg", "FileNotFoundError"),
+        ("empty.jpg", "empty, cut short or no image"),
+        ("text.jpg", "empty, cut short or no image"),
+        ("cut.bmp", "truncated"),
+    ]:
+        with pytest.raises(UserError, match=f"{name}' cannot be used .*{words}"):
+            decode_image(tmp_path / name)
+    with pytest.raises(UserError, match="image of 8 bytes cannot be used"):
+        decode_image(b"no image")
+
+
+# --- which image is in which split
+
+
+def test_names_in_any_script_and_digits_enlarged_reach_the_batches(tmp_path):
+    digits = open_examples("digits", "test")
+    classes = {"кот": 0, "猫": 1, "ñandú": 2, "a b'c": 3}
+    for name, digit in classes.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(digits.images[digits.labels == digit][:10]):
+            large = Image.fromarray(image[..., 0]).resize((40, 30 + i), Image.Resampling.NEAREST)
+            large.save(tmp_path / name / f"{name} {i}.{('JPG', 'png', 'Gif', 'WebP', 'bmp')[i % 5]}")
+    dataset = f"folder:{tmp_path}"
+    info = get_dataset_info(dataset, "train")
+    assert info["class_names"] == sorted(classes) and info["num_classes"] == 4
+    assert info["image_shape"] == (None, None, 3) and info["num_examples"] == 32
+    assert info["int2str"](np.int32(3)) == info["class_names"][3]
+
+    examples = open_examples(dataset, "train", image_size_px=16)
+    assert examples.cropped and examples.images.shape == (32, 16, 16, 3)
+    for index, record in enumerate(examples.source.__getitems__(list(range(32)))):
+        label, name = record["label"], record["file_name"].split("/")[0]
+        assert info["class_names"][label] == name and examples.labels[index] == label
+        image = Image.open(tmp_path / record["file_name"]).convert("RGB")
+        box = ((40 - min(image.size)) / 2, (image.height - min(image.size)) / 2)
+        box = (*box, box[0] + min(image.size), box[1] + min(image.size))
+        np.testing.assert_array_equal(
+            examples.images[index], image.resize((16, 16), Image.Resampling.BILINEAR, box)
+        )
+
+    # Random crops, streamed by processes, are those of the batches themselves.
+    streamed = open_examples(dataset, "train", image_size_px=16, min_crop_area=0.5)
+    batches = TrainBatches(streamed, batch_size=8, seed=0)
+    for k, batch in enumerate(iterate(batches, 0, 3, num_workers=1)):
+        np.testing.assert_array_equal(batch["image"], batches[k]["image"])
+        np.testing.assert_array_equal(batch["label"], batches[k]["label"])
+    test = TestBatches(open_examples(dataset, "test", image_size_px=16), batch_size=8)
+    assert sorted(test[0]["label"]) == [0, 0, 1, 1, 2, 2, 3, 3] and len(test) == 1
+
+
+def test_missing_validation_split_is_a_fifth_of_each_class_and_the_same_everywhere(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "elsewhere" / "x"
+    for root, order in [(here, 1), (there, -1)]:
+        write(root, *names("a", 40)[::order], *names("b", 10)[::order], *names("c", 2), "d/only.png")
+    train, validation = files_of(here, "train"), files_of(here, "validation")
+    assert train == files_of(there, "train") and validation == files_of(there, "validation")
+    assert validation == files_of(here, "test") == files_of(here, "val")
+    everything = {*names("a", 40), *names("b", 10), *names("c", 2), "d/only.png"}
+    assert set(train) | set(validation) == everything and not set(train) & set(validation)
+    counts = {name: sum(file.startswith(name) for file in validation) for name in "abcd"}
+    assert counts == {"a": 8, "b": 2, "c": 1, "d": 0}
+    # Written down, so that no machine or version cuts otherwise: a run continued there would train on its test images.
+    assert sorted(file for file in validation if file[0] == "b") == ["b/7.png", "b/8.png"]
+
+
+def test_slices_and_sums_have_their_share_of_each_class(tmp_path):
+    write(tmp_path, *names("train/a", 60), *names("train/b", 20), *names("test/a", 5))
+    whole, first, rest = (files_of(tmp_path, split) for split in ("train", "train[:75%]", "train[75%:]"))
+    assert first + rest == whole and len(first) == 60
+    assert sum(file.startswith("train/b") for file in first) == 15
+    assert files_of(tmp_path, "train[:3]+test") == whole[:3] + files_of(tmp_path, "test")
+    assert files_of(tmp_path, "train[-10%:]") == whole[-8:]
+
+
+@pytest.mark.parametrize(
+    ("folders", "counts"),
+    [
+        (["train", "val"], {"train": 4, "val": 2, "valid": 2, "validation": 2, "test": 2}),
+        (["Train", "VALID"], {"train": 4, "validation": 2, "test": 2}),
+        (["train", "validation", "test"], {"train": 4, "val": 2, "test": 2}),
+        (["train", "test"], {"train": 4, "test": 2}),
+        (["train"], {"train": 2, "validation": 2, "test": 2}),
+    ],
+)
+def test_split_folders_go_by_their_usual_names(tmp_path, folders, counts):
+    for folder in folders:
+        count = 2 if folder.lower() == "train" else 1
+        write(tmp_path, *names(f"{folder}/a", count), *names(f"{folder}/b", count))
+    for split, count in counts.items():
+        files = files_of(tmp_path, split)
+        assert len(files) == count
+        assert {file.split("/")[1] for file in files} == {"a", "b"}
+    if "test" in folders:
+        assert all(file.startswith("test/") for file in files_of(tmp_path, "test"))
+
+
+def test_test_images_without_classes_are_left_out_and_said(tmp_path):
+    write(tmp_path, *names("train/a", 5), *names("train/b", 5), *names("test", 5), "extra/boxes.json")
+    folder = read_folder(str(tmp_path))
+    assert "folder 'extra' beside the splits (1), folder 'test' beside the splits (1)" in folder.notes[0]
+    assert {file.split("/")[0] for file in select_split(folder, "test").files} == {"train"}
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write(tmp_path, *names("train", 5), *names("bus", 5))
+    assert read_folder(str(tmp_path)).class_names == ["bus", "train"]
+
+
+def test_same_letters_spelled_in_two_ways_are_one_class_and_one_cut(tmp_path):
+    for form in ("NFC", "NFD"):
+        cat, emu = (unicodedata.normalize(form, name) for name in ("кошка й", "ñandú"))
+        write(tmp_path / form, *names(f"train/{cat}", 9), *names(f"train/{emu}", 9))
+    cuts = [
+        [unicodedata.normalize("NFC", f) for f in files_of(tmp_path / form, "val")] for form in ("NFC", "NFD")
+    ]
+    assert cuts[0] == cuts[1]
+    assert read_folder(str(tmp_path / "NFD")).class_names == ["ñandú", "кошка й"]
+
+
+def test_nested_hidden_linked_and_foreign_files(tmp_path, capsys):
+    root = tmp_path / "photos"
+    write(root, "cat/1.png", "cat/deep/er/2.PnG", "dog/3.png", "dog/4.png", "cover.png")
+    write(tmp_path, "elsewhere/5.png", "elsewhere/6.png")
+    # Hidden, or left behind by systems: not a word about them.
+    write(root, "cat/.DS_Store", "cat/._1.png", ".git/7.png", "__MACOSX/cat/8.png", "dog/@eaDir/9.png")
+    write(root, "cat/notes.txt", "cat/boxes.json", "dog/more.json", "dog/README", data=b"text")
+    (root / "empty").mkdir()
+    (root / "cat" / "circle").symlink_to(root / "cat", target_is_directory=True)
+    (root / "cat" / "linked.png").symlink_to(tmp_path / "elsewhere" / "5.png")
+    (root / "dog" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    os.mkfifo(root / "dog" / "pipe.png")
+    source = open_split(root, "train+val")
+    expected = ["cat/1.png", "cat/deep/er/2.PnG", "cat/linked.png"]
+    expected += ["dog/3.png", "dog/4.png", "dog/linked/5.png", "dog/linked/6.png"]
+    assert sorted(source.files) == expected
+    out = capsys.readouterr().out
+    for words in [
+        "images outside of class folders (1)",
+        "'.txt' files (1)",
+        "'.json' files (2)",
+        "'' files (1)",
+        "folder 'empty' without images (1)",
+        "a fifth of each class, 2 images",
+        "split 'test' is 'validation'",
+    ]:
+        assert words in out
+    assert "git" not in out and "MACOSX" not in out and "DS_Store" not in out
+    open_split(root, "test")
+    assert capsys.readouterr().out == ""  # it has been said
+
+
+def test_a_class_may_be_missing_in_test_but_none_may_be_new(tmp_path):
+    write(tmp_path, *names("train/a", 2), *names("train/b", 2), *names("val/b", 2), *names("test/c", 2))
+    assert select_split(read_folder(str(tmp_path)), "val").labels == [1, 1]
+    for function in (get_dataset_info, open_examples):
+        with pytest.raises(UserError, match="Split 'test' .*training has not: 'c': rename or remove"):
+            function(f"folder:{tmp_path}", "test")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], ["does not exist", "folder:PATH", "PATH/<class>"]),
+        (["readme.txt"], ["holds no class folders", "PATH/train/<class>"]),
+        (["1.png", "2.png"], ["holds images", "did you mean its parent, folder:{parent}?", "PATH/<class>"]),
+        (["a/1.png"], ["training images of 1 classes and two are needed"]),
+        (["a/1.png", "b/1.heic"], ["of 1 classes", "'.heic' files (1)", "folder 'b' without images (1)"]),
+        (["train/1.png", "test/2.png"], ["'test', 'train', and 'train' is missing or isn't made of class"]),
+        (["val/a/1.png", "val/b/2.png"], ["has 'val', and 'train' is missing"]),
+    ],
+)
+def test_a_folder_laid_out_otherwise_is_refused_with_the_layout(tmp_path, files, words):
+    path = tmp_path / "photos"
+    write(path, *files)
+    for function in (get_dataset_info, open_examples):
+        with pytest.raises(UserError) as error:
+            function(f"folder:{path}", "train")
+        for word in words:
+            assert word.format(parent=tmp_path) in str(error.value)
+        assert repr(str(path)) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["tset", "", "train[", "train[::2]", "validation", "train[5:5]", "all"])
+def test_unknown_or_empty_split_is_refused_with_those_there_are(tmp_path, split):
+    write(tmp_path, *names("train/a", 3), *names("train/b", 3), *names("test/a", 3))
+    with pytest.raises(UserError, match="is unknown: use 'test', 'train'|has no images") as error:
+        get_dataset_info(f"folder:{tmp_path}", split)
+    assert repr(split) in str(error.value)
+
+
+def test_50_000_files_are_indexed_in_under_10_seconds(tmp_path):
+    (tmp_path / "class 0").mkdir()
+    for i in range(1000):
+        (tmp_path / "class 0" / f"{i:04}.jpg").touch()
+    for c in range(1, 50):  # links, because making 50,000 files takes longer than the test may
+        (tmp_path / f"class {c}").symlink_to("class 0", target_is_directory=True)
+    start = time.perf_counter()
+    info = get_dataset_info(f"folder:{tmp_path}", "train")
+    assert time.perf_counter() - start < 10
+    assert (info["num_examples"], info["num_classes"]) == (40_000, 50)
+
+
+# --- images that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"mode": "CMYK"}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("WEBP", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_an_image_cut_short_anywhere_is_found(tmp_path, file_format, options):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
+    encoded = encode(image.convert(options.pop("mode", "RGB")), file_format, **options)
+    path = tmp_path / "image"
+    path.write_bytes(encoded)
+    assert find_flaw(str(path)) is None
+    for share in (0, 0.001, 0.03, 0.25, 0.5, 0.75, 0.9, 0.98):
+        path.write_bytes(encoded[: int(len(encoded) * share)])
+        assert find_flaw(str(path)), f"{share:.1%} of {file_format} pass for an image"
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """Twenty good images, and one of each flaw."""
+    path = tmp_path / "photos"
+    write(path, *names("train/a", 8), *names("train/b", 8), *names("test/a", 2), *names("test/b", 2))
+    write(path, "train/a/cut.jpg", data=encode(PICTURE, "JPEG")[:-60])
+    write(path, "train/a/empty.png", data=b"")
+    write(path, "train/b/text.gif", data=b"no image")
+    bomb = bytearray(encode(np.zeros((1, 1), np.uint8)))
+    bomb[16:24] = struct.pack(">II", 20_000, 20_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    write(path, "test/b/bomb.png", data=bytes(bomb))
+    (path / "test" / "a" / "broken link.png").symlink_to(path / "gone.png")
+    return path
+
+
+FLAWS = {
+    "train/a/cut.jpg": "OSError: ",
+    "train/a/empty.png": "empty, cut short or no image that Pillow reads",
+    "train/b/text.gif": "empty, cut short or no image that Pillow reads",
+    "test/b/bomb.png": "DecompressionBombError: Image size (400000000 pixels)",
+    "test/a/broken link.png": "FileNotFoundError",
+}
+
+
+def test_all_bad_images_of_all_splits_are_in_one_report(flawed):
+    assert get_dataset_info(f"folder:{flawed}", "train")["num_examples"] == 19  # nothing is opened for it
+    for split in ("train", "test"):
+        with pytest.raises(UserError) as error:
+            open_split(flawed, split)
+        first, *lines = str(error.value).splitlines()
+        assert first.startswith(f"5 of 25 images in '{flawed}' cannot be used")
+        assert "--config.skip_bad_images=True" in first and len(lines) == 5
+        for file, reason in FLAWS.items():
+            assert any(line.startswith(f"  '{file}': {reason}") for line in lines)
+
+
+def test_a_long_report_is_cut_and_counted(tmp_path):
+    write(tmp_path, *names("a", 9), *names("b", 9))
+    write(tmp_path, *names("a/bad", 31), data=b"")
+    with pytest.raises(UserError, match="31 of 49 images") as error:
+        open_split(tmp_path, "train")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 22 and lines[-1] == "  and 11 more"
+
+
+def test_bad_images_are_skipped_when_asked_and_the_rest_stay_where_they_were(flawed, capsys):
+    whole = files_of(flawed, "train")
+    source = open_split(flawed, "train", skip_bad_images=True)
+    assert source.files == [file for file in whole if file not in FLAWS] and len(source) == 16
+    assert [file.split("/")[1] for file in source.files] == ["ab"[label] for label in source.labels]
+    out = capsys.readouterr().out
+    assert "left out of split 'train' are 3 images" in out and "train/a/cut.jpg" in out
+    assert "bomb" not in out
+    examples = open_examples(f"folder:{flawed}", "test", image_size_px=4, skip_bad_images=True)
+    assert len(examples) == 4 and examples.images.shape == (4, 4, 4, 3)
+    with pytest.raises(UserError, match="No image of split 'train.*can be used"):
+        bad = [whole.index(file) for file in whole if file in FLAWS][0]
+        open_split(flawed, f"train[{bad}:{bad + 1}]", skip_bad_images=True)
+
+
+def test_a_repaired_folder_is_read_again(flawed):
+    with pytest.raises(UserError):
+        open_split(flawed, "train")
+    for file in FLAWS:
+        (flawed / file).unlink()
+        write(flawed, file)
+    assert len(open_split(flawed, "train")) == 19
+
+
+def test_an_image_that_goes_missing_later_is_named(tmp_path):
+    write(tmp_path, *names("a", 4), *names("b", 4))
+    examples = open_examples(f"folder:{tmp_path}", "train", image_size_px=4, cache_bytes=0)
+    (tmp_path / examples.source.files[2]).unlink()
+    with pytest.raises(UserError, match=f"No such file.*{examples.source.files[2]}"):
+        examples.read(np.arange(4))
+
+
+# --- the program
+
+TINY = ["--config.total_steps=2", "--config.batch_size=8", "--config.preprocess.image_size_px=8"]
+TINY += [f"--config.model.{key}=8" for key in ("hidden_dim", "channels_mlp_dim", "tokens_mlp_dim")]
+TINY += ["--config.model.num_blocks=1", "--config.augment.min_crop_area=0.5"]
+
+
+def test_a_folder_trains(tmp_path, capsys):
+    path = tmp_path / "photos"
+    write(path, *names("猫", 10), *names("кот", 10))
+    arguments = [f"--config.dataset=folder:{path}", f"--workdir={tmp_path / 'run'}", *TINY]
+    assert main(["--config=digits.py", *arguments]) == 0
+    assert json.loads((tmp_path / "run" / "class_names.json").read_text()) == ["кот", "猫"]
+    out = capsys.readouterr().out
+    assert "16 training images, 4 test images, 2 classes" in out
+    assert "a fifth of each class, 4 images" in out and "test accuracy" in out
+
+
+def test_bad_images_stop_the_program_before_anything_is_written(flawed, capsys):
+    workdir = flawed.parent / "run"
+    assert (
+        main(["--config=digits.py", f"--config.dataset=folder:{flawed}", f"--workdir={workdir}", *TINY]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("error: 5 of 25 images") and all(repr(file) in error for file in FLAWS)
+    assert "Traceback" not in error and not workdir.exists()
+
+
+def test_the_program_skips_bad_images_when_asked(flawed, capsys):
+    arguments = [f"--config.dataset=folder:{flawed}", f"--workdir={flawed.parent / 'run'}", *TINY]
+    assert main(["--config=digits.py", "--config.skip_bad_images=True", *arguments]) == 0
+    assert "16 training images, 4 test images, 2 classes" in capsys.readouterr().out
