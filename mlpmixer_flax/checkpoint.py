@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
@@ -40,6 +41,17 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{workdir} holds a run of another config ({changes}): choose another --workdir")
 
 
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config of the run in a directory, as plain data; {} where there is no run."""
+    file = workdir / "config.json"
+    return _read_config(file) if file.exists() else {}
+
+
+def read_class_names(workdir: Path) -> list[str]:
+    """The names of the classes, in the order of the head's outputs."""
+    return json.loads((workdir / "class_names.json").read_text())
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
@@ -66,6 +78,50 @@ def _write_json(file: Path, content: Any) -> None:
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     temporary.replace(file)
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of the complete checkpoints in a run's directory, ascending."""
+    return sorted(
+        int(folder.name) for folder in (workdir / "checkpoints").glob("[0-9]*") if folder.name.isdigit()
+    )
+
+
+def read_weights(workdir: Path, which: str = "last") -> tuple[int, Any]:
+    """(step, tree of float32 numpy arrays) of a run, which is left as it is, even while it trains.
+
+    `which` is "last": the parameters of the newest checkpoint; "ema": their moving average, where the run keeps
+    one; "best": those of the best test accuracy, averaged where the run keeps an average.
+
+    Raises UserError if there are none.
+    """
+    steps = saved_steps(workdir)
+    if which == "best":
+        files = {step: workdir / "checkpoints" / str(step) / "metrics" / "metrics" for step in steps}
+        scores = {step: json.loads(file.read_text()) for step, file in files.items() if file.exists()}
+        steps = sorted(scores, key=lambda step: (scores[step][BEST_BY], step))
+    if not steps:
+        raise UserError(
+            f"{workdir} holds no checkpoint{' with a test accuracy' * (which == 'best')}: train first"
+        )
+    folder = (workdir / "checkpoints" / str(steps[-1]) / "default").absolute()
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            if which == "ema" and stored["ema"] is None:
+                raise UserError(f"the run in {workdir} keeps no average of its weights: choose last or best")
+            name = "params" if which == "last" or stored["ema"] is None else "ema"
+            wanted = {name: stored[name]}  # and not the optimizer's state
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
+            return steps[-1], checkpointer.restore(folder, args=restore)[name]
+    except UserError:
+        raise
+    except Exception as error:  # Orbax, TensorStore and JSON each have their own
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"checkpoint {steps[-1]} in {workdir} cannot be read ({reason}): choose another"
+        ) from None
 
 
 class Checkpoints:

@@ -1,14 +1,13 @@
-"""Every knob of a run with its unit and meaning, the Mixer sizes, and the checks a config must pass.
+"""Every knob of a run with its unit and meaning, and the Mixer sizes.
 
 A config file under `configs/` is a short diff over `get_config()`; on the command line
 `--config.optimizer.learning_rate=0.01` changes one key of it.
 """
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
-
-from mlpmixer_flax import UserError
 
 
 def _mixer(patch_px, hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim) -> FrozenConfigDict:
@@ -44,15 +43,12 @@ RANDAUGMENT_OPS = (
     "sharpness shear_x shear_y translate_x translate_y"
 ).split()
 
-# What a key that names something may name; `step`, `augment` and `models` hold a table with these keys.
-CHOICES = {
-    "loss": ("softmax", "sigmoid"),
-    "optimizer.name": ("adam", "adamw", "sgd"),
-    "optimizer.accumulator_dtype": ("float32", "bfloat16"),
-    "schedule.name": ("cosine", "linear", "constant", "rsqrt"),
-    "model.gelu": ("tanh", "erf"),
-    "model.dtype": ("float32", "bfloat16"),
-    "preprocess.interpolation": ("bilinear", "bicubic"),
+# What a config may leave open, as "" or (): such a key follows the weights of init_from; without any it is this.
+LEFT_OPEN = {
+    "model.gelu": "tanh",
+    "preprocess.interpolation": "bilinear",
+    "preprocess.mean": (0.5,),
+    "preprocess.std": (0.5,),
 }
 
 
@@ -60,13 +56,14 @@ def get_config() -> ConfigDict:
     """The base config: every key there is, locked against others; trains on the embedded digits.
 
     A duration has a `_steps` key (completed updates) and an `_epochs` key (passes over the training
-    split); `_steps` counts where it is above 0.
+    split); `_steps` counts where it is above 0. The keys of LEFT_OPEN follow the weights of `init_from`.
     """
     config = ConfigDict()
     config.seed = 0  # initial weights, order of the data, augmentation, dropout
 
     # Data
-    config.dataset = "digits"  # "digits" (embedded) or a TFDS name: "cifar10", "cifar10:3.0.2"
+    config.dataset = "digits"  # "digits" (embedded), "folder:PATH", a TFDS name: "cifar10", "cifar10:3.0.2"
+    config.skip_bad_images = False  # leave out images of a folder that cannot be used; else no run starts
     config.data_dir = ""  # TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.train_split = "train"  # TFDS split syntax: "train[:90%]"
     config.test_split = "test"  # scored every `eval_every`
@@ -79,9 +76,10 @@ def get_config() -> ConfigDict:
     config.preprocess = ConfigDict()
     config.preprocess.image_size_px = 8  # side of the model's square input
     config.preprocess.crop_fraction = 1.0  # share of the side that the central crop at test time keeps
-    config.preprocess.interpolation = "bilinear"  # or "bicubic"; when an image is resized
-    config.preprocess.mean = (0.5,)  # subtracted from pixels in [0, 1]; one value, or one a channel
-    config.preprocess.std = (0.5,)  # then divided by; 0.5 and 0.5 give [-1, 1]
+    # These three and model.gelu: "" and () = as the weights of init_from have it, else "bilinear", 0.5, 0.5, "tanh"
+    config.preprocess.interpolation = ""  # "bilinear" or "bicubic", when an image is resized
+    config.preprocess.mean = ()  # subtracted from pixels in [0, 1]; one value, or one a channel
+    config.preprocess.std = ()  # then divided by; 0.5 and 0.5 give [-1, 1]
 
     # Augmentation of training images, in this order; as written here all of it is off
     config.augment = ConfigDict()
@@ -99,13 +97,17 @@ def get_config() -> ConfigDict:
 
     # Model: the fields of models.MlpMixer
     config.model = ConfigDict(mixer_digits_config.to_dict())
-    config.model.gelu = "tanh"  # as Google's; "erf" as timm's
+    config.model.gelu = ""  # "tanh" as in Google's weights, "erf" as in timm's own
     config.model.dropout_rate = 0.0  # inside both MLPs
     config.model.stochastic_depth_rate = 0.0  # of skipping the last block; linearly to 0 at the first
     config.model.head_bias_init = 0.0  # -6.9 with the sigmoid loss
     config.model.dtype = "float32"  # "bfloat16" = mixed precision: computes so, keeps float32 parameters
     config.model.remat = False  # recompute blocks in the backward pass: less memory, a third slower
-    config.init_from = ""  # published weights to start from: "imagenet21k/Mixer-B_16"; "" = random
+
+    # Fine-tuning
+    config.init_from = ""  # weights to start from: "imagenet21k/Mixer-B_16", a file, URL or run; "" = random
+    config.init_head = "auto"  # "keep" or "reset" their head; "auto" = keep it if its classes are the data's
+    config.freeze = ""  # "all_but_head" = linear probe; or layers: "stem,MixerBlock_0"; "" = all learn
 
     # Optimisation
     config.loss = "softmax"  # or "sigmoid": one cross-entropy a class
@@ -120,6 +122,9 @@ def get_config() -> ConfigDict:
     config.optimizer.b1 = 0.9  # adam, adamw
     config.optimizer.b2 = 0.999  # adam, adamw
     config.optimizer.accumulator_dtype = "float32"  # of momentum and Adam's first moment; or "bfloat16"
+    config.optimizer.sam_rho = (
+        0.0  # sharpness-aware: gradient taken this far uphill, in twice the time; 0 = off
+    )
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"  # or "linear", "constant", "rsqrt" (1 / sqrt(step))
     config.schedule.warmup_epochs = 0.0  # linear, from 0
@@ -161,6 +166,37 @@ def get_pretraining_config() -> ConfigDict:
     return config
 
 
+def get_finetuning_config() -> ConfigDict:
+    """What fine-tuning published weights has in common: the recipe of google-research/vision_transformer."""
+    config = get_config()
+    config.batch_size = 512
+    config.total_steps = 10_000
+    config.preprocess.image_size_px = 224
+    config.augment.min_crop_area = 0.05
+    config.augment.flip = True
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.03
+    config.optimizer.accumulator_dtype = "bfloat16"
+    config.schedule.warmup_steps = 500
+    config.eval_every_steps = 500
+    config.save_every_steps = 1_000
+    return config
+
+
+def resolve(config: ConfigDict, origin: Mapping[str, Any]) -> ConfigDict:
+    """A copy with nothing left open: "" and () become as in `origin` (dotted key -> value), else LEFT_OPEN."""
+    config = ConfigDict(config.to_dict())
+    for key, default in LEFT_OPEN.items():
+        if is_left_open(config, key):
+            config.update_from_flattened_dict({key: origin.get(key, default)})
+    return config.lock()
+
+
+def is_left_open(config: ConfigDict, key: str) -> bool:
+    """Whether the key, in dotted form, is still to be decided."""
+    return key in LEFT_OPEN and flatten(config)[key] in ("", ())
+
+
 def in_steps(section: ConfigDict, name: str, steps_per_epoch: float) -> int:
     """A duration of a config section in updates: `<name>_steps`, or `<name>_epochs` where that is 0.
 
@@ -179,81 +215,3 @@ def flatten(config: ConfigDict) -> dict[str, object]:
         else:
             flat[key] = value
     return flat
-
-
-# What a number must be, beyond finite and, but for these, 0 or more.
-_ANY_SIGN = {"preprocess.mean", "model.head_bias_init"}
-_RANGES = (
-    ("at least 1", lambda v: v >= 1, {
-        "batch_size", "accumulation_steps", "log_every_steps", "keep_checkpoints", "preprocess.image_size_px",
-        "model.patches.size", "model.hidden_dim", "model.num_blocks", "model.tokens_mlp_dim",
-        "model.channels_mlp_dim",
-    }),
-    ("above 0", lambda v: v > 0, {
-        "preprocess.crop_fraction", "preprocess.std", "augment.min_crop_area", "optimizer.learning_rate",
-    }),
-    ("at most 1", lambda v: v <= 1, {
-        "preprocess.crop_fraction", "augment.min_crop_area", "augment.erase_probability",
-        "augment.mix_probability", "augment.label_smoothing", "schedule.final_fraction",
-    }),
-    ("below 1", lambda v: v < 1, {
-        "model.dropout_rate", "model.stochastic_depth_rate", "optimizer.momentum", "optimizer.b1",
-        "optimizer.b2", "ema_decay",
-    }),
-    ("at most 30", lambda v: v <= 30, {"augment.randaugment_magnitude"}),
-)  # fmt: skip
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises UserError, naming the key, the value and the remedy, for what no run could use."""
-    flat, base = flatten(config), flatten(get_config())
-    for key, value in flat.items():
-        if not _is_like(value, base[key]):
-            raise UserError(f"{key}={value!r} is of the wrong type: something like {base[key]!r} is needed")
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, (int, float)):
-                continue
-            rules = [(text, holds) for text, holds, keys in _RANGES if key in keys]
-            if key not in _ANY_SIGN:
-                rules.append(("0 or more", lambda v: v >= 0))
-            for text, holds in [("a finite number", math.isfinite), *rules]:
-                if not holds(number):
-                    raise UserError(f"{key}={value!r} must be {text}: change --config.{key}")
-    for key, names in CHOICES.items():
-        if flat[key] not in names:
-            raise UserError(f"unknown {key} {flat[key]!r}: choose one of {', '.join(names)}")
-    for name in config.augment.randaugment_ops:
-        if name not in RANDAUGMENT_OPS:
-            raise UserError(f"unknown augmentation {name!r}: choose from {', '.join(RANDAUGMENT_OPS)}")
-    _validate_combinations(config)
-
-
-def _is_like(value: object, base: object) -> bool:
-    if isinstance(base, tuple):
-        return isinstance(value, tuple) and all(_is_like(element, base[0]) for element in value)
-    if isinstance(base, float):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is type(base)
-
-
-def _validate_combinations(config: ConfigDict) -> None:
-    size, patch = config.preprocess.image_size_px, config.model.patches["size"]
-    if len(patch) != 2:
-        raise UserError(f"model.patches.size={patch!r} must be two numbers of pixels: (height, width)")
-    if size % patch[0] or size % patch[1]:
-        raise UserError(
-            f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {size}x{size} px: "
-            "choose another preprocess.image_size_px or model.patches.size"
-        )
-    if config.augment.randaugment_layers and not config.augment.randaugment_ops:
-        raise UserError("augment.randaugment_ops is empty: name some, or set augment.randaugment_layers to 0")
-    if not config.total_steps and not config.total_epochs:
-        raise UserError("total_steps and total_epochs are both 0: set one, it is the length of the run")
-    if config.optimizer.name == "adam" and config.optimizer.weight_decay:
-        raise UserError(
-            f"optimizer.weight_decay={config.optimizer.weight_decay} is decoupled, which 'adam' has not: "
-            "set optimizer.name to 'adamw', or the decay to 0"
-        )
-    schedule = config.schedule
-    if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
-        raise UserError("schedule.name='rsqrt' starts where the warmup ends: set schedule.warmup_steps")

@@ -6,13 +6,15 @@ from functools import partial
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from mlpmixer_flax import UserError, sharding
-from mlpmixer_flax.config import in_steps
+from mlpmixer_flax import UserError, pretrained, sharding
+from mlpmixer_flax.config import LEFT_OPEN, flatten, in_steps, is_left_open, resolve
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, get_dataset_info, open_examples
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.step import (
+    Params,
     TrainState,
     init_state,
     make_eval_step,
@@ -36,25 +38,40 @@ class Plan:
     total_steps: int
     eval_every: int  # steps; 0 = at the end
     save_every: int  # likewise
-    init: Callable[[], TrainState]
+    init: Callable[[Params | None], TrainState]  # from given parameters, or random ones
     update: Callable  # (state, batch) -> (state, metrics)
     score: Callable  # (parameters, batch) -> sums
 
 
+def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
+    """The config with what it leaves open decided: as in the `stored` one of this run, else as init_from's weights.
+
+    Says aloud what follows the weights, and what doesn't. Raises UserError as `pretrained.describe`.
+    """
+    origin = stored or (pretrained.describe(config.init_from) if config.init_from else {})
+    origin = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in flatten_dict(dict(origin), sep=".").items()
+    }
+    settled = resolve(config, origin)
+    for key in LEFT_OPEN if config.init_from and not stored else ():
+        value = flatten(settled)[key]
+        if is_left_open(config, key):
+            print(f"{key}={value}, as {config.init_from} has it")
+        elif origin.get(key, value) != value:
+            print(f"{key}={value}, though {config.init_from} was trained with {origin[key]}")
+    return settled
+
+
 def make_plan(config: ConfigDict) -> Plan:
-    """Opens the data and builds model and step functions for a valid config; UserError as `train`."""
+    """Opens the data and builds model and step functions for a valid, settled config; UserError as `train`."""
     mesh = sharding.make_mesh()
     _check_devices(config, num_devices=mesh.size)
-    if config.init_from:
-        raise UserError(
-            f"init_from={config.init_from!r}: this version cannot load published weights yet; "
-            "--config.init_from= trains from random ones"
-        )
     info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
     channels = info["image_shape"][2]
     _check_channels(config, channels)
     train_batches, test_batches = _open_batches(config)
-    steps_per_epoch = info["num_examples"] / config.batch_size
+    steps_per_epoch = len(train_batches.examples) / config.batch_size
     total_steps = in_steps(config, "total", steps_per_epoch)
 
     model = MlpMixer(num_classes=info["num_classes"], **config.model.to_dict())
@@ -76,11 +93,24 @@ def make_plan(config: ConfigDict) -> Plan:
         total_steps=total_steps,
         eval_every=in_steps(config, "eval_every", steps_per_epoch),
         save_every=in_steps(config, "save_every", steps_per_epoch),
-        init=partial(
-            init_state, model, optimizer, seed=config.seed, image_shape=input_shape, ema=config.ema_decay > 0
-        ),
+        init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
         update=make_train_step(model, optimizer, schedule, on_device),
         score=make_eval_step(model, on_device),
+    )
+
+
+def load_weights(plan: Plan, like: Params) -> Params:
+    """The parameters that config.init_from names, on the host, fitted to the model; `like` are shapes of all."""
+    config, patch = plan.config, plan.model.patches["size"]
+    rows, columns = plan.input_shape[0] // patch[0], plan.input_shape[1] // patch[1]
+    # A new head starts as in a run from random weights.
+    like = {**like, "head": jax.jit(lambda: plan.init(None).params["head"])()}
+    return pretrained.load(
+        config.init_from,
+        like,
+        grid=(rows, columns),
+        head=config.init_head,
+        class_names=plan.info["class_names"],
     )
 
 
@@ -114,6 +144,7 @@ def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
             crop_fraction=config.preprocess.crop_fraction,
             interpolation=config.preprocess.interpolation,
             min_crop_area=min_crop_area,
+            skip_bad_images=config.skip_bad_images,
         )
 
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mlpmixer_flax import augment
+from mlpmixer_flax import UserError, augment
 
 Params = Any  # a tree of arrays
 Batch = Mapping[str, jax.Array]  # image: uint8 (n, h, w, c), label: int32 (n,), mask: bool (n,)
@@ -21,7 +21,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: jax.Array  # int32 (), completed updates
     params: Params
-    opt_state: optax.OptState
+    opt_state: optax.OptState  # of the parameters that learn
     ema: Params | None  # moving average of the parameters, where config.ema_decay is on
 
     @property
@@ -81,14 +81,39 @@ def kernels_only(params: Params) -> Params:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
+def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
+    """Parameters as (those that learn, those that don't), by layer; `freeze` is config.freeze."""
+    frozen = set(filter(None, (name.strip() for name in freeze.split(","))))
+    if freeze == "all_but_head":
+        frozen = params.keys() - {"head"}
+    if frozen - params.keys() or frozen == params.keys():
+        raise UserError(
+            f"freeze={freeze!r} must be 'all_but_head' or some, not all, of {', '.join(params)}, joined by commas"
+        )
+    return (
+        {name: layer for name, layer in params.items() if name not in frozen},
+        {name: layer for name, layer in params.items() if name in frozen},
+    )
+
+
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, *, seed: int, image_shape: tuple, ema: bool
+    params: Params | None,
+    *,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    image_shape: tuple[int, int, int],
 ) -> TrainState:
-    """The state before the first update; `image_shape` is (height, width, channels) of the model's input."""
-    params = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))["params"]
+    """The state before the first update, with random parameters where none are given.
+
+    `image_shape` is (height, width, channels) of the model's input.
+    """
+    if params is None:
+        params = model.init(jax.random.key(config.seed), jnp.zeros((1, *image_shape)))["params"]
     # A copy: the update is donated its whole state, and no buffer may be donated twice.
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    learning, _ = split_frozen(params, config.freeze)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(learning), ema)
 
 
 def make_train_step(
@@ -97,13 +122,17 @@ def make_train_step(
     """The update: (state, batch) -> (state, metrics).
 
     Metrics are float32 scalars of the batch: loss and accuracy before the update (against the augmented
-    labels), global norms of gradient and new parameters, learning rate. All randomness derives from the
-    config's seed and the step, so nothing random is stored.
+    labels), global norms of the gradient and of the new parameters that learn, learning rate. All randomness
+    derives from the config's seed and the step, so nothing random is stored.
+
+    With `optimizer.sam_rho` the gradient is that at the parameters moved rho uphill (SAM, arXiv 2010.01412),
+    found from the whole batch, with the same augmentation and dropout.
     """
     knobs = dict(config.augment)
     preprocess = config.preprocess.to_dict()
 
-    def loss_fn(params, images, labels, key):
+    def loss_fn(learning, frozen, images, labels, key):
+        params = {**learning, **frozen}
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return LOSSES[config.loss](logits, labels).mean(), correct.mean()
@@ -119,11 +148,21 @@ def make_train_step(
             preprocess=preprocess,
             **knobs,
         )
-        (loss, accuracy), grads = _mean_gradient(
-            loss_fn, state.params, images, labels, dropout_key, passes=config.accumulation_steps
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learning, frozen = split_frozen(state.params, config.freeze)
+
+        def gradient_at(learning):
+            return _mean_gradient(
+                loss_fn, learning, frozen, images, labels, dropout_key, passes=config.accumulation_steps
+            )
+
+        (loss, accuracy), grads = gradient_at(learning)
+        rho = config.optimizer.sam_rho
+        if rho:
+            uphill = optax.tree.scale(rho / (optax.tree.norm(grads) + 1e-12), grads)
+            _, grads = gradient_at(optax.tree.add(learning, uphill))
+        updates, opt_state = optimizer.update(grads, state.opt_state, learning)
+        learning = optax.apply_updates(learning, updates)
+        params = {name: learning.get(name, layer) for name, layer in state.params.items()}
         ema = state.ema
         if ema is not None:
             # Early on the average is over few updates: the start is forgotten, as tf.train's average does.
@@ -133,7 +172,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(grads),
-            "parameter_norm": optax.tree.norm(params),
+            "parameter_norm": optax.tree.norm(learning),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
@@ -141,18 +180,18 @@ def make_train_step(
     return train_step
 
 
-def _mean_gradient(loss_fn, params, images, labels, key, *, passes):
+def _mean_gradient(loss_fn, params, frozen, images, labels, key, *, passes):
     """((loss, accuracy), gradient) of the whole batch, taken in `passes` equal parts one after the other."""
     gradient_of = jax.value_and_grad(loss_fn, has_aux=True)
     if passes == 1:
-        return gradient_of(params, images, labels, key)
+        return gradient_of(params, frozen, images, labels, key)
 
     def parts(x):
         # Every `passes`-th row: each part then holds rows of every device, and none has to move.
         return x.reshape(-1, passes, *x.shape[1:]).swapaxes(0, 1)
 
     def add_part(total, part):
-        return jax.tree.map(jnp.add, total, gradient_of(params, *part)), None
+        return jax.tree.map(jnp.add, total, gradient_of(params, frozen, *part)), None
 
     slices = (parts(images), parts(labels), jax.random.split(key, passes))
     zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), params))

@@ -24,15 +24,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError, sharding
-from mlpmixer_flax.checkpoint import BEST_BY, Checkpoints, check_workdir, write_run
-from mlpmixer_flax.config import validate
+from mlpmixer_flax.checkpoint import BEST_BY, Checkpoints, check_workdir, read_config, saved_steps, write_run
 from mlpmixer_flax.configfile import load_config, shipped_configs
 from mlpmixer_flax.dataloader import iterate
 from mlpmixer_flax.evaluate import evaluate
 from mlpmixer_flax.metrics import Recent, Reporter, read_metrics
-from mlpmixer_flax.plan import Plan, make_plan
+from mlpmixer_flax.plan import Plan, load_weights, make_plan, settle
 from mlpmixer_flax.step import TrainState
 from mlpmixer_flax.summary import summarize
+from mlpmixer_flax.validate import validate
 
 
 class Interrupted(Exception):
@@ -46,13 +46,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     weights are no longer finite; Interrupted after SIGTERM or SIGINT.
     """
     validate(config)
+    config = settle(config, read_config(workdir))
     check_workdir(workdir, config.to_dict())
     plan = make_plan(config)
     everywhere = sharding.replicated(plan.mesh)
     init = jax.jit(plan.init, out_shardings=everywhere)
-    like = jax.eval_shape(init)
+    like = jax.eval_shape(init, None)
+    params = None if saved_steps(workdir) or not config.init_from else load_weights(plan, like.params)
     print(summarize(plan.model, plan.input_shape, params=like.params, opt_state=like.opt_state))
-    num_train, num_test = plan.info["num_examples"], len(plan.test_batches.examples)
+    num_train, num_test = len(plan.train_batches.examples), len(plan.test_batches.examples)
     print(
         f"{config.dataset}: {num_train:,} training images, {num_test:,} test images, "
         f"{plan.info['num_classes']} classes\n{plan.total_steps:,} steps of {config.batch_size} images "
@@ -65,7 +67,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
         if start:
             print(f"continuing from step {start} of {workdir}", flush=True)
         if start < plan.total_steps:
-            state = init() if state is None else state
+            state = init(params) if state is None else state
+            del params
             update, score = _compile(plan, state)
             reporter = Reporter(workdir, start_step=start, total_steps=plan.total_steps)
             with contextlib.closing(reporter):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from mlpmixer_flax.config import resolve
 from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.plan import make_plan
@@ -18,7 +19,7 @@ FILES = sorted((ROOT / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_config_builds_at_full_size(file):
-    config = load_config(str(file))
+    config = resolve(load_config(str(file)), {})
     size = config.preprocess.image_size_px
     model = MlpMixer(num_classes=10, **config.model.to_dict())
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, size, size, 3), np.float32))
@@ -51,14 +52,16 @@ def test_shrunken_config_takes_a_step(file):
             "schedule.warmup_steps": min(config.schedule.warmup_steps, 1),
         }
     )
-    plan = make_plan(config)
+    plan = make_plan(resolve(config, {}))
     update = jax.jit(plan.update)
-    state = plan.init()
+    state = plan.init(None)
     for k in range(2):  # with a warmup the first step has learning rate 0
         state, metrics = update(state, plan.train_batches[k])
     assert int(state.step) == 2
     assert all(np.isfinite(value) for value in metrics.values()), metrics
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), plan.init().params["head"], state.params["head"])
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), plan.init(None).params["head"], state.params["head"]
+    )
     assert all(jax.tree.leaves(moved))
     sums = jax.jit(plan.score)(state.eval_params, plan.test_batches[0])
     assert sums["count"] == 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlpmixer_flax import sharding
-from mlpmixer_flax.config import get_config
+from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.evaluate import evaluate
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.step import make_eval_step
@@ -30,6 +30,7 @@ def tiny():
             "model.channels_mlp_dim": 10,
         }
     )
+    config = resolve(config, {})
     model = MlpMixer(num_classes=CLASSES, **config.model.to_dict())
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     rng = np.random.default_rng(0)

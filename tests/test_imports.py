@@ -19,15 +19,33 @@ PROGRAMS = "train predict export analyze benchmark".split()
 ALLOWED = {
     "__init__": set(),
     "randaugment": set(),  # a part of augment
-    "datasets": set(),  # a part of dataloader
+    "images": set(),
+    "folders": set(),  # a part of datasets
+    "datasets": {"folders", "images"},  # a part of dataloader
+    "weightfiles": set(),
+    "fit": set(),
+    "download": set(),
+    "figures": set(),
+    "fewshot": set(),
     **{module: set() for module in LAYER_0},
     "augment": {"randaugment"},
-    "dataloader": {"datasets"},
-    "configfile": {"config"},
+    "dataloader": {"datasets", "images"},
+    "configfile": {"config", "validate"},
+    "validate": {"config"},
     "step": {"augment"},
-    "plan": {"config", "dataloader", "models", "sharding", "step"},
-    "evaluate": {"step", "sharding"},
-    **{program: {*LAYER_0, "configfile", "step", "plan", "evaluate"} for program in PROGRAMS},
+    "published": {"config"},
+    "pretrained": {"checkpoint", "download", "fit", "published", "weightfiles"},
+    "plan": {"config", "dataloader", "models", "pretrained", "sharding", "step"},
+    # what every program after training starts from
+    "trained": {"augment", "checkpoint", "download", "fit", "models", "pretrained", "step"},
+    "evaluate": {"dataloader", "figures", "images", "sharding", "step", "trained"},
+    **{
+        program: {
+            *LAYER_0,
+            *"configfile evaluate fewshot figures images plan step trained validate weightfiles".split(),
+        }
+        for program in PROGRAMS
+    },
 }
 # What the package root itself defines; its other names are other modules' under a shorter name.
 ROOT_NAMES = {"UserError", "__version__"}
@@ -90,7 +108,8 @@ def test_every_imported_package_is_declared():
     used = {name.split(".")[0] for file in LIBRARY for name in imports(file)}
     used -= {PACKAGE, *sys.stdlib_module_names}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
     missing = {name for name in used if not declared & {normal(home) for home in homes.get(name, [name])}}
     assert not missing, f"Add to pyproject.toml's dependencies what provides {sorted(missing)}."
 

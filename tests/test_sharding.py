@@ -12,7 +12,7 @@ CHILD = """
 import json, sys
 import jax, numpy as np
 from mlpmixer_flax import sharding
-from mlpmixer_flax.config import get_config
+from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.evaluate import evaluate
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.step import (
@@ -58,12 +58,13 @@ for passes in (1, 2):
         "optimizer.name": "sgd", "optimizer.learning_rate": 0.1, "optimizer.clip_norm": 0.0,
         "ema_decay": 0.9, "accumulation_steps": passes,
     })
+    config = resolve(config, {})
     model = MlpMixer(num_classes=3, **config.model.to_dict())
     schedule = make_schedule(config, total_steps=10, warmup_steps=0)
     optimizer = make_optimizer(config, schedule)
     update = make_train_step(model, optimizer, schedule, config)
     shapes = jax.eval_shape(
-        lambda: init_state(model, optimizer, seed=0, image_shape=(8, 8, 1), ema=True)
+        lambda: init_state(None, model=model, optimizer=optimizer, config=config, image_shape=(8, 8, 1))
     )
     fill = np.random.default_rng(1)
     params = jax.tree.map(lambda p: fill.normal(0, 0.5, p.shape).astype(p.dtype), shapes.params)

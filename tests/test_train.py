@@ -245,8 +245,8 @@ def test_accumulation_and_streaming_train_the_same_as_one_pass_from_memory(tmp_p
         (["--config.test_split=test[:0]"], "Split 'test.:0.' of dataset 'digits' has no examples"),
         (["--config.preprocess.mean=0.1,0.2,0.3"], "preprocess.mean=.* has 3 values, .* 1 channel"),
         (
-            ["--config.init_from=imagenet21k/Mixer-B_16"],
-            "init_from='imagenet21k/Mixer-B_16': .*--config.init_from=",
+            ["--config.init_from=imagenet21k/Mixer-B16"],
+            "no weights 'imagenet21k/Mixer-B16': .*did you mean imagenet21k/Mixer-B_16",
         ),
         (["--config.modle.remat=1"], "no key 'modle.remat': did you mean 'model.remat'"),
     ],

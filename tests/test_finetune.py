@@ -1,0 +1,155 @@
+"""Training that starts from other weights, from the command to the checkpoints."""
+
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from mlpmixer_flax.checkpoint import read_weights
+from mlpmixer_flax.config import get_finetuning_config
+from mlpmixer_flax.metrics import read_metrics
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.train import main
+from mlpmixer_flax.weightfiles import write_npz, write_safetensors
+
+MODEL = {"patches": {"size": (2, 2)}, "hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8}
+MODEL["channels_mlp_dim"] = 32
+SMALL = ["--config=digits.py", "--config.total_steps=6", "--config.model.hidden_dim=16"]
+SMALL += [
+    "--config.model.num_blocks=2",
+    "--config.model.tokens_mlp_dim=8",
+    "--config.model.channels_mlp_dim=32",
+]
+
+
+def random_weights(num_classes, *, channels=1, scale=1.0, seed=0):
+    model = MlpMixer(num_classes=num_classes, **MODEL)
+    like = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, channels), np.float32))["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: (scale * rng.normal(0, 1 / np.sqrt(p.size / p.shape[-1]), p.shape)).astype(np.float32), like
+    )
+
+
+def start_of(workdir):
+    """The weights that a run of no learning rate ends with, which it began with."""
+    return read_weights(workdir)[1]
+
+
+STILL = "--config.optimizer.learning_rate=1e-30"
+
+
+def test_a_run_starts_from_a_file_with_a_new_head(tmp_path, capsys):
+    weights = random_weights(7, channels=3)
+    write_npz(tmp_path / "w.npz", weights, metadata={})
+    workdir = tmp_path / "run"
+    assert main([*SMALL, STILL, f"--config.init_from={tmp_path}/w.npz", f"--workdir={workdir}"]) == 0
+    out = capsys.readouterr().out
+    assert "head: new, since the weights have 7 classes and the model 10" in out
+    assert "summed over 3 channels" in out
+    began = start_of(workdir)
+    np.testing.assert_allclose(
+        began["stem"]["kernel"], weights["stem"]["kernel"].sum(2, keepdims=True), rtol=1e-6
+    )
+    for name in ("MixerBlock_0", "MixerBlock_1", "pre_head_layer_norm"):
+        chex.assert_trees_all_close(began[name], weights[name], rtol=1e-6, atol=1e-25)
+    assert np.abs(began["head"]["kernel"]).max() < 1e-20
+
+    # Continuing needs the weights no more.
+    (tmp_path / "w.npz").unlink()
+    assert main([*SMALL, STILL, f"--config.init_from={tmp_path}/w.npz", f"--workdir={workdir}"]) == 0
+
+
+def test_gelu_and_pixels_follow_the_weights_and_are_stored(tmp_path, capsys):
+    origin = {
+        "model": {"gelu": "erf"},
+        "preprocess": {"image_size_px": 8, "mean": [0.1], "std": [0.9], "interpolation": "bicubic"},
+    }
+    write_safetensors(tmp_path / "w.safetensors", random_weights(10), metadata=origin)
+    common = [*SMALL, f"--config.init_from={tmp_path}/w.safetensors"]
+    assert main([*common, f"--workdir={tmp_path}/run"]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["gelu"] == "erf" and config["preprocess"]["interpolation"] == "bicubic"
+    assert config["preprocess"]["mean"] == [0.1] and config["preprocess"]["std"] == [0.9]
+    assert json.loads((tmp_path / "run" / "preprocess.json").read_text())["mean"] == [0.1]
+    out = capsys.readouterr().out
+    assert "model.gelu=erf, as" in out and "head: kept, 10 classes" in out
+
+    assert main([*common, f"--workdir={tmp_path}/other", "--config.preprocess.mean=0.5"]) == 0
+    assert "preprocess.mean=(0.5,), though" in capsys.readouterr().out
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["preprocess"]["mean"] == [0.5] and config["preprocess"]["std"] == [0.9]
+
+    # A run is weights too: what it was trained with goes on, from run to run.
+    following = [*SMALL, f"--config.init_from={tmp_path}/run", f"--workdir={tmp_path}/next", STILL]
+    assert main(following) == 0
+    assert "model.gelu=erf, as" in capsys.readouterr().out
+    chex.assert_trees_all_close(
+        start_of(tmp_path / "next"), start_of(tmp_path / "run"), rtol=1e-6, atol=1e-25
+    )
+    shutil.rmtree(tmp_path / "run")
+    assert main(following) == 0  # which has ended
+
+
+@pytest.mark.parametrize(("tokens_mlp_dim", "way"), [(32, "exact for tiles"), (8, "resampled")])
+def test_a_run_starts_at_twice_the_resolution(tmp_path, capsys, tokens_mlp_dim, way):
+    write_npz(tmp_path / "w.npz", random_weights(10), metadata={})
+    larger = ["--config.preprocess.image_size_px=16", f"--config.model.tokens_mlp_dim={tokens_mlp_dim}"]
+    arguments = [*SMALL, *larger, f"--config.init_from={tmp_path}/w.npz", f"--workdir={tmp_path}/run"]
+    assert main(arguments) == 0
+    assert way in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_stop_the_run_before_anything_is_written(tmp_path, capsys):
+    write_npz(tmp_path / "w.npz", random_weights(10), metadata={})
+    arguments = [*SMALL, "--config.model.num_blocks=3", f"--config.init_from={tmp_path}/w.npz"]
+    assert main([*arguments, f"--workdir={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err
+    assert "num_blocks" in error and "MixerBlock_2" in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_linear_probe_moves_the_head_and_nothing_else(tmp_path):
+    weights = random_weights(10)
+    write_npz(tmp_path / "w.npz", weights, metadata={})
+    arguments = [*SMALL, "--config.freeze=all_but_head", f"--config.init_from={tmp_path}/w.npz"]
+    assert main([*arguments, f"--workdir={tmp_path}/run"]) == 0
+    after = start_of(tmp_path / "run")
+    assert (after["head"]["kernel"] != weights["head"]["kernel"]).all()
+    for name in weights.keys() - {"head"}:
+        chex.assert_trees_all_equal(after[name], weights[name])
+    assert main([*arguments, f"--workdir={tmp_path}/bad", "--config.freeze=stems"]) == 2
+    assert not (tmp_path / "bad").exists()
+
+
+# Weights of 21,843 classes are reported to diverge when fine-tuned (timm pull request 651).
+RECIPE = ["--config.total_steps=60", "--config.schedule.warmup_steps=10", "--config.log_every_steps=5"]
+
+
+def losses_from_badly_scaled_weights(tmp_path, *arguments):
+    """The recipe for published weights, shortened, from weights 20 times as large as they should be."""
+    write_npz(tmp_path / "w.npz", random_weights(21843, scale=20.0), metadata={})
+    recipe = get_finetuning_config().optimizer
+    optimizer = [f"--config.optimizer.{key}={value}" for key, value in recipe.items()]
+    main(
+        [*SMALL, *RECIPE, *optimizer, f"--config.init_from={tmp_path}/w.npz", f"--workdir={tmp_path}/run"]
+        + list(arguments)
+    )
+    return [
+        row["train/loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row
+    ]
+
+
+def test_badly_scaled_weights_of_21843_classes_do_not_diverge(tmp_path):
+    losses = losses_from_badly_scaled_weights(tmp_path)
+    assert len(losses) == 12 and max(losses) < 4 and losses[-1] < np.log(10)  # that of guessing
+
+
+def test_without_clipping_and_warmup_the_same_weights_do_diverge(tmp_path):
+    """Or the test above would show nothing."""
+    loose = ["--config.optimizer.clip_norm=0", "--config.schedule.warmup_steps=0"]
+    losses = losses_from_badly_scaled_weights(tmp_path, *loose)
+    assert not losses or max(losses) > 20
