@@ -1,0 +1,105 @@
+"""Does timm compute from our safetensors what we compute? The logits of both, and our npz beside them.
+
+    pip install torch==2.13.0 timm
+    python benchmarks/timm_logits.py
+
+Makes runs of full-size and small Mixers with random weights, exports them with `python -m mlpmixer_flax.export`,
+loads the safetensors into timm strictly (`load_state_dict(strict=True)`) and the npz into our own parameter tree, and
+compares logits in float32. About two minutes on 2 CPU cores.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+
+from mlpmixer_flax import pretrained
+from mlpmixer_flax.checkpoint import Checkpoints, write_run
+from mlpmixer_flax.config import get_config, mixer_b16_config, mixer_s32_config, resolve
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.step import init_state, make_optimizer
+
+# timm's name of the architecture, our sizes, GELU
+MODELS = [
+    ("mixer_s32_224", mixer_s32_config, "erf"),
+    ("mixer_s32_224", mixer_s32_config, "tanh"),
+    ("mixer_b16_224", mixer_b16_config, "erf"),
+]
+CLASSES = 1000
+TOLERANCE = 1e-4
+
+
+def make_run(workdir: Path, sizes, gelu: str) -> tuple[MlpMixer, dict]:
+    """A run's directory with one checkpoint, of random weights, every parameter away from 0."""
+    config = get_config()
+    config.preprocess.image_size_px = 224
+    config.model.update(sizes)
+    config.model.gelu = gelu
+    config.optimizer.name = "sgd"
+    config = resolve(config, {})
+    model = MlpMixer(num_classes=CLASSES, **config.model.to_dict())
+    optimizer = make_optimizer(config, lambda step: 0.1)
+    state = init_state(None, model=model, optimizer=optimizer, config=config, image_shape=(224, 224, 3))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: p + np.float32(0.02) * rng.normal(size=p.shape).astype(p.dtype), state.params
+    )
+    write_run(workdir, config.to_dict(), class_names=[str(i) for i in range(CLASSES)])
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(1, state.replace(params=params), None)
+    checkpoints.close()
+    return model, params
+
+
+def export(workdir: Path, format: str) -> Path:
+    file = workdir / f"weights.{format}"
+    command = [sys.executable, "-m", "mlpmixer_flax.export", f"--workdir={workdir}", f"--format={format}"]
+    subprocess.run([*command, f"--output={file}"], check=True, capture_output=True)
+    return file
+
+
+def main() -> int:
+    images = np.random.default_rng(1).uniform(-1, 1, (8, 224, 224, 3)).astype(np.float32)
+    worst = 0.0
+    print(
+        f"timm {timm.__version__}, torch {torch.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}"
+    )
+    for name, sizes, gelu in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            workdir = Path(folder)
+            model, params = make_run(workdir, sizes, gelu)
+            ours = np.asarray(jax.jit(model.apply)({"params": params}, images))
+            theirs = timm.create_model(
+                name, num_classes=CLASSES, **({"act_layer": timm.layers.GELUTanh} if gelu == "tanh" else {})
+            ).eval()
+            theirs.load_state_dict(load_file(export(workdir, "safetensors")), strict=True)
+            with torch.no_grad():
+                logits = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+            like = jax.eval_shape(lambda params=params: params)
+            back = pretrained.load(str(export(workdir, "npz")), like)
+            same = all(jax.tree.leaves(jax.tree.map(np.array_equal, back, params)))
+        difference = float(np.abs(ours - logits).max())
+        worst = max(worst, difference) if same else float("inf")
+        print(
+            json.dumps(
+                {
+                    "model": name,
+                    "gelu": gelu,
+                    "largest logit": round(float(np.abs(ours).max()), 3),
+                    "largest difference": float(f"{difference:.2g}"),
+                    "npz bit-identical": same,
+                }
+            )
+        )
+    return 0 if worst <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
