@@ -3,7 +3,8 @@
     python -m mlpmixer_flax.train --config=configs/b16_cifar10.py --workdir=runs/b16
 
 The recipe of google-research/vision_transformer: SGD with momentum in bfloat16, 10,000 steps of 512 images. They
-report 96.82 % in 9.6 h on four V100 (their evaluation leaves out the last 272 images). Not measured by us yet.
+report 96.82 % in 9.6 h on four V100 (from 98 % of the training images; their evaluation leaves out
+the last 272). Not measured by us yet.
 Out of memory: add --config.accumulation_steps=8, then --config.model.dtype=bfloat16
 """
 

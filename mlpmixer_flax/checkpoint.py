@@ -49,7 +49,11 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 def read_class_names(workdir: Path) -> list[str]:
     """The names of the classes, in the order of the head's outputs."""
-    return json.loads((workdir / "class_names.json").read_text())
+    file = workdir / "class_names.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): the run's directory is incomplete") from None
 
 
 def _read_config(file: Path) -> dict[str, Any]:

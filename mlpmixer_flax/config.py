@@ -9,6 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from mlpmixer_flax import UserError
+
 
 def _mixer(patch_px, hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim) -> FrozenConfigDict:
     return FrozenConfigDict(
@@ -188,7 +190,13 @@ def resolve(config: ConfigDict, origin: Mapping[str, Any]) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     for key, default in LEFT_OPEN.items():
         if is_left_open(config, key):
-            config.update_from_flattened_dict({key: origin.get(key, default)})
+            value = origin.get(key, default)
+            try:
+                config.update_from_flattened_dict({key: value})
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"{key}={value!r}, as the weights have it, is of the wrong type: set it"
+                ) from None
     return config.lock()
 
 

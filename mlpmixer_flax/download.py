@@ -269,7 +269,7 @@ def _check(url: str, part: Path, *, size_mib: float | None, sha256: str | None, 
 
 
 def _check_size(url: str, size_bytes: int, size_mib: float | None) -> None:
-    if size_mib is not None and abs(size_bytes - size_mib * MIB) > 0.005 * MIB:  # half of the last decimal
+    if size_mib is not None and abs(size_bytes - size_mib * MIB) > 0.01 * MIB:  # a unit of the last decimal
         raise UserError(
             f"{url} is {size_bytes:,} bytes, not the {size_mib} MiB expected, and was not kept: "
             "check the address, or bring the file here yourself and pass its path"

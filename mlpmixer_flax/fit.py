@@ -58,6 +58,10 @@ def fit(
 
     Raises UserError, before anything is read, with all that doesn't fit; it calls the weights by `name`.
     """
+    if "stem" not in like:
+        raise UserError(
+            "like has no layer 'stem': give the model's parameters, the tree under variables['params']"
+        )
     if head not in HEADS:
         raise UserError(f"unknown init_head {head!r}: choose one of {', '.join(HEADS)}")
     leaves = flatten_dict(like, sep="/")

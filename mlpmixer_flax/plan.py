@@ -18,6 +18,7 @@ from mlpmixer_flax.step import (
     TrainState,
     init_state,
     make_eval_step,
+    make_look_step,
     make_optimizer,
     make_schedule,
     make_train_step,
@@ -41,6 +42,7 @@ class Plan:
     init: Callable[[Params | None], TrainState]  # from given parameters, or random ones
     update: Callable  # (state, batch) -> (state, metrics)
     score: Callable  # (parameters, batch) -> sums
+    look: Callable  # (batch) -> images as the first update sees them
 
 
 def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
@@ -49,18 +51,22 @@ def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
     Says aloud what follows the weights, and what doesn't. Raises UserError as `pretrained.describe`.
     """
     origin = stored or (pretrained.describe(config.init_from) if config.init_from else {})
-    origin = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in flatten_dict(dict(origin), sep=".").items()
-    }
+    origin = {key: _as_in_config(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
     settled = resolve(config, origin)
     for key in LEFT_OPEN if config.init_from and not stored else ():
         value = flatten(settled)[key]
-        if is_left_open(config, key):
-            print(f"{key}={value}, as {config.init_from} has it")
-        elif origin.get(key, value) != value:
-            print(f"{key}={value}, though {config.init_from} was trained with {origin[key]}")
+        if is_left_open(config, key) and key in origin:
+            print(f"{key}={value}, to suit {config.init_from}")
+        elif origin.get(key, value) not in (value, _as_in_config(value)):
+            print(f"{key}={value}, though {origin[key]} would suit {config.init_from}")
     return settled
+
+
+def _as_in_config(value: Any) -> Any:
+    """JSON's lists as tuples; values that are the same for all channels as one, which suits any number of channels."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(value[:1] if len(value) > 1 and all(element == value[0] for element in value) else value)
 
 
 def make_plan(config: ConfigDict) -> Plan:
@@ -96,6 +102,7 @@ def make_plan(config: ConfigDict) -> Plan:
         init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
         update=make_train_step(model, optimizer, schedule, on_device),
         score=make_eval_step(model, on_device),
+        look=make_look_step(on_device, num_classes=info["num_classes"]),
     )
 
 

@@ -99,8 +99,9 @@ def load(
     return params
 
 
-def find(source: str) -> Weights:
+def find(source: str | Path) -> Weights:
     """The weights, none of them read yet, with all that is known of their origin as metadata; UserError as `load`."""
+    source = str(source)
     if source in PUBLISHED:
         published = PUBLISHED[source]
         return _with_origin(open_weights(_fetch(published.url, published.size_mib)), published.origin)
@@ -108,11 +109,14 @@ def find(source: str) -> Weights:
         return _with_origin(open_weights(fetch(source)), {})
     if source.startswith("hf-hub:"):
         return _with_origin(open_weights(_fetch(source)), _hub_origin(source))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_run(path)
-    if path.exists():
-        return _with_origin(open_weights(path), {})
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _open_run(path)
+        if path.exists():
+            return _with_origin(open_weights(path), {})
+    except (OSError, RuntimeError):  # a name too long, a home of nobody
+        pass
     near = difflib.get_close_matches(source, PUBLISHED, n=2, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(near)}?" if near else "python -m mlpmixer_flax.pretrained lists all names"
@@ -123,14 +127,31 @@ def find(source: str) -> Weights:
 def _with_origin(weights: Weights, origin: Mapping[str, Any]) -> Weights:
     # What stands in the file itself is surest, if it is of ours.
     metadata = weights.metadata if {"model", "preprocess"} <= weights.metadata.keys() else origin
+    _check_origin(weights.name, metadata)
     return replace(weights, metadata=metadata or ASSUMED[weights.layout])
+
+
+def _check_origin(name: str, metadata: Mapping[str, Any]) -> None:
+    """A file may claim anything of itself; the values that a config takes are checked with the config."""
+    sections = [metadata.get(section, {}) for section in ("model", "preprocess")]
+    size, names = (
+        sections[1].get("image_size_px", 1) if isinstance(sections[1], Mapping) else 0,
+        metadata.get("class_names", []),
+    )
+    if (
+        not all(isinstance(section, Mapping) for section in sections)
+        or not (isinstance(size, int) and size > 0)
+        or not (isinstance(names, (list, tuple)) and all(isinstance(class_name, str) for class_name in names))
+    ):
+        raise UserError(f"what {name} says of its own training makes no sense: write the file again")
 
 
 def _open_run(workdir: Path) -> Weights:
     config = read_config(workdir)
-    if not config:
+    if not {"model", "preprocess", "ema_decay"} <= config.keys():
         raise UserError(f"no weights {str(workdir)!r}: the directory holds no config.json of a run")
-    _, params = read_weights(workdir, "ema" if config["ema_decay"] else "last")
+    which = "ema" if config["ema_decay"] else "last"  # which the run's last test accuracy is of
+    _, params = read_weights(workdir, which)
     flat = flatten_dict(params, sep="/")
     return Weights(
         name=str(workdir),
@@ -169,13 +190,17 @@ def _hub_file(source: str, file: str) -> Path:
         here = huggingface_hub.try_to_load_from_cache(repo, file)
         return Path(here if isinstance(here, str) else huggingface_hub.hf_hub_download(repo, file))
     except Exception as error:  # the hub's, its HTTP client's, the disk's
-        raise UserError(f"cannot fetch {file} of {source} ({str(error).splitlines()[0]})") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"cannot fetch {file} of {source} ({reason}): check the name and the network, or give a file you have"
+        ) from None
 
 
 def _hub_origin(source: str) -> Mapping[str, Any]:
     """What the `config.json` that timm puts beside its weights says of them; timm's models compute erf GELU."""
+    file = _hub_file(source, "config.json")
     try:
-        timm = json.loads(_hub_file(source, "config.json").read_text())["pretrained_cfg"]
+        timm = json.loads(file.read_text())["pretrained_cfg"]
         return {
             "model": {"gelu": "erf"},
             "preprocess": {
@@ -185,7 +210,7 @@ def _hub_origin(source: str) -> Mapping[str, Any]:
                 "std": tuple(timm["std"]),
             },
         }
-    except (UserError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IndexError):  # not timm's
         return {}
 
 
@@ -229,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues the download", file=sys.stderr)
+        return 130
     if not sources:
         print(table())
     return 0

@@ -7,11 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from mlpmixer_flax.config import resolve
+from mlpmixer_flax.config import get_finetuning_config, resolve
 from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.fit import fit
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.plan import make_plan
+from mlpmixer_flax.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -65,6 +68,45 @@ def test_shrunken_config_takes_a_step(file):
     assert all(jax.tree.leaves(moved))
     sums = jax.jit(plan.score)(state.eval_params, plan.test_batches[0])
     assert sums["count"] == 8
+
+
+def test_finetuning_is_the_recipe_of_vision_transformer():
+    config = get_finetuning_config()
+    assert (config.batch_size, config.total_steps, config.schedule.warmup_steps) == (512, 10_000, 500)
+    assert (config.optimizer.name, config.optimizer.learning_rate) == ("sgd", 0.03)
+    assert (config.optimizer.momentum, config.optimizer.accumulator_dtype) == (0.9, "bfloat16")
+    assert (config.optimizer.clip_norm, config.optimizer.weight_decay) == (1.0, 0.0)
+    assert (config.preprocess.image_size_px, config.augment.min_crop_area) == (224, 0.05)
+    assert config.augment.flip and config.schedule.name == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("b16_cifar10", None),
+        ("b16_cifar10_quick", None),
+        ("b16_cifar10_384", "14x14 to 24x24 tokens, resampled"),
+        ("b16_cifar10_448", "14x14 to 28x28 tokens, exact"),
+        ("l16_cifar10", None),
+    ],
+)
+def test_published_weights_fit_the_model_of_the_config(name, note):
+    """By the shapes alone: the published model's, and zeros for what is read."""
+    config = resolve(load_config(f"{name}.py"), {})
+    published = PUBLISHED[config.init_from]
+    theirs = MlpMixer(num_classes=published.num_classes, **published.origin["model"])
+    ours = MlpMixer(num_classes=10, **config.model.to_dict())
+
+    def shapes(model, size):
+        images = np.zeros((1, size, size, 3), np.float32)
+        return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+    weights = {key: leaf.shape for key, leaf in flatten_dict(shapes(theirs, 224), sep="/").items()}
+    like = shapes(ours, config.preprocess.image_size_px)
+    params, notes = fit(weights, lambda key: np.zeros(weights[key], np.float32), like)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, like)
+    assert any(note in said for said in notes) if note else len(notes) == 1  # of the head
+    assert name[0] == config.init_from.split("-")[1][0].lower()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

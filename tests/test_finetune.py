@@ -1,6 +1,7 @@
 """Training that starts from other weights, from the command to the checkpoints."""
 
 import json
+import re
 import shutil
 
 import chex
@@ -76,7 +77,7 @@ def test_gelu_and_pixels_follow_the_weights_and_are_stored(tmp_path, capsys):
     assert config["preprocess"]["mean"] == [0.1] and config["preprocess"]["std"] == [0.9]
     assert json.loads((tmp_path / "run" / "preprocess.json").read_text())["mean"] == [0.1]
     out = capsys.readouterr().out
-    assert "model.gelu=erf, as" in out and "head: kept, 10 classes" in out
+    assert "model.gelu=erf, to suit" in out and "head: kept, 10 classes" in out
 
     assert main([*common, f"--workdir={tmp_path}/other", "--config.preprocess.mean=0.5"]) == 0
     assert "preprocess.mean=(0.5,), though" in capsys.readouterr().out
@@ -86,7 +87,7 @@ def test_gelu_and_pixels_follow_the_weights_and_are_stored(tmp_path, capsys):
     # A run is weights too: what it was trained with goes on, from run to run.
     following = [*SMALL, f"--config.init_from={tmp_path}/run", f"--workdir={tmp_path}/next", STILL]
     assert main(following) == 0
-    assert "model.gelu=erf, as" in capsys.readouterr().out
+    assert "model.gelu=erf, to suit" in capsys.readouterr().out
     chex.assert_trees_all_close(
         start_of(tmp_path / "next"), start_of(tmp_path / "run"), rtol=1e-6, atol=1e-25
     )
@@ -101,6 +102,47 @@ def test_a_run_starts_at_twice_the_resolution(tmp_path, capsys, tokens_mlp_dim, 
     arguments = [*SMALL, *larger, f"--config.init_from={tmp_path}/w.npz", f"--workdir={tmp_path}/run"]
     assert main(arguments) == 0
     assert way in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"preprocess": {"std": [0.0]}}, "preprocess.std=.* must be above 0"),
+        ({"preprocess": {"interpolation": "lanczos"}}, "unknown preprocess.interpolation 'lanczos'"),
+        ({"preprocess": {"mean": ["a"]}}, "preprocess.mean=.* of the wrong type"),
+        ({"preprocess": {"mean": 0.5}}, "preprocess.mean=.* of the wrong type"),
+        ({"preprocess": None}, "makes no sense"),
+        ({"preprocess": {"image_size_px": "8"}}, "makes no sense"),
+        ({"class_names": 5}, "makes no sense"),
+    ],
+)
+def test_what_a_file_claims_of_itself_is_checked(tmp_path, capsys, metadata, message):
+    write_npz(tmp_path / "w.npz", random_weights(10), metadata={"model": {}, "preprocess": {}, **metadata})
+    arguments = [*SMALL, f"--config.init_from={tmp_path}/w.npz", f"--workdir={tmp_path}/run"]
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gray_images_take_weights_that_give_each_channel_the_same_mean(tmp_path):
+    origin = {"model": {}, "preprocess": {"mean": [0.4, 0.4, 0.4], "std": [0.3, 0.3, 0.3]}}
+    write_npz(tmp_path / "w.npz", random_weights(10, channels=3), metadata=origin)
+    assert main([*SMALL, f"--config.init_from={tmp_path}/w.npz", f"--workdir={tmp_path}/run"]) == 0
+    assert json.loads((tmp_path / "run" / "preprocess.json").read_text())["mean"] == [0.4]
+
+
+def test_a_run_goes_on_from_the_average_of_another_with_the_head_of_its_own_start(tmp_path, capsys):
+    first = [*SMALL, "--config.ema_decay=0.9", f"--workdir={tmp_path}/first"]
+    assert main(first) == 0
+    last, ema = (read_weights(tmp_path / "first", which)[1] for which in ("last", "ema"))
+    assert (last["stem"]["kernel"] != ema["stem"]["kernel"]).any()
+    following = [*SMALL, STILL, f"--config.init_from={tmp_path}/first", f"--workdir={tmp_path}/next"]
+    sigmoid = ["--config.init_head=reset", "--config.loss=sigmoid", "--config.model.head_bias_init=-6.9"]
+    assert main([*following, *sigmoid]) == 0
+    began = start_of(tmp_path / "next")
+    np.testing.assert_allclose(began["stem"]["kernel"], ema["stem"]["kernel"], rtol=1e-6)
+    np.testing.assert_allclose(began["head"]["bias"], -6.9, rtol=1e-6)
+    assert "head: new, as asked for" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_stop_the_run_before_anything_is_written(tmp_path, capsys):

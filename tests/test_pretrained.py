@@ -83,6 +83,19 @@ def test_published_sizes_in_mib_are_those_of_the_model_we_build_for_them(name):
     assert pretrained.describe(name)["model"]["gelu"] == ("erf" if ".miil" in name else "tanh")
 
 
+def test_the_table_holds_what_the_reference_says():
+    google = {name: weights for name, weights in PUBLISHED.items() if not name.startswith("hf-hub:")}
+    for name, weights in google.items():
+        assert weights.url == f"https://storage.googleapis.com/mixer_models/{name}.npz"
+        assert (weights.mean, weights.std, weights.interpolation) == ((0.5,), (0.5,), "bilinear")
+    for name in PUBLISHED.keys() - google:
+        weights = PUBLISHED[name]
+        miil = ".miil" in name
+        assert (weights.mean, weights.std) == (((0.0,), (1.0,)) if miil else ((0.5,), (0.5,)))
+        assert weights.interpolation == ("bilinear" if miil else "bicubic") and weights.url == name
+    assert len(google) == 11 and len(PUBLISHED) == 17
+
+
 def test_published_weights_come_from_a_warm_cache_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
@@ -139,13 +152,20 @@ def test_the_head_is_kept_for_the_same_classes_only(tmp_path, capsys):
         ("imagenet21k/Mixer-B16", "did you mean imagenet21k/Mixer-B_16"),
         ("no/such/thing.npz", "no published name, file, run directory or URL"),
         ("{folder}", "holds no config.json of a run"),
+        ("x" * 300, "no published name, file"),
+        ("~nobody-at-all/w.npz", "no published name, file"),
     ],
 )
 def test_weights_that_are_not_there_are_said_in_a_sentence(source, message, tmp_path):
-    with pytest.raises(UserError, match=message) as error:
-        pretrained.describe(source.format(folder=tmp_path))
-        pretrained.load(source.format(folder=tmp_path), {})
-    assert "\n" not in str(error.value)
+    for use in (pretrained.describe, lambda source: pretrained.load(source, {"stem": {}})):
+        with pytest.raises(UserError, match=message) as error:
+            use(source.format(folder=tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def test_the_whole_of_init_is_not_taken_for_its_parameters():
+    with pytest.raises(UserError, match=r"under variables\['params'\]"):
+        pretrained.load(str(GOLDEN / "google_tiny.npz"), {"params": shapes_of(tiny_model("tanh"))})
 
 
 def test_names_of_no_mixer_are_reported(tmp_path):

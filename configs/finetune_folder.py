@@ -1,0 +1,33 @@
+"""Fine-tune Mixer-B/16, pre-trained on ImageNet-21k, on your own photos at 224 px.
+
+    python -m mlpmixer_flax.train --config=configs/finetune_folder.py --workdir=runs/photos
+    python -m mlpmixer_flax.predict --workdir=runs/photos new.jpg
+
+The photos are photos/<class>/*.jpg, of which a fifth is kept for testing, or photos/train/<class>/*.jpg and
+photos/test/<class>/*.jpg, in any format; --config.dataset=folder:PATH looks elsewhere. Made for a hundred to some
+ten thousand of them; with fewer, raise --config.total_epochs. Not measured by us yet.
+Classes that a mirror confuses, such as letters: add --config.augment.flip=false
+Out of memory: add --config.accumulation_steps=4 (or 8, ...), then --config.model.dtype=bfloat16
+"""
+
+from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
+
+
+def get_config():
+    config = get_finetuning_config()
+    config.dataset = "folder:photos"
+    config.init_from = "imagenet21k/Mixer-B_16"
+    config.model.update(mixer_b16_config)
+    config.batch_size = 64
+    config.total_epochs = 20.0
+    config.total_steps = 0
+    config.optimizer.learning_rate = (
+        0.01  # of the paper's 0.003, 0.01, 0.03, 0.06 one of the lower: few photos
+    )
+    config.schedule.warmup_epochs = 2.0
+    config.schedule.warmup_steps = 0
+    config.augment.min_crop_area = 0.3  # a smaller part may show nothing of the class
+    config.log_every_steps = 10
+    config.eval_every_epochs = 1.0
+    config.eval_every_steps = 0
+    return config
