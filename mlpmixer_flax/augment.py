@@ -117,6 +117,12 @@ def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float])
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
+def denormalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """The inverse of `normalize`, to be looked at: -> uint8, rounded, and cut off where noise is beyond it."""
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return jnp.clip(jnp.round((images * std + mean) * 255), 0, 255).astype(jnp.uint8)
+
+
 def random_crop(key: jax.Array, images: jax.Array, *, padding_px: int) -> jax.Array:
     """A window of the size of (n, h, w, c) out of the image with zeros around it (He et al. 2016)."""
     n, h, w, c = images.shape

@@ -1,12 +1,41 @@
-"""Scores of a model over a whole split."""
+"""Score a model on a split: python -m mlpmixer_flax.evaluate --workdir=runs/b16
 
+A run is scored on its own test split, with the weights that its last test
+accuracy is of; weights, and a run too, on any dataset or folder of images of
+the model's classes. Classes are matched by name, ImageNet's also by WordNet
+number (n01440764), and in order where either side has no names. Images are
+decoded as grey or in colour, as the model takes them. Into --output go:
+
+  scores.json      all that is shown, and "confusion": [true class, predicted
+                   class, images] wherever there are images
+  per_class.csv    each class: how often it is right, and what it is taken for
+  confusion.png    which class is taken for which
+  mistakes.png     the 30 mistakes made with the highest confidence
+  calibration.png  how often predictions of a confidence are right
+"""
+
+import argparse
 import collections
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import csv
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from mlpmixer_flax import sharding
+from mlpmixer_flax import UserError, figures, scores, sharding
+from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate, open_examples
+from mlpmixer_flax.step import LOSSES
+from mlpmixer_flax.trained import PROBABILITIES, Trained, add_arguments, in_words, load_named
 
 
 def evaluate(
@@ -21,12 +50,228 @@ def evaluate(
     `eval_step` is a jitted `step.make_eval_step`; sums and counts are added up and divided once, so a
     partly filled last batch weighs what it holds.
     """
+    return evaluate_classes(eval_step, params, batches, mesh=mesh)[0]
+
+
+def evaluate_classes(
+    eval_step: Callable,
+    params,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    mesh: jax.sharding.Mesh,
+) -> tuple[dict[str, float], np.ndarray]:
+    """The means of `evaluate`, and the accuracy of each class: float64 (classes,), NaN where there are no images."""
     totals = collections.Counter()
-    waiting = None  # the device works on one batch while the sums of the one before are fetched
+    for sums in _fetch(eval_step, params, batches, mesh=mesh):
+        totals.update({name: np.float64(value) for name, value in sums.items()})
+    count, class_count = totals.pop("count"), totals.pop("class_count")
+    with np.errstate(invalid="ignore"):
+        class_accuracy = totals.pop("class_accuracy") / class_count
+    return {name: float(total / count) for name, total in totals.items()}, class_accuracy
+
+
+def _fetch(step: Callable, params, batches, *, mesh: jax.sharding.Mesh) -> Iterator[dict[str, np.ndarray]]:
+    """The result of a jitted step for each batch, fetched while the device works on the next one."""
+    waiting = None
     for batch in batches:
-        sums = eval_step(params, sharding.put_batch(batch, mesh))
-        totals.update(jax.device_get(waiting or {}))
-        waiting = sums
-    totals.update(jax.device_get(waiting or {}))
-    count = totals.pop("count")
-    return {name: float(total / count) for name, total in totals.items()}
+        result = step(params, sharding.put_batch(batch, mesh))
+        if waiting is not None:
+            yield jax.device_get(waiting)
+        waiting = result
+    if waiting is not None:
+        yield jax.device_get(waiting)
+
+
+def open_split(
+    trained: Trained, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
+) -> tuple[Examples, np.ndarray]:
+    """A split for `score_images`, in grey or colour as the model takes it, and the model's class of each of its own.
+
+    The arguments are those of `dataloader.open_examples`. No image is kept in memory, as each is needed once.
+
+    Raises:
+      UserError: as that and `scores.match_classes`.
+    """
+    info = get_dataset_info(dataset, split, data_dir=data_dir)
+    classes = scores.match_classes(in_words(info["class_names"]), in_words(trained.class_names))
+    examples = open_examples(
+        dataset,
+        split,
+        data_dir=data_dir,
+        cache_bytes=0,
+        image_size_px=trained.preprocess["image_size_px"],
+        crop_fraction=trained.preprocess["crop_fraction"],
+        interpolation=trained.preprocess["interpolation"],
+        skip_bad_images=skip_bad_images,
+    )
+    image_shape = (*examples.image_shape[:2], trained.channels)
+    return dataclasses.replace(examples, image_shape=image_shape), classes
+
+
+def score_images(
+    trained: Trained, examples: Examples, *, classes: np.ndarray, batch_size: int = 64
+) -> dict[str, np.ndarray]:
+    """The `rows` of `scores` for a split, in its order; labels are numbers of the model's classes.
+
+    `examples` and `classes` are those of `open_split`; `batch_size` is rounded up to a multiple of the devices.
+    """
+    if examples.cropped:  # on the host, as in training
+        trained = dataclasses.replace(trained, preprocess={**trained.preprocess, "crop_fraction": 1.0})
+    mesh = sharding.make_mesh()
+    num_classes = len(trained.class_names)
+
+    def score(params, batch):
+        label = batch["label"]
+        logits = trained.logits(params, batch["image"])
+        return {
+            "label": label,
+            "best": jax.lax.top_k(logits, min(5, num_classes))[1],
+            "confidence": PROBABILITIES[trained.loss](logits).max(axis=-1),
+            "loss": LOSSES[trained.loss](logits, jax.nn.one_hot(label, num_classes)),
+            "mask": batch["mask"],
+        }
+
+    batches = TestBatches(examples, batch_size=-(-batch_size // mesh.size) * mesh.size)
+    everywhere = sharding.replicated(mesh)
+    score = jax.jit(score, out_shardings=everywhere)
+    params = jax.device_put(trained.params, everywhere)
+    rows = collections.defaultdict(list)
+    with (
+        contextlib.closing(iterate(batches, 0, len(batches))) as stream,
+        tqdm(desc="scoring", total=len(examples), unit="img", delay=2, leave=False, disable=None) as bar,
+    ):
+        relabelled = ({**batch, "label": classes[batch["label"]]} for batch in stream)
+        for result in _fetch(score, params, relabelled, mesh=mesh):
+            mask = result.pop("mask")
+            for name, values in result.items():
+                rows[name].append(values[mask])
+            bar.update(mask.sum())
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
+
+
+def write_scores(output: Path, found: Mapping[str, Any], *, rows: scores.Rows, examples: Examples) -> None:
+    """Writes the files that the module's docstring lists; UserError where they can't be written.
+
+    `found` is what scores.json holds; the images of mistakes.png are read from `examples` once more.
+    """
+    names = [row["name"] for row in found["per_class"]]
+    label, predicted = rows["label"], rows["best"][:, 0]
+    try:
+        lines = (f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in found.items())
+        (output / "scores.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        with (output / "per_class.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, found["per_class"][0])
+            table.writeheader()
+            table.writerows(found["per_class"])
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+    matrix = np.zeros((len(names), len(names)), int)
+    np.add.at(matrix, (label, predicted), 1)
+    figures.save(figures.confusion(matrix, names), output / "confusion.png")
+    figures.save(figures.calibration(rows["confidence"], label == predicted), output / "calibration.png")
+    worst = scores.confident_mistakes(rows)
+    images = examples.read(worst)[0] if len(worst) else []
+    sheet = figures.mistakes(
+        images,
+        [names[i] for i in label[worst]],
+        [names[i] for i in predicted[worst]],
+        rows["confidence"][worst],
+    )
+    figures.save(sheet, output / "mistakes.png")
+
+
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {output} ({error.strerror}): give another --output")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size={arguments.batch_size} leaves nothing to do: give at least 1")
+    if arguments.weights and not arguments.dataset:
+        raise UserError(f"--weights={arguments.weights} come without a dataset: give --dataset too")
+    trained = load_named(arguments)
+    own = {} if arguments.dataset else trained.config
+    dataset = arguments.dataset or own["dataset"]
+    split = arguments.split or own.get("test_split", "test")
+    examples, classes = open_split(
+        trained,
+        dataset,
+        split,
+        data_dir=arguments.data_dir or own.get("data_dir", ""),
+        skip_bad_images=arguments.skip_bad_images or own.get("skip_bad_images", False),
+    )
+    output = arguments.output or (arguments.workdir or Path()) / "evaluation"
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # now, and not after an hour
+    except OSError as error:
+        raise _cannot_write(output, error) from None
+
+    rows = score_images(trained, examples, classes=classes, batch_size=arguments.batch_size)
+    found = {
+        "model": trained.name,
+        "checkpoint": arguments.checkpoint,  # None: the default
+        "step": trained.step,
+        "dataset": dataset,
+        "split": split,
+        "images": len(examples),
+        **scores.measure(rows),
+        "per_class": scores.per_class(rows, in_words(trained.class_names)),
+        "confusion": scores.confusions(rows),
+    }
+    write_scores(output, found, rows=rows, examples=examples)
+    print(
+        f"{trained.name} on {dataset}, split {split}: {len(examples):,} images\n\n"
+        f"top-1 accuracy     {found['accuracy']:>8.2%}\n"
+        f"top-5 accuracy     {found['accuracy_top5']:>8.2%}\n"
+        f"loss               {found['loss']:>8.4f}\n"
+        f"calibration error  {found['calibration_error']:>8.4f}\n\n"
+        f"{scores.as_table(found['per_class'])}\n\n"
+        f"in {output}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 1 its output was closed, 2 unusable input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpmixer_flax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python -m mlpmixer_flax.evaluate --workdir=runs/b16 --checkpoint=best\n"
+        "  python -m mlpmixer_flax.evaluate --workdir=runs/b16 --dataset=folder:photos \\\n"
+        "      --split=train+validation --output=photos-scores\n"
+        "  python -m mlpmixer_flax.evaluate --weights=imagenet1k/Mixer-B_16 \\\n"
+        "      --dataset=imagenet2012 --split=validation",
+    )
+    add_arguments(parser)
+    parser.add_argument("--dataset", help='TFDS name, "digits" or folder:PATH (default: that of the run)')
+    parser.add_argument(
+        "--split",
+        help='"validation", "train[:10%%]", of a folder without splits "train+validation" (default: "test", or of '
+        "the run's own dataset its test split)",
+    )
+    parser.add_argument("--data_dir", help="TFDS directory (default: as in training, or $TFDS_DATA_DIR)")
+    parser.add_argument(
+        "--skip_bad_images", action="store_true", help="leave out images of a folder that cannot be used"
+    )
+    parser.add_argument("--output", type=Path, help="directory (default: evaluation, in that of the run)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
+    arguments = parser.parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
+    # A name of a class may be none in the terminal's encoding.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # by a reader that has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,58 +1,136 @@
-"""Write the weights of a run to one file: python -m mlpmixer_flax.export --workdir=runs/b16 --format=npz --output=b16.npz
+"""Write a model to one file: python -m mlpmixer_flax.export
 
-  npz           Google's layout: read by google-research/vision_transformer and by --config.init_from=
-  safetensors   timm's layout: read by timm (create the model with act_layer=timm.layers.GELUTanh where the run's GELU is
-                "tanh") and by --config.init_from=
+Of a run or of other weights, in one of three formats:
 
-With the weights go the model's sizes, GELU, image size, mean and std, and the names of the classes.
+  npz          weights in Google's layout, for its vision_transformer and for
+               --config.init_from=
+  safetensors  weights in timm's layout, for timm and for --config.init_from=;
+               in timm, "tanh" GELU is act_layer=timm.layers.GELUTanh
+  stablehlo    the whole model, ready to run on CPU, GPU or TPU: images in,
+               probabilities out, for any number of images
+
+With the weights go the model's sizes, GELU, image size, mean and std, and the
+names of the classes; beside stablehlo they lie as OUTPUT.json.
+
+A stablehlo file needs nothing of ours, but pip install jax flatbuffers:
+
+  import json, jax, jax.export
+  content = bytearray(open("b16.stablehlo", "rb").read())
+  predict = jax.jit(jax.export.deserialize(content).call)
+  class_names = json.load(open("b16.stablehlo.json"))["class_names"]
+  probabilities = predict(images)  # uint8 (n, 224, 224, 3) -> float32 (n, 1000)
+
+Images have the model's size and channels, and levels 0 to 255: mean and std are
+applied inside. A photo becomes one as in evaluation by
+
+  ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)
+
+of Pillow, with image_size_px, interpolation and (1 - crop_fraction) / 2 as they
+stand in OUTPUT.json.
+
+JAX promises to load such a file in releases up to 6 months newer and 3 weeks
+older than the one that wrote it (docs.jax.dev/en/latest/export/export.html).
+Keep the run or an npz, which do not age, to write it anew.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import logging
+import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.export
+import jax.numpy as jnp
+from tqdm import tqdm
+
 from mlpmixer_flax import UserError, __version__
-from mlpmixer_flax.checkpoint import read_class_names, read_config, read_weights
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.trained import Trained, add_arguments, load_named, make_predict
 from mlpmixer_flax.weightfiles import write_npz, write_safetensors
 
-WRITERS = {"npz": write_npz, "safetensors": write_safetensors}
+WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # of weights alone
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(workdir: Path, output: Path, *, format: str, weights: str = "last") -> list[str]:
-    """Writes the weights of a run to `output`; returns what a user should know of it, a sentence each.
+def write_stablehlo(path: Path, trained: Trained, *, metadata: dict[str, Any]) -> list[str]:
+    """Writes what jax.export serializes of the model, weights included, and beside it the metadata as JSON.
+
+    In the file is a function: images uint8 (b, h, w, c), for any b, cropped and of the model's size already ->
+    probabilities float32 (b, classes). Returns sentences to say aloud; raises UserError as `export`.
+    """
+    beside = Path(f"{path}.json")
+    _write(beside, json.dumps(metadata, indent=2).encode())  # first: whether one may write is seen at once
+    size_px = trained.preprocess["image_size_px"]
+    shape = jax.export.symbolic_shape(f"b, {size_px}, {size_px}, {trained.channels}")
+    cropped = dataclasses.replace(trained, preprocess={**trained.preprocess, "crop_fraction": 1.0})
+    with tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None) as bar:
+        predict = jax.export.export(jax.jit(make_predict(cropped)), platforms=PLATFORMS)
+        exported = predict(jax.ShapeDtypeStruct(shape, jnp.uint8))
+        bar.update()
+        content = exported.serialize()
+        bar.update()
+    _write(path, content)
+    return [
+        f"class names and preprocessing -> {beside}",
+        f"takes images uint8 (b, {size_px}, {size_px}, {trained.channels}), on {', '.join(PLATFORMS)}: "
+        "--help shows how",
+    ]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that is there is replaced at once or, where that fails, left as it is."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def export(trained: Trained, output: Path, *, format: str) -> list[str]:
+    """Writes a model or its weights to `output`; returns what a user should know of it, a sentence each.
 
     Args:
-      format: a key of WRITERS.
-      weights: "last", "best" or "ema", as in `checkpoint.read_weights`.
+      format: "stablehlo" or a key of WRITERS.
 
     Raises:
-      UserError: there is no such run or checkpoint, or the file cannot be written.
+      UserError: the file cannot be written.
     """
-    config = read_config(workdir)
-    if not config:
-        raise UserError(f"no run in {workdir}: it has no config.json; --workdir is the directory of a run")
-    step, params = read_weights(workdir, weights)
-    class_names = read_class_names(workdir)
     metadata: dict[str, Any] = {
-        "model": config["model"],
-        "preprocess": config["preprocess"],
-        "num_classes": len(class_names),
-        "class_names": class_names,
-        "step": step,
+        "model": trained.config.get("model") or _sizes(trained.model),
+        "preprocess": trained.preprocess,
+        "num_classes": len(trained.class_names),
+        "class_names": trained.class_names,
         "written_by": f"mlpmixer-flax {__version__}",
     }
-    notes = WRITERS[format](output, params, metadata=metadata)
-    if weights == "last" and config["ema_decay"]:
-        notes.append(
-            "these are not the averaged weights that the run's test accuracy is of: --weights=ema are"
-        )
-    if format == "safetensors" and config["model"]["gelu"] == "tanh":
+    source = trained.name
+    if trained.step is not None:
+        metadata["step"] = trained.step
+        source = f"step {trained.step} of {source}"
+    if format == "stablehlo":
+        notes = write_stablehlo(output, trained, metadata=metadata)
+    else:
+        notes = WRITERS[format](output, trained.params, metadata=metadata)
+    if format == "safetensors" and trained.model.gelu == "tanh":
         notes.append(
             "in timm, create the model with act_layer=timm.layers.GELUTanh: these weights grew up with tanh GELU"
         )
-    return [f"step {step} of {workdir} -> {output} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
+    return [f"{source} -> {output} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
+
+
+def _sizes(model: MlpMixer) -> dict[str, Any]:
+    """As in a run's config."""
+    keys = ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
+    return {"patches": dict(model.patches), **{key: getattr(model, key) for key in keys}}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,28 +139,33 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m mlpmixer_flax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python -m mlpmixer_flax.export --workdir=runs/b16 --checkpoint=best \\\n"
+        "      --format=safetensors --output=b16.safetensors\n"
+        "  python -m mlpmixer_flax.export --weights=imagenet1k/Mixer-B_16 \\\n"
+        "      --format=stablehlo --output=b16.stablehlo",
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
-    parser.add_argument("--format", choices=WRITERS, required=True)
+    add_arguments(parser, default="last")
+    parser.add_argument("--format", choices=(*WRITERS, "stablehlo"), required=True)
     parser.add_argument(
         "--output", type=Path, required=True, help="file to write; one that is there is replaced"
     )
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best", "ema"),
-        default="last",
-        help="which of the run's (default: last)",
-    )
     arguments = parser.parse_args(argv)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant to be
+    if arguments.workdir and not arguments.checkpoint:
+        arguments.checkpoint = "last"
     try:
-        notes = export(
-            arguments.workdir, arguments.output, format=arguments.format, weights=arguments.weights
-        )
+        trained = load_named(arguments)
+        notes = export(trained, arguments.output, format=arguments.format)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(notes))
+    if arguments.checkpoint == "last" and trained.config["ema_decay"]:
+        notes.append(
+            "these are not the averaged weights that the run's test accuracy is of: --checkpoint=ema are"
+        )
+    for note in notes:
+        print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
     return 0
 
 

@@ -122,18 +122,29 @@ _CURVES = {
 
 def curves(rows: Sequence[Mapping[str, float]], *, title: str) -> "Figure":
     """Loss, accuracy and learning rate over the steps of a run, from the rows of its metrics.jsonl."""
-    panels = {}
-    for label, lines in _CURVES.items():
-        points = {
-            name: [(row["step"], row[key]) for row in rows if key in row] for name, key in lines.items()
-        }
-        if any(points.values()):
-            panels[label] = points
+    found = {
+        label: {name: [(row["step"], row[key]) for row in rows if key in row] for name, key in lines.items()}
+        for label, lines in _CURVES.items()
+    }
+    panels = {label: lines for label, lines in found.items() if any(lines.values())}
     if not panels:
         raise UserError(
             "metrics.jsonl has no loss, accuracy or learning rate yet: let the run log a step first"
         )
+    return _over_steps(panels, title)
 
+
+def compare(runs: Mapping[str, Sequence[Mapping[str, float]]], *, title: str) -> "Figure":
+    """Training loss and test accuracy of several runs over their steps: name -> rows of a metrics.jsonl."""
+    panels = {
+        label: {name: [(row["step"], row[key]) for row in rows if key in row] for name, rows in runs.items()}
+        for label, key in {"training loss": "train/loss", "test accuracy": "test/accuracy"}.items()
+    }
+    return _over_steps(panels, title)
+
+
+def _over_steps(panels: Mapping[str, Mapping[str, list]], title: str) -> "Figure":
+    """Label of the axes -> name of a line -> its points (step, value); a line without any isn't drawn."""
     figure = _figure(0.6 + 2.2 * len(panels), title)
     grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (label, lines) in zip(grid, panels.items(), strict=True):

@@ -142,6 +142,17 @@ def select_split(folder: Folder, split: str) -> FolderSource:
     return FolderSource(folder.root, [file for _, _, file in chosen], [label for _, label, _ in chosen])
 
 
+def images_below(path: str) -> list[str]:
+    """The images in a folder and in those in it, sorted; each begins with `path`.
+
+    Raises UserError where the folder, or one in it, cannot be read.
+    """
+    try:
+        return sorted(filter(_is_image, _files_below("", path.rstrip("/") or "/")))
+    except OSError as error:
+        raise UserError(f"Folder {path!r} cannot be read ({error}): change its permissions.") from error
+
+
 def _in_examples(end: str | None, count: int) -> int | None:
     if end is None or not end.endswith("%"):
         return end and int(end)

@@ -5,11 +5,12 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -79,6 +80,12 @@ class Reporter:
         self._start_step, self._total_steps = start_step, total_steps
         self._started = time.monotonic()
 
+    def beginning(self, config: Mapping[str, object], images: np.ndarray) -> None:
+        """For TensorBoard: the config by dotted key, and images of the first step, uint8 (n, h, w, c)."""
+        # Indented, a block of code to Markdown.
+        self._events.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in config), 1)
+        self._events.add_image("training_images", _tile(images), 1, dataformats="HWC")
+
     def advance(self) -> None:
         """One more step is done."""
         self._bar.update()
@@ -110,6 +117,19 @@ class Reporter:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
         self.say(f"step {step}: {shown}")
 
+    def class_accuracy(self, step: int, by_class: Mapping[str, float]) -> None:
+        """For TensorBoard: test accuracy of each class, NaN where there are no images.
+
+        Up to 20 classes have a curve each; more share a histogram.
+        """
+        known = {name: value for name, value in by_class.items() if not math.isnan(value)}
+        if len(by_class) > 20:
+            bins = np.linspace(0, 1, 21)
+            self._events.add_histogram("test_class_accuracy", np.array(list(known.values())), step, bins=bins)
+            return
+        for name, value in known.items():
+            self._events.add_scalar(f"test_class_accuracy/{name}", value, step)
+
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         self._jsonl.flush()
@@ -131,6 +151,17 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return rows
+
+
+def _tile(images: np.ndarray) -> np.ndarray:
+    """Images uint8 (n, h, w, c) as one, a square of them, the small ones enlarged: uint8 (H, W, c)."""
+    n, h, w, c = images.shape
+    times, columns = max(64 // w, 1), math.isqrt(n - 1) + 1
+    rows = -(-n // columns)
+    enlarged = images.repeat(times, axis=1).repeat(times, axis=2)
+    cells = np.pad(enlarged, ((0, rows * columns - n), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    h, w = cells.shape[1:3]
+    return cells.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
 
 
 def _drop_after(file: Path, step: int) -> None:

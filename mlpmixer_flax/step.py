@@ -128,8 +128,6 @@ def make_train_step(
     With `optimizer.sam_rho` the gradient is that at the parameters moved rho uphill (SAM, arXiv 2010.01412),
     found from the whole batch, with the same augmentation and dropout.
     """
-    knobs = dict(config.augment)
-    preprocess = config.preprocess.to_dict()
 
     def loss_fn(learning, frozen, images, labels, key):
         params = {**learning, **frozen}
@@ -138,15 +136,8 @@ def make_train_step(
         return LOSSES[config.loss](logits, labels).mean(), correct.mean()
 
     def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        augment_key, dropout_key = jax.random.split(key)
-        images, labels = augment.augment(
-            augment_key,
-            batch["image"],
-            batch["label"],
-            num_classes=model.num_classes,
-            preprocess=preprocess,
-            **knobs,
+        images, labels, dropout_key = _augmented(
+            state.step, batch, config=config, num_classes=model.num_classes
         )
         learning, frozen = split_frozen(state.params, config.freeze)
 
@@ -180,6 +171,30 @@ def make_train_step(
     return train_step
 
 
+def make_look_step(config: ConfigDict, *, num_classes: int) -> Callable[[Batch], jax.Array]:
+    """What the first update sees: batch -> up to 64 of its images, augmented, uint8 (n, size, size, c)."""
+
+    def look_step(batch):
+        images, _, _ = _augmented(0, batch, config=config, num_classes=num_classes)
+        return augment.denormalize(images[:64], mean=config.preprocess.mean, std=config.preprocess.std)
+
+    return look_step
+
+
+def _augmented(step, batch, *, config, num_classes):
+    """(images, label distributions, key for dropout) of the update after `step`."""
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+    images, labels = augment.augment(
+        augment_key,
+        batch["image"],
+        batch["label"],
+        num_classes=num_classes,
+        preprocess=config.preprocess.to_dict(),
+        **dict(config.augment),
+    )
+    return images, labels, dropout_key
+
+
 def _mean_gradient(loss_fn, params, frozen, images, labels, key, *, passes):
     """((loss, accuracy), gradient) of the whole batch, taken in `passes` equal parts one after the other."""
     gradient_of = jax.value_and_grad(loss_fn, has_aux=True)
@@ -203,6 +218,7 @@ def make_eval_step(model: nn.Module, config: ConfigDict) -> Callable[[Params, Ba
     """The evaluation of a batch: (params, batch) -> sums over its unmasked images.
 
     `loss`, `accuracy` and `accuracy_top5` are sums, `count` the number of images: divide once, at the end.
+    `class_accuracy` and `class_count` are vectors of the same for each class.
     """
     preprocess = config.preprocess.to_dict()
 
@@ -215,9 +231,13 @@ def make_eval_step(model: nn.Module, config: ConfigDict) -> Callable[[Params, Ba
             "accuracy": best[:, 0],
             "accuracy_top5": best.any(axis=-1),
             "count": jnp.ones_like(batch["mask"]),
+            "class_accuracy": one_hot * best[:, :1],
+            "class_count": one_hot,
         }
+        # Transposed, so that the mask fits vectors too.
         return {
-            name: jnp.sum(jnp.where(batch["mask"], row, 0), dtype=jnp.float32) for name, row in rows.items()
+            name: jnp.sum(jnp.where(batch["mask"], row.T, 0), axis=-1, dtype=jnp.float32)
+            for name, row in rows.items()
         }
 
     return eval_step

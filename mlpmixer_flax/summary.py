@@ -1,70 +1,133 @@
-"""The table printed at the start of a run: shapes, parameters and multiply-accumulates per module."""
+"""How large a model is: python -m mlpmixer_flax.summary --workdir=runs/b16
 
-import math
-import re
-from typing import Any
+A line for each part: the shape of its output for one image, its parameters and
+its multiply-accumulates (MACs), those of convolution and dense layers. Below
+stand the totals and, with --config and --workdir, the memory that the optimizer
+takes beside the parameters.
 
-import flax.linen as nn
+Nothing is computed, and published weights are not downloaded.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from mlpmixer_flax import UserError, pretrained
+from mlpmixer_flax.config import resolve
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.step import make_optimizer, split_frozen
+from mlpmixer_flax.tabulate import summarize
+from mlpmixer_flax.trained import load_run, model_of
 
 
-def summarize(model: nn.Module, image_shape: tuple[int, int, int], *, params: Any, opt_state: Any) -> str:
-    """Per module: output shape, parameters, MACs of one image; then the totals.
+def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: int | None = None) -> str:
+    """The table of what a config trains; `path` and `overrides` are those of `load_config`.
 
-    `params` and `opt_state` are trees of arrays or jax.ShapeDtypeStruct. MACs are those of convolution and
-    dense layers; LayerNorm, GELU and sums are left out. Only the first of the
-    equal Mixer blocks is listed with its parts.
+    With `num_classes` the dataset isn't opened, and colour images are assumed.
+
+    Raises:
+      UserError: as load_config, or the dataset isn't at hand.
     """
-    rows, total_macs = [], 0
-    shapes, leaves = _output_shapes(model, image_shape, params), flatten_dict(params)
-    for path, shape in shapes.items():
-        inside = {name: leaf for name, leaf in leaves.items() if name[: len(path)] == path}
-        macs = sum(
-            _macs(shapes[name[:-1]], leaf.shape) for name, leaf in inside.items() if name[-1] == "kernel"
-        )
-        total_macs += macs if len(path) == 1 else 0
-        name, repeated = "  " * (len(path) - 1) + path[-1], re.fullmatch(r"MixerBlock_([1-9]\d*)", path[0])
-        if path == ("MixerBlock_1",):
-            name = f"{model.num_blocks - 1} more, each"
-        elif len(path) > 2 or repeated:
-            continue
-        count = sum(leaf.size for leaf in inside.values())
-        rows.append((name, "x".join(map(str, shape[1:])), f"{count:,}", f"{macs:,}"))
-    lines = [f"{name:<32}{shape:>14}{count:>15}{macs:>18}" for name, shape, count, macs in [_HEADER, *rows]]
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    lines.append(
-        f"total: {total:,} parameters ({_mib(params):.1f} MiB), optimizer state {_mib(opt_state):.1f} MiB,"
-    )
-    lines.append(f"{total_macs / 1e9:.3g} GMACs per image of {'x'.join(map(str, image_shape))}")
-    return "\n".join(lines)
+    config = load_config(path, overrides)
+    channels = 3
+    if num_classes is None:
+        try:
+            info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
+        except UserError as error:
+            raise UserError(f"{error} Or give --num_classes, and the data isn't needed.") from None
+        num_classes, channels = info["num_classes"], info["image_shape"][2]
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes} leaves nothing to classify: give at least 1")
+    size_px = config.preprocess.image_size_px
+    model = MlpMixer(num_classes=num_classes, **resolve(config, {}).model.to_dict())
+    return _summarize(model, (size_px, size_px, channels), config)
 
 
-_HEADER = ("module", "output", "parameters", "MACs")
+def summarize_run(workdir: Path) -> str:
+    """The table of a run; UserError as `load_run`."""
+    trained = load_run(workdir)
+    size_px = trained.preprocess["image_size_px"]
+    return _summarize(trained.model, (size_px, size_px, trained.channels), ConfigDict(trained.config))
 
 
-def _output_shapes(model, image_shape, params) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path of every module that has parameters -> shape of its output, in the order of the forward pass."""
-    shapes = {}
+def summarize_weights(source: str) -> str:
+    """The table of weights, named as in `pretrained.load`; UserError as that, or where they have no head."""
+    if source in PUBLISHED:
+        published = PUBLISHED[source]
+        size_px = published.origin["preprocess"]["image_size_px"]
+        model = MlpMixer(num_classes=published.num_classes, **published.origin["model"])
+        return _summarize(model, (size_px, size_px, 3))
+    return _summarize(*model_of(pretrained.find(source), source))
 
-    def note(call, args, kwargs, context):
-        path = context.module.path
-        shapes[path] = None  # holds the place before the modules inside
-        output = call(*args, **kwargs)
-        shapes[path] = output.shape
-        return output
 
+def _summarize(model: MlpMixer, image_shape: tuple[int, int, int], config: ConfigDict | None = None) -> str:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda p, x: model.clone(remat=False).apply({"params": p}, x), params, images)
-    return {path: shape for path, shape in shapes.items() if path and not path[-1].startswith("Dropout")}
+    params = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)["params"]
+    opt_state = None
+    if config is not None:
+        learning, _ = split_frozen(params, config.freeze)
+        # Of a schedule only a counter is kept, whatever it is.
+        opt_state = jax.eval_shape(make_optimizer(config, lambda step: 0.0).init, learning)
+    return summarize(model, image_shape, params=params, opt_state=opt_state)
 
 
-def _macs(output_shape, kernel_shape) -> int:
-    """Every output element is a dot product over all but the last axis of the kernel."""
-    return math.prod(output_shape[1:]) * math.prod(kernel_shape[:-1])
+def main(argv: list[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 2 unusable input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlpmixer_flax.summary",
+        usage="%(prog)s --config=FILE [--config.KEY=VALUE ...]\n"
+        "       %(prog)s --config=FILE --num_classes=N\n"
+        "       %(prog)s --workdir=RUN\n"
+        "       %(prog)s --weights=NAME",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python -m mlpmixer_flax.summary --config=configs/b16_cifar10.py \\\n"
+        "      --config.model.num_blocks=6 --config.optimizer.name=adamw\n"
+        "  python -m mlpmixer_flax.summary --config=configs/l16_imagenet.py \\\n"
+        "      --num_classes=1000\n"
+        "  python -m mlpmixer_flax.summary --workdir=runs/b16\n"
+        "  python -m mlpmixer_flax.summary --weights=imagenet21k/Mixer-L_16",
+    )
+    named = parser.add_mutually_exclusive_group(required=True)
+    named.add_argument("--config", help="config file; --config.KEY=VALUE changes a key of it")
+    named.add_argument("--workdir", type=Path, help="directory of a run")
+    named.add_argument(
+        "--weights",
+        help="published name, file or URL, as python -m mlpmixer_flax.pretrained explains",
+    )
+    parser.add_argument(
+        "--num_classes",
+        type=int,
+        help="with --config: the size of the head, for images with 3 channels; else "
+        "both are those of the config's dataset, which must be at hand",
+    )
+    arguments, overrides = parser.parse_known_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
+    try:
+        if not arguments.config and (overrides or arguments.num_classes is not None):
+            extra = " ".join(overrides) or f"--num_classes={arguments.num_classes}"
+            raise UserError(f"{extra} cannot be used without --config: leave it out")
+        if arguments.config:
+            print(summarize_config(arguments.config, overrides, num_classes=arguments.num_classes))
+        elif arguments.workdir:
+            print(summarize_run(arguments.workdir))
+        else:
+            print(summarize_weights(arguments.weights))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _mib(tree) -> float:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**20
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from mlpmixer_flax import UserError, sharding
 from mlpmixer_flax.checkpoint import BEST_BY, Checkpoints, check_workdir, read_config, saved_steps, write_run
+from mlpmixer_flax.config import flatten
 from mlpmixer_flax.configfile import load_config, shipped_configs
 from mlpmixer_flax.dataloader import iterate
-from mlpmixer_flax.evaluate import evaluate
+from mlpmixer_flax.evaluate import evaluate_classes
 from mlpmixer_flax.metrics import Recent, Reporter, read_metrics
 from mlpmixer_flax.plan import Plan, load_weights, make_plan, settle
 from mlpmixer_flax.step import TrainState
-from mlpmixer_flax.summary import summarize
+from mlpmixer_flax.tabulate import summarize
 from mlpmixer_flax.validate import validate
 
 
@@ -47,6 +48,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """
     validate(config)
     config = settle(config, read_config(workdir))
+    validate(config)  # again: a file may say anything of itself
     check_workdir(workdir, config.to_dict())
     plan = make_plan(config)
     everywhere = sharding.replicated(plan.mesh)
@@ -95,7 +97,12 @@ def _run(
     batches = iterate(plan.train_batches, start, plan.total_steps, num_workers=config.num_workers)
     with _watch_signals() as caught, contextlib.closing(batches):
         for step, batch in enumerate(batches, start + 1):
-            state, metrics = update(state, sharding.put_batch(batch, mesh))
+            batch = sharding.put_batch(batch, mesh)
+            if step == 1:
+                with recent.paused():
+                    look = jax.jit(plan.look, out_shardings=sharding.replicated(mesh))
+                    reporter.beginning(flatten(config), jax.device_get(look(batch)))
+            state, metrics = update(state, batch)
             recent.add(step, metrics)
             reporter.advance()
 
@@ -107,8 +114,9 @@ def _run(
             scores = None
             if due(plan.eval_every):
                 with recent.paused():
-                    scores = _evaluate(plan, score, state)
+                    scores, by_class = _evaluate(plan, score, state)
                 reporter.evaluation(step, scores)
+                reporter.class_accuracy(step, by_class)
             is_best = scores is not None and scores[BEST_BY] >= best_accuracy
             if is_best or due(plan.save_every) or caught:
                 with recent.paused():
@@ -145,14 +153,16 @@ def _compile(plan: Plan, state: TrainState) -> tuple[Callable, Callable]:
     return update, score
 
 
-def _evaluate(plan: Plan, score: Callable, state: TrainState) -> dict[str, float]:
+def _evaluate(plan: Plan, score: Callable, state: TrainState) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of the test split, and the accuracy of each class by its name."""
     batches = iterate(plan.test_batches, 0, len(plan.test_batches), num_workers=plan.config.num_workers)
     bar = tqdm(
         batches, "evaluating", len(plan.test_batches), leave=False, delay=2, disable=not sys.stdout.isatty()
     )
     with contextlib.closing(batches):
-        scores = evaluate(score, state.eval_params, bar, mesh=plan.mesh)
-    return {f"test/{name}": value for name, value in scores.items()}
+        scores, by_class = evaluate_classes(score, state.eval_params, bar, mesh=plan.mesh)
+    scores = {f"test/{name}": value for name, value in scores.items()}
+    return scores, dict(zip(plan.info["class_names"], by_class.tolist(), strict=True))
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 
 from mlpmixer_flax import UserError, augment, pretrained
 from mlpmixer_flax.checkpoint import read_class_names, read_config, read_weights
+from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.download import fetch
 from mlpmixer_flax.fit import sizes_of
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.step import Params
+from mlpmixer_flax.weightfiles import Weights
 
 # Of a run's head or of published weights: scores -> probabilities of the classes.
 PROBABILITIES = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
@@ -34,21 +36,45 @@ class Trained:
     name: str  # as the user gave it
     model: MlpMixer
     params: Params  # float32 numpy arrays
-    preprocess: Mapping[
-        str, Any
-    ]  # as config.preprocess: image_size_px, crop_fraction, interpolation, mean, std
+    preprocess: Mapping[str, Any]  # config.preprocess: image_size_px, crop_fraction, interpolation, mean, std
     class_names: tuple[str, ...]  # in the order of the head's outputs; numbers where names aren't known
     loss: str  # that it was trained with, a key of PROBABILITIES
     config: Mapping[str, Any]  # of the run, as plain data; {} for weights
+    step: int | None = None  # of the run's checkpoint; None for weights
 
     @property
     def channels(self) -> int:
         """1 or 3: of the images that the model takes."""
         return self.params["stem"]["kernel"].shape[2]
 
+    def logits(self, params: Params, images: jax.Array) -> jax.Array:
+        """The test-time path of training, to be jitted: uint8 (n, h, w, c) -> float32 (n, classes)."""
+        return self.model.apply({"params": params}, augment.prepare(images, **self.preprocess))
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that name a model."""
+    def open(
+        self, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
+    ) -> Examples:
+        """A split in grey or colour, as the model takes it, each image decoded when it is read.
+
+        The arguments and what is raised are those of `dataloader.open_examples`.
+        """
+        examples = open_examples(
+            dataset,
+            split,
+            data_dir=data_dir,
+            cache_bytes=0,
+            image_size_px=self.preprocess["image_size_px"],
+            crop_fraction=self.preprocess["crop_fraction"],
+            interpolation=self.preprocess["interpolation"],
+            skip_bad_images=skip_bad_images,
+        )
+        return replace(examples, image_shape=(*examples.image_shape[:2], self.channels))
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, default: str = "those that its last test accuracy is of"
+) -> None:
+    """The options that name a model; `default` says which weights of a run the program takes by itself."""
     named = parser.add_mutually_exclusive_group(required=True)
     named.add_argument("--workdir", type=Path, help="directory of a run")
     named.add_argument(
@@ -58,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         choices=("last", "best", "ema"),
-        help="which of a run's weights (default: those that its last test accuracy is of)",
+        help=f"which of a run's weights (default: {default})",
     )
 
 
@@ -79,7 +105,7 @@ def load_run(workdir: Path, checkpoint: str | None = None) -> Trained:
     config = read_config(workdir)
     if not config:
         raise UserError(f"no run in {workdir}: it has no config.json; --workdir is the directory of a run")
-    _, params = read_weights(workdir, checkpoint or ("ema" if config["ema_decay"] else "last"))
+    step, params = read_weights(workdir, checkpoint or ("ema" if config["ema_decay"] else "last"))
     class_names = read_class_names(workdir)
     return Trained(
         name=str(workdir),
@@ -89,6 +115,7 @@ def load_run(workdir: Path, checkpoint: str | None = None) -> Trained:
         class_names=tuple(class_names),
         loss=config["loss"],
         config=config,
+        step=step,
     )
 
 
@@ -98,42 +125,62 @@ def load_weights(source: str) -> Trained:
     Raises UserError as that, or where the weights have no head.
     """
     weights = pretrained.find(source)
-    sizes = sizes_of(weights.shapes)
-    if "classes" not in sizes or "tokens" not in sizes:
-        raise UserError(
-            f"{source} has no {'head' if 'tokens' in sizes else 'Mixer blocks'}: give other weights"
-        )
+    model, image_shape = model_of(weights, source)
     origin = weights.metadata
-    model = MlpMixer(
-        num_classes=sizes["classes"],
-        patches={"size": sizes["patches.size"]},
-        **{key: sizes[key] for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")},
-        gelu=origin["model"]["gelu"],
-    )
-    area_px = sizes["tokens"] * math.prod(sizes["patches.size"])
-    preprocess = {"image_size_px": math.isqrt(area_px), "crop_fraction": 0.875, **origin["preprocess"]}
-    shape = (1, preprocess["image_size_px"], preprocess["image_size_px"], sizes["channels"])
-    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))["params"]
+    preprocess = {"image_size_px": image_shape[0], "crop_fraction": 0.875, **origin["preprocess"]}
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
     return Trained(
         name=source,
         model=model,
         params=pretrained.load(source, like, head="keep"),
         preprocess=preprocess,
-        class_names=tuple(origin.get("class_names") or imagenet_names(sizes["classes"])),
+        class_names=tuple(origin.get("class_names") or imagenet_names(model.num_classes)),
         loss="softmax",
         config={},
     )
 
 
+def model_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, int]]:
+    """The model of weights and the (height, width, channels) of its images, read off the shapes of the weights.
+
+    Raises UserError, with the name, where they have no head or are of no Mixer.
+    """
+    sizes = sizes_of(weights.shapes)
+    if "classes" not in sizes or "tokens" not in sizes:
+        raise UserError(
+            f"{name} has no {'head' if 'tokens' in sizes else 'Mixer blocks'}: give other weights"
+        )
+    model = MlpMixer(
+        num_classes=sizes["classes"],
+        patches={"size": sizes["patches.size"]},
+        **{key: sizes[key] for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")},
+        gelu=weights.metadata["model"]["gelu"],
+    )
+    area_px = sizes["tokens"] * math.prod(sizes["patches.size"])
+    side_px = weights.metadata["preprocess"].get("image_size_px", math.isqrt(area_px))
+    return model, (side_px, side_px, sizes["channels"])
+
+
+def in_words(class_names: Sequence[str]) -> list[str]:
+    """Names of classes; of WordNet numbers, by which datasets name ImageNet-1k's ("n01440764"), the words."""
+    words = dict(_imagenet1k())
+    return [words.get(name, name) for name in class_names]
+
+
+def _imagenet1k() -> list[tuple[str, str]]:
+    """(WordNet number, words) of the classes, in the order of a model's outputs."""
+    lines = (Path(__file__).parent / "imagenet1k.txt").read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split("\t")) for line in lines if not line.startswith("#")]
+
+
 def imagenet_names(num_classes: int) -> list[str]:
     """The names of ImageNet-1k's or 21k's classes by their number, those of 21k fetched; else "0", "1", ..."""
     if num_classes == 1000:
-        lines = (Path(__file__).parent / "imagenet1k.txt").read_text().splitlines()
-        return [line.split("\t")[1] for line in lines]
+        return [words for _, words in _imagenet1k()]
     numbers = [str(number) for number in range(num_classes)]
     if num_classes == 21843:
         try:
-            names = fetch(IMAGENET21K_NAMES).read_text().splitlines()
+            names = fetch(IMAGENET21K_NAMES).read_text(encoding="utf-8").splitlines()
         except UserError as error:
             print(
                 f"classes are shown by number, since their names cannot be fetched: {error}", file=sys.stderr
@@ -148,12 +195,10 @@ def make_predict(trained: Trained) -> Callable[[np.ndarray], jax.Array]:
 
     Images of any one size are resized on the device, by the test-time path of training.
     """
-    preprocess = dict(trained.preprocess)
 
     @jax.jit
     def predict(params, images):
-        logits = trained.model.apply({"params": params}, augment.prepare(images, **preprocess))
-        return PROBABILITIES[trained.loss](logits)
+        return PROBABILITIES[trained.loss](trained.logits(params, images))
 
     params = jax.device_put(trained.params)
     return lambda images: predict(params, jnp.asarray(images))

@@ -167,6 +167,16 @@ def test_prepare_equals_pillow_and_numpy():
     assert (np.abs(np.asarray(out) - expected) * np.array(std) * 255).max() <= 1.5
 
 
+def test_denormalize_gives_every_level_back_and_cuts_off_the_rest():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    scales = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    again = aug.denormalize(aug.normalize(levels, **scales), **scales)
+    assert again.dtype == np.uint8
+    np.testing.assert_array_equal(again, levels)
+    beyond = np.float32([-3, 3]).reshape(1, 1, 2, 1)
+    np.testing.assert_array_equal(aug.denormalize(beyond, mean=(0.5,), std=(0.5,)).ravel(), [0, 255])
+
+
 def test_normalize_to_minus_one_and_one():
     images = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)
     np.testing.assert_array_equal(aug.normalize(images, mean=(0.5,), std=(0.5,)).ravel(), [-1, 1])

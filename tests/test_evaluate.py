@@ -1,17 +1,30 @@
-"""Scores of a split are the means over its images, however it is cut into batches."""
+"""Scores of a split are the means over its images, however it is cut into batches; the program writes them down."""
 
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlpmixer_flax import sharding
 from mlpmixer_flax.config import get_config, resolve
-from mlpmixer_flax.evaluate import evaluate
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.evaluate import evaluate, evaluate_classes, main, open_split, score_images
+from mlpmixer_flax.metrics import read_metrics
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.step import make_eval_step
+from mlpmixer_flax.train import train
+from mlpmixer_flax.trained import load_run
 
 CLASSES = 8
 QUICK = {"xla_backend_optimization_level": 0}  # to compile, which takes nearly all of the time here
@@ -126,3 +139,142 @@ def test_parameters_are_those_given():
     # Of equal logits the lower class counts as the better one.
     assert scores["accuracy"] == pytest.approx((labels == 0).mean())
     assert scores["accuracy_top5"] == pytest.approx((labels < 5).mean())
+
+
+def test_accuracy_of_each_class_is_of_its_images_and_of_a_class_without_any_not_known():
+    model, eval_step, params, images, labels = tiny()
+    images, labels, mesh = images[:6], labels[:6], sharding.make_mesh()
+    scores, by_class = evaluate_classes(eval_step, params, batches(images, labels, size=4), mesh=mesh)
+    assert scores == evaluate(eval_step, params, batches(images, labels, size=4), mesh=mesh)
+    apply = jax.jit(lambda x: model.apply({"params": params}, x), compiler_options=QUICK)
+    right = np.asarray(apply(np.float32(images) / 127.5 - 1)).argmax(-1) == labels
+    seen = sorted(set(labels))
+    assert 1 < len(seen) < CLASSES and 0 < right.sum() < 6
+    np.testing.assert_allclose(by_class[seen], [right[labels == label].mean() for label in seen])
+    assert np.isnan(np.delete(by_class, seen)).all()
+
+
+# --- the program
+
+WORDS = "zero one two three four five six seven eight nine".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run too short to be right everywhere, whose average differs from its last weights."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    values = {"model.num_blocks": 1, "total_steps": 30, "ema_decay": 0.9}
+    train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def evaluated(run):
+    assert main([f"--workdir={run}"]) == 0
+    return run / "evaluation"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The digits' test images as coloured files, in folders that are sorted in another order."""
+    root = tmp_path_factory.mktemp("folders") / "digits"
+    examples = open_examples("digits", "test")
+    for i, (image, label) in enumerate(zip(examples.images, examples.labels, strict=True)):
+        for split in ("train", "test"):
+            file = root / split / WORDS[label] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).convert("RGB").save(file)
+    return root
+
+
+def read(output):
+    return json.loads((output / "scores.json").read_text(encoding="utf-8"))
+
+
+def test_scores_are_those_that_training_reported(run, evaluated):
+    reported = [row for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row][-1]
+    found = read(evaluated)
+    assert 0.2 < found["accuracy"] < 1
+    assert found["accuracy"] == reported["test/accuracy"]
+    assert found["accuracy_top5"] == reported["test/accuracy_top5"]
+    assert found["loss"] == pytest.approx(reported["test/loss"], rel=1e-5)
+
+
+def test_files_agree_with_each_other(run, evaluated):
+    found = read(evaluated)
+    assert (found["model"], found["dataset"], found["split"]) == (str(run), "digits", "test")
+    assert found["images"] == len(open_examples("digits", "test"))
+    assert sum(row["images"] for row in found["per_class"]) == found["images"]
+    assert sum(images for _, _, images in found["confusion"]) == found["images"]
+    right = sum(images for true, predicted, images in found["confusion"] if true == predicted)
+    assert right / found["images"] == found["accuracy"]
+    with (evaluated / "per_class.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [str(i) for i in range(10)]
+    assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in found["per_class"]]
+    for name in ("confusion", "mistakes", "calibration"):
+        with Image.open(evaluated / f"{name}.png") as picture:
+            assert picture.width == 1200
+
+
+def test_every_image_is_scored_once_and_in_order_whatever_the_batch(run):
+    trained = load_run(run)
+    examples, classes = open_split(trained, "digits", "test")
+    labels = open_examples("digits", "test").labels
+    one, other = (score_images(trained, examples, classes=classes, batch_size=n) for n in (50, 400))
+    np.testing.assert_array_equal(one["label"], labels)
+    np.testing.assert_array_equal(one["best"], other["best"])
+    np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4, atol=1e-6)
+    # Of softmax: the probability of the likeliest class is that of the true one, where it is right.
+    right = one["best"][:, 0] == labels
+    np.testing.assert_allclose(one["confidence"][right], np.exp(-one["loss"][right]), rtol=1e-4)
+    assert one["best"].shape == (len(labels), 5)
+
+
+def test_a_folder_is_matched_by_name_and_decoded_as_grey(run, evaluated, folder, tmp_path, capsys):
+    named = tmp_path / "run"
+    shutil.copytree(run, named)
+    (named / "class_names.json").write_text(json.dumps(WORDS))
+    assert main([f"--workdir={named}", f"--dataset=folder:{folder}", f"--output={tmp_path / 'out'}"]) == 0
+    found, expected = read(tmp_path / "out"), read(evaluated)
+    assert [row["name"] for row in found["per_class"]] == WORDS
+    for key in ("images", "accuracy", "accuracy_top5"):
+        assert found[key] == expected[key]
+    assert sorted(found["confusion"]) == sorted(expected["confusion"])
+    shown = capsys.readouterr().out
+    assert f"top-1 accuracy     {found['accuracy']:>8.2%}" in shown
+    table = shown[shown.index("\nclass") :].splitlines()
+    assert len([line for line in table if line.split()[:1] and line.split()[0] in WORDS]) == 10
+
+
+def test_what_cannot_be_scored_is_said_in_a_sentence_and_nothing_is_written(run, folder, tmp_path, capsys):
+    others = tmp_path / "photos"
+    for name in [*WORDS[:9], "ten"]:
+        (others / name).mkdir(parents=True)
+        shutil.copy(next((folder / "test" / "one").iterdir()), others / name)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    renamed = tmp_path / "run"
+    shutil.copytree(run, renamed)
+    (renamed / "class_names.json").write_text(json.dumps(WORDS))
+    for arguments, message in [
+        (
+            [f"--workdir={renamed}", f"--dataset=folder:{others}", "--split=train"],
+            "only the images have 'ten', only the model",
+        ),
+        (["--weights=gsam/Mixer-S_32"], "--weights=gsam/Mixer-S_32 come without a dataset"),
+        ([f"--workdir={run}", "--split=tset"], "Split 'tset' of dataset 'digits' cannot be read"),
+        ([f"--workdir={run}", "--batch_size=0"], "--batch_size=0 leaves nothing to do"),
+        ([f"--workdir={run}", f"--output={blocked}"], "cannot write to .*file"),
+    ]:
+        assert main([f"--output={tmp_path / 'out'}", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert re.match(f"error: .*{message}", error) and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+
+
+def test_help_teaches_in_80_columns():
+    command = [sys.executable, "-m", "mlpmixer_flax.evaluate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80

@@ -1,21 +1,29 @@
-"""What is written is what was trained, and comes back bit by bit."""
+"""What is written is what was trained, comes back bit by bit, and predicts the same elsewhere."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import chex
 import jax
+import jax.export
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 from mlpmixer_flax import UserError, pretrained
 from mlpmixer_flax.checkpoint import read_weights
 from mlpmixer_flax.configfile import load_config
-from mlpmixer_flax.export import export, main
+from mlpmixer_flax.export import PLATFORMS, export, main
+from mlpmixer_flax.export import __doc__ as help_text
+from mlpmixer_flax.images import RESAMPLING, read_square
 from mlpmixer_flax.train import train
+from mlpmixer_flax.trained import load_run, load_weights, make_predict
 from mlpmixer_flax.weightfiles import open_weights
 
 
@@ -42,18 +50,18 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("format", ["npz", "safetensors"])
-@pytest.mark.parametrize("weights", ["last", "best", "ema"])
-def test_exported_weights_come_back_bit_by_bit(run, tmp_path, format, weights, capsys):
+@pytest.mark.parametrize("checkpoint", [None, "last", "best", "ema"])
+def test_exported_weights_come_back_bit_by_bit(run, tmp_path, format, checkpoint, capsys):
     file = tmp_path / "weights"
-    arguments = [f"--workdir={run}", f"--format={format}", f"--output={file}", f"--weights={weights}"]
-    assert main(arguments) == 0
-    step, params = read_weights(run, weights)
-    assert step == {"last": 40, "best": 20, "ema": 40}[weights]
+    chosen = [f"--checkpoint={checkpoint}"] if checkpoint else []
+    assert main([f"--workdir={run}", f"--format={format}", f"--output={file}", *chosen]) == 0
+    step, params = read_weights(run, checkpoint or "last")
+    assert step == {None: 40, "last": 40, "best": 20, "ema": 40}[checkpoint]
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     chex.assert_trees_all_equal(pretrained.load(str(file), like), params)
     out = capsys.readouterr().out
     assert f"step {step} of" in out
-    assert ("--weights=ema" in out) == (weights == "last")
+    assert ("--checkpoint=ema" in out) == (checkpoint in (None, "last"))
     assert ("GELUTanh" in out) == (format == "safetensors")
 
 
@@ -63,8 +71,8 @@ def test_the_three_kinds_of_weights_differ(run):
 
 
 def test_the_layouts_are_googles_and_timms(run, tmp_path):
-    export(run, tmp_path / "w.npz", format="npz")
-    export(run, tmp_path / "w.safetensors", format="safetensors")
+    export(load_run(run), tmp_path / "w.npz", format="npz")
+    export(load_run(run), tmp_path / "w.safetensors", format="safetensors")
     google, timm = np.load(tmp_path / "w.npz"), load_file(tmp_path / "w.safetensors")
     golden = Path(__file__).parent / "golden"
     blocks = ("_2/", ".2.")  # the golden model has a block more
@@ -78,7 +86,7 @@ def test_the_layouts_are_googles_and_timms(run, tmp_path):
 @pytest.mark.parametrize("format", ["npz", "safetensors"])
 def test_a_file_says_how_its_weights_were_trained(run, tmp_path, format):
     file = tmp_path / "weights"
-    export(run, file, format=format)
+    export(load_run(run), file, format=format)
     metadata = open_weights(file).metadata
     assert metadata["num_classes"] == 10 and metadata["class_names"] == [str(i) for i in range(10)]
     assert metadata["model"]["gelu"] == "tanh" and metadata["model"]["hidden_dim"] == 16
@@ -87,15 +95,36 @@ def test_a_file_says_how_its_weights_were_trained(run, tmp_path, format):
     assert metadata["step"] == 40
 
 
-def test_what_cannot_be_exported_is_said_in_a_sentence(run, tmp_path):
-    with pytest.raises(UserError, match="no run in .*nowhere"):
-        export(tmp_path / "nowhere", tmp_path / "w", format="npz")
+@pytest.mark.parametrize(("source", "target"), [("npz", "safetensors"), ("safetensors", "npz")])
+def test_weights_of_a_file_go_into_the_other_format_and_keep_their_origin(run, tmp_path, source, target):
+    first, second = tmp_path / "first", tmp_path / "second"
+    export(load_run(run, "best"), first, format=source)
+    assert main([f"--weights={first}", f"--format={target}", f"--output={second}"]) == 0
+    before, after = load_weights(str(first)), load_weights(str(second))
+    chex.assert_trees_all_equal(after.params, before.params)
+    assert after.model == before.model
+    assert (after.preprocess, after.class_names) == (before.preprocess, before.class_names)
+
+
+@pytest.mark.parametrize("format", ["npz", "safetensors", "stablehlo"])
+def test_what_cannot_be_written_is_said_in_a_sentence(run, tmp_path, format):
+    with pytest.raises(UserError, match="cannot write .*folder"):
+        export(load_run(run), tmp_path / "no" / "such" / "folder", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_said_in_a_sentence(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    with pytest.raises(UserError, match="holds no checkpoint: train first"):
-        export(tmp_path, tmp_path / "w", format="npz")
-    with pytest.raises(UserError, match="cannot write"):
-        export(run, tmp_path / "no" / "such" / "folder", format="npz")
-    assert not list(tmp_path.glob("w*"))
+    output = ["--format=npz", f"--output={tmp_path}/w"]
+    for arguments, message in (
+        ([f"--workdir={tmp_path}"], "holds no checkpoint: train first"),
+        ([f"--weights={run}", "--checkpoint=best"], "--checkpoint=best is for --workdir"),
+        ([f"--weights={tmp_path}/w"], "no weights"),
+    ):
+        assert main([*arguments, *output]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_program_fails_without_a_traceback(tmp_path):
@@ -103,3 +132,107 @@ def test_the_program_fails_without_a_traceback(tmp_path):
     done = subprocess.run([*command, f"--output={tmp_path}/w.npz"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: no run in") and done.stderr.count("\n") == 1
+
+
+# --- stablehlo
+
+LOADER = textwrap.dedent(re.search(r"flatbuffers:\n\n(.*?)\n\n", help_text, re.DOTALL)[1])
+
+ELSEWHERE = """
+import sys
+import numpy as np
+
+loader, given, found = sys.argv[1:]
+results = {}
+for size, images in np.load(given).items():
+    exec(loader)
+    results[size] = probabilities
+np.savez(found, class_names=class_names, **results)
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"mlpmixer_flax", "flax", "optax", "orbax", "ml_collections"}, loaded
+"""
+
+
+@pytest.fixture(scope="module")
+def stablehlo(run, tmp_path_factory):
+    """The best weights of the run, as the program writes them."""
+    file = tmp_path_factory.mktemp("exported") / "b16.stablehlo"
+    assert main([f"--workdir={run}", "--checkpoint=best", "--format=stablehlo", f"--output={file}"]) == 0
+    return file
+
+
+def test_the_five_lines_of_the_help_predict_the_same_in_a_process_without_our_package(
+    run, stablehlo, tmp_path
+):
+    assert len(LOADER.splitlines()) == 5
+    rng = np.random.default_rng(0)
+    given = {str(n): rng.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8) for n in (1, 3, 8)}
+    np.savez(tmp_path / "given.npz", **given)
+    command = [sys.executable, "-c", ELSEWHERE, LOADER, tmp_path / "given.npz", tmp_path / "found.npz"]
+    done = subprocess.run(command, cwd=stablehlo.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    found, trained = np.load(tmp_path / "found.npz"), load_run(run, "best")
+    assert tuple(found["class_names"]) == trained.class_names
+    predict = make_predict(trained)
+    for size, images in given.items():
+        assert found[size].dtype == np.float32
+        np.testing.assert_allclose(found[size], predict(images), atol=1e-6)
+        np.testing.assert_allclose(found[size].sum(axis=1), 1, atol=1e-5)
+    assert np.ptp(found["8"], axis=0).max() > 0.01  # weights that say something
+
+
+def test_a_stablehlo_file_is_for_any_number_of_images_on_every_platform(stablehlo):
+    exported = jax.export.deserialize(bytearray(stablehlo.read_bytes()))
+    assert exported.platforms == PLATFORMS == ("cpu", "cuda", "tpu")
+    (images,), (probabilities,) = exported.in_avals, exported.out_avals
+    assert (images.str_short(), probabilities.str_short()) == ("uint8[b,8,8,1]", "float32[b,10]")
+    assert exported.nr_devices == 1
+    with pytest.raises(ValueError, match="uint8"):
+        exported.call(np.zeros((2, 8, 8, 1), np.float32))
+
+
+def test_beside_a_stablehlo_file_stands_what_a_photo_needs(run, stablehlo, tmp_path):
+    beside = json.loads(Path(f"{stablehlo}.json").read_text())
+    config = load_run(run).config
+    assert beside["preprocess"] == config["preprocess"] and beside["model"] == config["model"]
+    assert beside["step"] == 20 and beside["num_classes"] == 10
+
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (301, 400, 3)).astype(np.uint8))
+    photo.save(tmp_path / "photo.png")
+    assert "ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)" in help_text
+    for interpolation, crop_fraction in (("bilinear", 0.875), ("bicubic", 1.0)):
+        by_help = ImageOps.fit(photo, (224, 224), RESAMPLING[interpolation], bleed=(1 - crop_fraction) / 2)
+        ours = read_square(
+            tmp_path / "photo.png",
+            channels=3,
+            size_px=224,
+            crop_fraction=crop_fraction,
+            interpolation=interpolation,
+        )
+        np.testing.assert_array_equal(by_help, ours)
+
+
+def test_an_image_is_cropped_once_and_a_sigmoid_head_gives_sigmoids(run, tmp_path):
+    """The function sees images after `read_square`, which has cropped them."""
+    trained = load_run(run)
+    cropping = dataclasses.replace(
+        trained, loss="sigmoid", preprocess={**trained.preprocess, "crop_fraction": 0.5}
+    )
+    export(cropping, tmp_path / "m", format="stablehlo")
+    exported = jax.export.deserialize(bytearray((tmp_path / "m").read_bytes()))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+    whole = make_predict(dataclasses.replace(trained, loss="sigmoid"))
+    np.testing.assert_allclose(exported.call(images), whole(images), atol=1e-6)
+    assert json.loads((tmp_path / "m.json").read_text())["preprocess"]["crop_fraction"] == 0.5
+
+
+def test_all_that_is_said_fits_80_columns(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    assert main([f"--workdir={run}", "--format=safetensors", "--output=w"]) == 0
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(run) not in line]
+    assert max(map(len, lines)) <= 80

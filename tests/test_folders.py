@@ -17,8 +17,8 @@ from PIL import Image, features
 from mlpmixer_flax import UserError, get_dataset_info
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
 from mlpmixer_flax.datasets import open_source
-from mlpmixer_flax.images import decode_image, find_flaw, to_mode
 from mlpmixer_flax.folders import read_folder, select_split
+from mlpmixer_flax.images import decode_image, find_flaw, to_mode
 from mlpmixer_flax.train import main
 
 # Smooth, so that JPEG keeps it; no two turns of it are alike.

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mlpmixer_flax import metrics
@@ -78,6 +80,57 @@ def test_file_and_tensorboard_hold_the_scalars_by_their_names(tmp_path):
         (row["step"], name, np.float32(v)) for row in rows for name, v in row.items() if name != "step"
     ]
     assert scalars(events(tmp_path)) == expected
+
+
+def test_tensorboard_holds_the_config_and_a_sheet_of_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+    with open_reporter(tmp_path) as reporter:
+        reporter.beginning({"seed": 0, "preprocess.mean": (0.5,), "dataset": "folder:a|b"}, images)
+    text, sheet = ((event.step, value) for event in events(tmp_path) for value in event.summary.value)
+    assert (text[0], text[1].tag, text[1].metadata.plugin_data.plugin_name) == (
+        1,
+        "config/text_summary",
+        "text",
+    )
+    (markdown,) = text[1].tensor.string_val
+    assert markdown.decode().splitlines() == [
+        "    seed = 0",
+        "    preprocess.mean = (0.5,)",
+        "    dataset = 'folder:a|b'",
+    ]
+    assert (sheet[0], sheet[1].tag) == (1, "training_images")
+    pixels = np.asarray(Image.open(io.BytesIO(sheet[1].image.encoded_image_string)))
+    assert pixels.shape == (2 * 42, 3 * 42, 3)
+    for i, image in enumerate(images):
+        top, left = 42 * (i // 3), 42 * (i % 3)
+        np.testing.assert_array_equal(pixels[top : top + 40, left : left + 40], image)
+    assert (pixels[42:, 84:] == 255).all() and (pixels[40:42] == 255).all()
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (66, 66, 3)), (64, (528, 528, 3))])
+def test_small_grey_images_are_enlarged(tmp_path, count, shape):
+    images = np.arange(64 * count, dtype=np.uint8).reshape(count, 8, 8, 1)
+    with open_reporter(tmp_path) as reporter:
+        reporter.beginning({}, images)
+    (sheet,) = (value for event in events(tmp_path) for value in event.summary.value if value.image.height)
+    pixels = np.asarray(Image.open(io.BytesIO(sheet.image.encoded_image_string)))
+    assert pixels.shape == shape
+    np.testing.assert_array_equal(pixels[4:64:8, 4:64:8, 0], images[0, :, :, 0])
+
+
+def test_few_classes_have_a_curve_each_and_many_a_histogram_and_none_a_line_in_the_file(tmp_path):
+    few = {"cat": 0.5, "great auk": np.nan, "кот": 1.0}
+    many = {f"class {i}": i / 40 for i in range(40)} | {"unseen": np.nan}
+    with open_reporter(tmp_path) as reporter:
+        reporter.class_accuracy(10, few)
+        reporter.class_accuracy(20, many)
+    found = events(tmp_path)
+    *curves, (step, tag, _) = scalars(found)
+    assert curves == [(10, "test_class_accuracy/cat", 0.5), (10, "test_class_accuracy/кот", 1.0)]
+    (histogram,) = (value.histo for event in found for value in event.summary.value if value.histo.num)
+    assert (step, tag, histogram.num) == (20, "test_class_accuracy", 40)
+    assert sum(histogram.bucket) == 40 and max(histogram.bucket) <= 3
+    assert not lines(tmp_path)
 
 
 def test_resuming_drops_later_lines_and_keeps_earlier_ones(tmp_path):

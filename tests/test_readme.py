@@ -14,7 +14,11 @@ from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import get_dataset_info
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))),
+]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 TRAINING = [line for _, block in BLOCKS for line in block.splitlines() if "mlpmixer_flax.train" in line]
@@ -81,11 +85,21 @@ def test_first_training_command_trains(tmp_path):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_files_named_are_there(page):
     text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if target.startswith("https://"):
+            continue
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
     for name in re.findall(r"`([\w/.]+\.(?:py|md|toml))`", text):
         homes = [ROOT, ROOT / "configs", ROOT / "mlpmixer_flax", ROOT / "tests"]
         assert any((home / name).exists() for home in homes), name
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_every_config_has_a_row_in_the_table():

@@ -19,6 +19,7 @@ from mlpmixer_flax.step import (
     init_state,
     kernels_only,
     make_eval_step,
+    make_look_step,
     make_optimizer,
     make_schedule,
     make_train_step,
@@ -603,6 +604,23 @@ def test_randomness_is_a_function_of_seed_and_step(values):
     assert min(gaps) > 1e-4
 
 
+def test_what_is_looked_at_is_what_the_first_update_sees():
+    """Its loss, before the update, is that of these images."""
+    update, state = make_run(**DESCENT, **SHIFTED)
+    config, batch = config_with(**DESCENT, **SHIFTED), tiny_batch()
+    images = jax.jit(make_look_step(config, num_classes=CLASSES), compiler_options=QUICK)(batch)
+    assert images.dtype == np.uint8 and not np.array_equal(images, batch["image"])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def loss(images):
+        logits = tiny_model(config).apply({"params": state.params}, images)
+        return LOSSES["softmax"](logits, jax.nn.one_hot(batch["label"], CLASSES)).mean()
+
+    seen, unaugmented = (loss(np.float32(x) / 127.5 - 1) for x in (images, batch["image"]))
+    np.testing.assert_allclose(update(state, batch)[1]["loss"], seen, rtol=1e-5)
+    assert abs(seen - unaugmented) > 1e-3
+
+
 def test_nothing_is_random_where_augmentation_and_dropout_are_off():
     update, state = make_run(**DESCENT)
     (a, by_a), (b, by_b) = (update(state.replace(step=np.int32(s)), tiny_batch()) for s in (0, 5))
@@ -660,7 +678,9 @@ def test_scores_are_sums_over_unmasked_rows_top1_and_top5_by_hand():
     labels, mask = [0, 3, 2, 1, 0, 0], [True] * 4 + [False] * 2
     sums = score(logits, labels, mask)
     losses = -log_softmax(np.float64(logits))[np.arange(6), labels]
-    assert sums.keys() == {"loss", "accuracy", "accuracy_top5", "count"}
+    assert sums.keys() == {"loss", "accuracy", "accuracy_top5", "count", "class_accuracy", "class_count"}
+    np.testing.assert_array_equal(sums.pop("class_accuracy"), [1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(sums.pop("class_count"), [1, 1, 1, 1, 0, 0, 0])
     assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (2, 3, 4)
     np.testing.assert_allclose(sums["loss"], losses[:4].sum(), rtol=1e-5)
     assert all(value.dtype == np.float32 and value.shape == () for value in sums.values())
@@ -683,7 +703,7 @@ def test_top5_of_five_classes_or_fewer_is_everything(classes):
 
 def test_a_batch_of_padding_alone_counts_nothing():
     sums = score([[1, 2], [3, 4]], [0, 0], [False, False])
-    assert sums == {"loss": 0, "accuracy": 0, "accuracy_top5": 0, "count": 0}
+    assert len(sums) == 6 and not any(value.any() for value in sums.values())
 
 
 def test_scoring_takes_the_test_time_path_without_dropout_or_augmentation():

@@ -1,7 +1,11 @@
-"""The table at the start of a run: the paper's numbers, and sums that add up."""
+"""The table of a model: the paper's numbers, sums that add up, and the program that prints it."""
 
+import contextlib
+import io
 import math
 import re
+import subprocess
+import sys
 from functools import cache, partial
 
 import jax
@@ -9,10 +13,15 @@ import jax.numpy as jnp
 import pytest
 
 from mlpmixer_flax import config
+from mlpmixer_flax.checkpoint import read_weights
 from mlpmixer_flax.config import get_config
+from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.step import make_optimizer
-from mlpmixer_flax.summary import summarize
+from mlpmixer_flax.summary import main
+from mlpmixer_flax.tabulate import summarize
+from mlpmixer_flax.train import train
+from mlpmixer_flax.weightfiles import write_npz
 
 TINY = {
     "patches": {"size": (4, 2)},
@@ -21,6 +30,8 @@ TINY = {
     "tokens_mlp_dim": 6,
     "channels_mlp_dim": 14,
 }
+
+B16 = 59_880_472  # parameters with 1000 classes
 
 
 def table(model, image_shape, **optimizer):
@@ -87,12 +98,12 @@ def test_macs_said_are_the_sum_of_the_table_and_of_the_formula(name):
 
 def test_b16_has_the_published_parameters_and_fits_80_columns():
     lines = published("b16")
-    mib = 4 * 59_880_472 / 2**20
+    mib = 4 * B16 / 2**20
     assert lines[-2] == (
         # Adam's two moments, and two counters of 4 bytes
         f"total: 59,880,472 parameters ({mib:.1f} MiB), optimizer state {2 * mib:.1f} MiB,"
     )
-    assert total(lines, "parameters") == 59_880_472
+    assert total(lines, "parameters") == B16
     assert max(map(len, lines)) <= 80
     assert max(map(len, published("h14"))) <= 80
     outputs = numbers(lines, "output")
@@ -169,3 +180,90 @@ def test_optimizer_state_is_counted_in_bytes(optimizer, per_parameter):
     count = sum(p.size for p in jax.tree.leaves(params))
     mib = f"{count * per_parameter / 2**20:.1f}"
     assert lines[-2].endswith(f"({count * 4 / 2**20:.1f} MiB), optimizer state {mib} MiB,")
+
+
+# --- the program
+
+SMALL = ["--config.model.num_blocks=2", "--config.model.hidden_dim=16", "--config.freeze=stem"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps, and what it printed."""
+    workdir, said = tmp_path_factory.mktemp("runs") / "run", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train(load_config("digits.py", [*SMALL, "--config.total_steps=2"]), workdir)
+    return workdir, said.getvalue()
+
+
+def printed(capsys, *arguments):
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_begins_with_the_table_of_its_config_and_keeps_it(run, capsys):
+    workdir, said = run
+    of_config = printed(capsys, "--config=digits.py", *SMALL)
+    assert said.startswith(of_config)
+    assert printed(capsys, f"--workdir={workdir}") == of_config
+
+
+def test_weights_have_the_table_of_their_run_without_an_optimizer(run, tmp_path, capsys):
+    workdir, said = run
+    write_npz(tmp_path / "weights.npz", read_weights(workdir)[1], metadata={})
+    of_file = printed(capsys, f"--weights={tmp_path}/weights.npz")
+    assert of_file == printed(capsys, f"--weights={workdir}")
+    assert said.startswith(of_file.replace("MiB),", "MiB), optimizer state 0.1 MiB,"))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes"),
+    [("imagenet21k/Mixer-B_16", 21843), ("hf-hub:timm/mixer_b16_224.miil_in21k", 11221)],
+)
+def test_published_weights_are_summarized_without_a_download(
+    name, num_classes, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    out = printed(capsys, f"--weights={name}")
+    count = B16 + (num_classes - 1000) * 769
+    assert out.splitlines()[-2] == f"total: {count:,} parameters ({4 * count / 2**20:.1f} MiB),"
+    assert out.splitlines()[-1] == "12.6 GMACs per image of 224x224x3"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_needs_no_data_where_the_number_of_classes_is_given(capsys):
+    arguments = ["--config=b16_imagenet21k.py", "--config.data_dir=nowhere"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: Dataset 'imagenet21k' is") and "give --num_classes" in error
+    out = printed(capsys, *arguments, "--num_classes=21843")
+    assert f"total: {B16 + 20_843 * 769:,} parameters" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=digits.py", "--num_classes=0"], "error: num_classes=0 leaves nothing"),
+        (["--config=digits.py", "--config.model.hiden_dim=8"], "error: the config has no key"),
+        (["--weights=imagenet1k/Mixer-B_17"], "error: no weights 'imagenet1k/Mixer-B_17'"),
+        (["--workdir=nowhere"], "error: no run in nowhere"),
+    ],
+)
+def test_what_cannot_be_summarized_is_said_in_a_sentence(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("extra", ["--config.model.num_blocks=2", "--num_classes=5"])
+def test_knobs_of_a_config_are_refused_for_weights(extra, capsys):
+    assert main(["--weights=imagenet1k/Mixer-B_16", extra]) == 2
+    assert capsys.readouterr().err == f"error: {extra} cannot be used without --config: leave it out\n"
+
+
+def test_the_program_starts_and_its_help_fits_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = [sys.executable, "-m", "mlpmixer_flax.summary", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "configs/b16_cifar10.py" in out and max(map(len, out.splitlines())) <= 80

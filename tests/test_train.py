@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from made_datasets import encode, write_dataset
+from test_metrics import events, scalars
 
 from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.train import main, train
@@ -101,6 +102,19 @@ def test_run_directory_holds_what_later_programs_need(tmp_path, capsys):
     assert f"best: {best:.2%}" in out and str(workdir) in out
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 90
 
+    # Of what TensorBoard shows beyond these, the files hold as much as there is.
+    found = events(workdir)
+    tags = [value.tag for event in found for value in event.summary.value]
+    assert tags.count("config/text_summary") == tags.count("training_images") == 1
+    for row in logged[1::2]:
+        by_class = {
+            tag: value
+            for step, tag, value in scalars(found)
+            if step == row["step"] and tag.startswith("test_class_accuracy/")
+        }
+        assert by_class.keys() == {f"test_class_accuracy/{i}" for i in range(10)}
+        assert abs(np.mean(list(by_class.values())) - row["test/accuracy"]) < 0.02  # classes are nearly equal
+
     # The same command again has nothing to do, says so, and leaves all as it is.
     before = (workdir / "metrics.jsonl").read_text()
     assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
@@ -160,10 +174,12 @@ def test_signal_saves_says_so_and_the_same_command_continues(tmp_path, number):
     assert "Traceback" not in out
 
     process = start_process(workdir, *arguments, "--config.eval_every_steps=100000")
-    lines = read_until(process, "continuing from step")
-    process.kill()
+    lines = read_until(process, r"^step \d+/100000")
+    process.send_signal(number)
     process.communicate()
-    assert f"continuing from step {step} " in lines[-1]
+    assert any(f"continuing from step {step} " in line for line in lines)
+    tags = [value.tag for event in events(workdir) for value in event.summary.value]
+    assert tags.count("config/text_summary") == tags.count("training_images") == 1
 
 
 STREAMED = ["--config.cache_bytes=0", "--config.num_workers=2", "--config.total_steps=100000"]

@@ -1,0 +1,71 @@
+"""A model as a table: shapes, parameters and multiply-accumulates per module."""
+
+import math
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+
+def summarize(
+    model: nn.Module, image_shape: tuple[int, int, int], *, params: Any, opt_state: Any = None
+) -> str:
+    """Per module: output shape, parameters, MACs of one image; then the totals.
+
+    `params` and `opt_state` are trees of arrays or jax.ShapeDtypeStruct; None = not trained. MACs are those of convolution and
+    dense layers; LayerNorm, GELU and sums are left out. Only the first of the
+    equal Mixer blocks is listed with its parts.
+    """
+    rows, total_macs = [], 0
+    shapes, leaves = _output_shapes(model, image_shape, params), flatten_dict(params)
+    for path, shape in shapes.items():
+        inside = {name: leaf for name, leaf in leaves.items() if name[: len(path)] == path}
+        macs = sum(
+            _macs(shapes[name[:-1]], leaf.shape) for name, leaf in inside.items() if name[-1] == "kernel"
+        )
+        total_macs += macs if len(path) == 1 else 0
+        name, repeated = "  " * (len(path) - 1) + path[-1], re.fullmatch(r"MixerBlock_([1-9]\d*)", path[0])
+        if path == ("MixerBlock_1",):
+            name = f"{model.num_blocks - 1} more, each"
+        elif len(path) > 2 or repeated:
+            continue
+        count = sum(leaf.size for leaf in inside.values())
+        rows.append((name, "x".join(map(str, shape[1:])), f"{count:,}", f"{macs:,}"))
+    lines = [f"{name:<32}{shape:>14}{count:>15}{macs:>18}" for name, shape, count, macs in [_HEADER, *rows]]
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    optimizer = "" if opt_state is None else f" optimizer state {_mib(opt_state):.1f} MiB,"
+    lines.append(f"total: {total:,} parameters ({_mib(params):.1f} MiB),{optimizer}")
+    lines.append(f"{total_macs / 1e9:.3g} GMACs per image of {'x'.join(map(str, image_shape))}")
+    return "\n".join(lines)
+
+
+_HEADER = ("module", "output", "parameters", "MACs")
+
+
+def _output_shapes(model, image_shape, params) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path of every module that has parameters -> shape of its output, in the order of the forward pass."""
+    shapes = {}
+
+    def note(call, args, kwargs, context):
+        path = context.module.path
+        shapes[path] = None  # holds the place before the modules inside
+        output = call(*args, **kwargs)
+        shapes[path] = output.shape
+        return output
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(note):
+        jax.eval_shape(lambda p, x: model.clone(remat=False).apply({"params": p}, x), params, images)
+    return {path: shape for path, shape in shapes.items() if path and not path[-1].startswith("Dropout")}
+
+
+def _macs(output_shape, kernel_shape) -> int:
+    """Every output element is a dot product over all but the last axis of the kernel."""
+    return math.prod(output_shape[1:]) * math.prod(kernel_shape[:-1])
+
+
+def _mib(tree) -> float:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**20

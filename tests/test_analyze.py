@@ -1,0 +1,184 @@
+"""The pictures and figures of a run: written where they should be, and of the run."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlpmixer_flax.analyze import features, main
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.export import export
+from mlpmixer_flax.fewshot import few_shot
+from mlpmixer_flax.figures import compare
+from mlpmixer_flax.train import train
+from mlpmixer_flax.trained import load_run
+
+SMALL = [
+    "--config.model.hidden_dim=16",
+    "--config.model.num_blocks=2",
+    "--config.augment.mixup_alpha=0",
+    "--config.total_steps=20",
+    "--config.eval_every_steps=10",
+]
+PICTURES = ["curves.png", "stem.png", "token_mixing_block00.png", "token_mixing_block01.png"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("analyze") / "run"
+    train(load_config("digits.py", SMALL), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    return load_run(run)
+
+
+def written(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_program_shows_all_of_a_run_but_the_experiment_that_trains(run, capsys):
+    assert main([f"--workdir={run}"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert written(run / "analysis") == sorted([*PICTURES, "fewshot.json"])
+    for name in PICTURES:
+        with Image.open(run / "analysis" / name) as image:
+            assert image.width == 1200 and len(set(image.convert("L").tobytes())) > 20
+    names = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")]
+    assert names[1:] == ["curves", "token_mixing", "stem", "fewshot", "shuffle"]
+    assert "shuffle: left out, since it trains" in out
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    found = json.loads((run / "analysis" / "fewshot.json").read_text())
+    assert (found["dataset"], found["train_split"], found["test_images"]) == ("digits", "train", 364)
+    assert f"fewshot: {found['accuracy']:.2%} of 364" in out
+    assert 0.3 < found["accuracy"] < 1
+
+
+def test_features_are_what_the_head_sees_of_every_image_in_order(trained):
+    examples = trained.open("digits", "test")
+    found, labels = features(trained, examples, batch_size=50)  # 364 images: 14 in the last batch
+    images, expected_labels = examples.read(np.arange(len(examples)))
+    np.testing.assert_array_equal(labels, expected_labels)
+    head = trained.params["head"]
+    logits = trained.logits(trained.params, images)
+    np.testing.assert_allclose(found @ head["kernel"] + head["bias"], logits, atol=1e-4)
+
+
+def test_features_to_draw_from_hold_enough_of_each_class_and_no_image_twice(trained):
+    examples = trained.open("digits", "train")
+    every, _ = features(trained, examples)
+    some, labels = features(trained, examples, per_class=5, batch_size=10)
+    counts = np.bincount(labels)
+    assert counts.min() >= 5 and len(some) < 250
+    assert min(np.bincount(labels[:-10], minlength=10)) < 5  # and not a batch more than that takes
+    beyond, labels = features(trained, examples, per_class=10_000)
+    assert len(beyond) == len(labels) == len(every)
+    np.testing.assert_allclose(np.sort(beyond[:, 0]), np.sort(every[:, 0]), atol=1e-4)
+    assert abs(beyond[:, 0] - every[:, 0]).max() > 0.1  # in another order
+
+
+def test_features_of_a_folder_are_cropped_once(trained, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 12, 16), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    cropping = replace(trained, preprocess={**trained.preprocess, "crop_fraction": 0.5})
+    examples = cropping.open(f"folder:{tmp_path}", "train")
+    images, _ = examples.read(np.arange(len(examples)))
+    assert images.shape[1:] == (8, 8, 1)
+    headless = replace(trained, model=trained.model.clone(num_classes=0))
+    expected = headless.logits(trained.params, images)
+    np.testing.assert_allclose(features(cropping, examples)[0], expected, atol=1e-4)
+
+
+def test_fewshot_takes_the_dataset_splits_and_shots_that_are_named(run, trained, tmp_path, capsys):
+    arguments = ["--dataset=digits", "--train_split=train[:50%]", "--test_split=test[:100]", "--shots=2"]
+    assert main([f"--workdir={run}", f"--output={tmp_path}", "fewshot", *arguments]) == 0
+    assert written(tmp_path) == ["fewshot.json"]
+    found = json.loads((tmp_path / "fewshot.json").read_text())
+    pool = features(trained, trained.open("digits", "train[:50%]"), per_class=20)
+    expected = few_shot(*pool, *features(trained, trained.open("digits", "test[:100]")), shots=2)
+    assert found["accuracy_by_seed"] == expected["accuracy_by_seed"]
+    assert (found["shots"], found["test_images"]) == (2, 100)
+    assert "from 2 images a class" in capsys.readouterr().out
+
+
+def test_shuffle_trains_three_times_and_draws_it(run, tmp_path):
+    """In a process of its own."""
+    command = [sys.executable, "-m", "mlpmixer_flax.analyze", f"--workdir={run}", f"--output={tmp_path}"]
+    command += [
+        "shuffle",
+        "--config=digits.py",
+        *SMALL,
+        "--config.model.num_blocks=1",
+        "--config.eval_every_steps=0",
+    ]
+    quick = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # to compile
+    done = subprocess.run(command, capture_output=True, text=True, env=quick)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[1:]
+    assert max(map(len, lines)) <= 80
+    assert float(lines[1].split("at most ")[1].split()[0]) < 1e-5
+    accuracies = [float(line.split("%")[0]) for line in lines if "test accuracy" in line]
+    assert len(accuracies) == 3 and min(accuracies) > 15  # of 10 classes
+    assert written(tmp_path) == ["shuffle.png"]
+
+
+def test_runs_are_compared_in_the_same_axes():
+    runs = {
+        "a": [{"step": 1, "train/loss": 3.0, "test/accuracy": 0.1}, {"step": 2, "train/loss": 2.0}],
+        "b": [{"step": 2, "train/loss": 1.0, "test/accuracy": 0.7}],
+    }
+    loss, accuracy = compare(runs, title="two").axes
+    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("training loss", "test accuracy")
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 3], [2, 2]], [[2, 1]]]
+    assert [line.get_label() for line in accuracy.lines] == ["a, last 0.1", "b, last 0.7"]
+
+
+def test_weights_have_no_curves_and_no_dataset(trained, tmp_path, capsys, monkeypatch):
+    export(trained, tmp_path / "run.npz", format="npz")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--weights=run.npz"]) == 0
+    assert written(Path("analysis")) == PICTURES[1:]
+    out = capsys.readouterr().out
+    assert "curves: left out, run.npz has no" in out and "fewshot: left out, run.npz comes" in out
+    assert main(["curves", "--weights=run.npz"]) == 2
+    assert "run.npz has no training curves: give --workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stm"], "there is nothing called 'stm' to show: choose from curves,"),
+        (["--shots=0", "fewshot"], "--shots=0 leaves nothing to do"),
+        (["--batch_size=-1", "fewshot"], "--batch_size=-1 leaves nothing"),
+        (["--checkpoint=ema", "stem"], "keeps no average"),
+        (["--dataset=digits", "--test_split=nope", "fewshot"], "nope"),
+        (["shuffle", "--config.init_from=a.npz"], "init_from='a.npz' has learned"),
+        (["shuffle", "--foo"], "'--foo'"),
+        (["--output=/dev/null/here", "stem"], "cannot write to /dev/null/here"),
+    ],
+)
+def test_what_cannot_be_shown_is_said_in_a_sentence(run, tmp_path, capsys, arguments, message):
+    assert main([f"--output={tmp_path}", *arguments, f"--workdir={run}"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_nothing_takes_are_refused_and_help_teaches(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([f"--workdir={run}", "stem", "--config.seed=1"])
+    assert stop.value.code == 2 and "--config.seed=1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "analyze --workdir=runs/b16\n" in capsys.readouterr().out

@@ -1,0 +1,72 @@
+"""From a folder of photos to predictions, through the config made for it."""
+
+import csv
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlpmixer_flax import predict, train
+from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.metrics import read_metrics
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.weightfiles import write_npz
+
+CLASSES = {"null": 0, "six": 6, "sieben": 7}  # in alphabetical order, as a folder's are
+MODEL = {"patches": {"size": (4, 4)}, "hidden_dim": 128, "num_blocks": 2, "tokens_mlp_dim": 16}
+MODEL["channels_mlp_dim"] = 32
+
+
+def write_photos(root, split, number):
+    """`number` digits of each class in colour, not square, each in a format of its own."""
+    examples = open_examples("digits", split)
+    rng = np.random.default_rng(0)
+    for name, digit in CLASSES.items():
+        (root / name).mkdir(parents=True)
+        for i, image in enumerate(examples.images[examples.labels == digit][:number]):
+            digit_px = np.asarray(Image.fromarray(image[..., 0]).resize((40, 48), Image.Resampling.BICUBIC))
+            colours = rng.integers(100, 256, 3) * (digit_px[..., None] / 255)
+            file = root / name / f"{name} {i}.{('png', 'JPG', 'webp')[i % 3]}"
+            Image.fromarray(colours.astype(np.uint8)).save(file)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Fine-tuned from weights of seven other classes."""
+    root = tmp_path_factory.mktemp("photos")
+    write_photos(root / "photos", "train", 40)
+    model = MlpMixer(num_classes=7, **MODEL)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    write_npz(root / "weights.npz", jax.device_get(params), metadata={})
+    small = {f"model.{key}": value for key, value in MODEL.items() if key != "patches"}
+    small |= {"model.patches.size": (4, 4), "preprocess.image_size_px": 16, "batch_size": 16}
+    overrides = {"init_from": root / "weights.npz", "dataset": f"folder:{root / 'photos'}", **small}
+    arguments = [f"--config.{key}={value}" for key, value in overrides.items()]
+    assert train.main(["--config=configs/finetune_folder.py", f"--workdir={root / 'run'}", *arguments]) == 0
+    return root / "run"
+
+
+def test_the_run_follows_the_config_and_knows_the_classes(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["augment"]["flip"] and config["augment"]["min_crop_area"] == 0.3
+    assert config["optimizer"]["name"] == "sgd" and config["optimizer"]["clip_norm"] == 1.0
+    assert json.loads((run / "class_names.json").read_text()) == sorted(CLASSES)
+    rows = read_metrics(run / "metrics.jsonl")
+    tested = [row["step"] for row in rows if "test/accuracy" in row]
+    # 96 photos to train on are 6 steps of 16, scored after each of the 20 passes.
+    assert tested == list(range(6, 121, 6))
+    rates = {row["step"]: row["train/learning_rate"] for row in rows if "train/learning_rate" in row}
+    assert rates[120] < rates[10]
+
+
+def test_new_photos_are_named_as_the_test_accuracy_has_it(run, tmp_path, capsys):
+    write_photos(tmp_path / "new", "test", 30)
+    assert predict.main([f"--workdir={run}", "--top=1", "--csv", str(tmp_path / "new")]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 90 and {row["class_name"] for row in rows} == CLASSES.keys()
+    right = np.mean([f"/{row['class_name']}/" in row["file"] for row in rows])
+    tested = [row["test/accuracy"] for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row]
+    assert tested[0] < 0.6 and min(tested[-1], right) > 0.7  # of three classes

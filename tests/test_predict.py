@@ -1,0 +1,256 @@
+"""From image files to the names of what is in them: which files, which numbers, in which form."""
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from made_datasets import encode
+from PIL import Image
+
+from mlpmixer_flax import UserError, download, export
+from mlpmixer_flax.checkpoint import read_class_names
+from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.evaluate import open_split, score_images
+from mlpmixer_flax.metrics import read_metrics
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.predict import find_files, main, predict
+from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.terminal import width
+from mlpmixer_flax.train import train
+from mlpmixer_flax.trained import load_run
+from mlpmixer_flax.weightfiles import write_npz
+
+ACROSS, DOWN = np.meshgrid(np.linspace(0, 255, 60), np.linspace(40, 160, 40))
+PHOTO = Image.fromarray(np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small Mixer that has learned something of the digits."""
+    workdir = tmp_path_factory.mktemp("predict") / "run"
+    values = {
+        "model.hidden_dim": 32,
+        "model.num_blocks": 1,
+        "total_steps": 60,
+        "eval_every_epochs": 0,
+        "augment.mixup_alpha": 0.0,  # or it compiles for seconds
+        "optimizer.learning_rate": 0.01,
+    }
+    train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The test digits as PNG files: <label>/<number>.png."""
+    folder = tmp_path_factory.mktemp("images") / "digits"
+    examples = open_examples("digits", "test")
+    for i, (image, label) in enumerate(zip(examples.images, examples.labels, strict=True)):
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / str(label) / f"{i}.png")
+    return folder
+
+
+def write(root, *files, data=None):
+    for file in files:
+        path = Path(root, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(PHOTO, "PNG") if data is None else data)
+    return str(root)
+
+
+def with_class_names(run, copy, names):
+    shutil.copytree(run, copy)
+    (copy / "class_names.json").write_text(json.dumps(names))
+    return copy
+
+
+def run_program(*arguments, **options):
+    command = [sys.executable, "-m", "mlpmixer_flax.predict", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+# --- what is seen
+
+
+def test_predictions_of_files_score_as_the_run_did(run, digits, capsys):
+    assert main([f"--workdir={run}", "--csv", "--top=10", "--batch_size=50", str(digits)]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 10 * 364  # 7 full batches and a part
+    right = [row for row in rows if row["class_name"] == Path(row["file"]).parent.name]
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert sum(row["rank"] == "1" for row in right) / 364 == pytest.approx(last["test/accuracy"], abs=1e-6)
+    assert sum(int(row["rank"]) <= 5 for row in right) / 364 == pytest.approx(last["test/accuracy_top5"])
+    loss = -sum(math.log(float(row["probability"])) for row in right) / 364
+    assert loss == pytest.approx(last["test/loss"], rel=1e-4)
+
+
+def test_photos_are_seen_as_in_evaluation(run, tmp_path):
+    """Of any size and mode, cropped, in grey as the model takes them."""
+    for i in range(10):
+        photo = PHOTO.rotate(36 * i).resize((30 + 4 * i, 60 - 3 * i)).convert("RGBA" if i % 2 else "RGB")
+        write(tmp_path, f"test/{i}/x.png", f"train/{i}/x.png", data=encode(photo))
+    changed = json.loads((run / "config.json").read_text())
+    changed["preprocess"] |= {"crop_fraction": 0.75, "interpolation": "bicubic"}
+    other = with_class_names(run, tmp_path / "run", read_class_names(run))
+    (other / "config.json").write_text(json.dumps(changed))
+    trained = load_run(other)
+    examples, classes = open_split(trained, f"folder:{tmp_path}", "test")
+    rows = score_images(trained, examples, classes=classes)
+    files = [tmp_path / file for file in examples.source.files]
+    predictions = list(predict(trained, files, batch_size=4))
+    assert [p.file for p in predictions] == [str(file) for file in files]
+    assert [[score.label for score in p.top] for p in predictions] == rows["best"].tolist()
+    found = [p.top[0].probability for p in predictions]
+    np.testing.assert_allclose(found, rows["confidence"], rtol=1e-5)
+    (whole,) = predict(load_run(run), files[:1])
+    assert whole.top[0].probability != pytest.approx(found[0], rel=1e-3)  # the crop counts
+
+
+def test_one_compilation_serves_all_batches(run, digits, caplog):
+    files = find_files(str(digits))[:8]
+    predictions = predict(load_run(run), files, batch_size=3, top=99)
+    first = next(predictions)
+    assert len(first.top) == 10 and sum(score.probability for score in first.top) == pytest.approx(1)
+    with jax.log_compiles():
+        rest = list(predictions)
+    assert [p.file for p in [first, *rest]] == files
+    assert "ompil" not in caplog.text
+
+
+def test_published_weights_name_the_classes_of_imagenet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    weights = PUBLISHED["gsam/Mixer-S_32"]
+    model = MlpMixer(num_classes=1000, **weights.origin["model"])
+    images = np.zeros((1, 224, 224, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes)
+    params["head"]["bias"][[281, 36, 2]] = 9, 8, 7
+    place = download._locate(weights.url)[2]
+    place.parent.mkdir(parents=True)
+    write_npz(place, params, metadata={})
+    photo = Path(write(tmp_path, "a" * 70 + ".png")) / ("a" * 70 + ".png")
+
+    assert main(["--weights=gsam/Mixer-S_32", "--top=3", str(photo)]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == ["tabby, tabby cat", "terrapin", "great white shark"]
+    assert main(["--weights=gsam/Mixer-S_32", "--top=3", "--json", str(photo)]) == 0
+    out, err = capsys.readouterr()
+    names = [score["class_name"] for score in json.loads(out)["top"]]
+    assert names[2].startswith("great white shark, white shark, man-eater") and "kept" in err
+
+
+# --- which files
+
+
+def test_folders_and_patterns_stand_for_their_images_in_order(tmp_path, monkeypatch):
+    files = ["b/2.PNG", "b/a/1.jpg", "b/.hidden.png", "b/notes.txt", "c/é.webp", "[x].png", "c/d/notes.txt"]
+    write(tmp_path, *files)
+    monkeypatch.chdir(tmp_path)
+    assert find_files("b") == find_files("b/") == ["b/2.PNG", "b/a/1.jpg"]
+    assert find_files("[x].png") == ["[x].png"]
+    assert find_files("b/notes.txt") == ["b/notes.txt"]
+    assert find_files("*/*.[pw]*") == ["c/é.webp"]
+    assert find_files("**/*.jpg") == ["b/a/1.jpg"]
+    assert find_files("[bc]") == ["b/2.PNG", "b/a/1.jpg", "c/é.webp"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_files("~/c/*.webp") == [str(tmp_path / "c/é.webp")]
+    for nothing in ("absent.png", "*.gif", "c/d", ""):
+        with pytest.raises(UserError, match="no images|as a pattern matches none"):
+            find_files(nothing)
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_goes_on(run, tmp_path):
+    """In a process of its own, with an exported file of weights and class names that aren't in ASCII."""
+    names = [f"Ziffer {i} 数字" for i in range(10)]
+    named = with_class_names(run, tmp_path / "run", names)
+    weights, folder = tmp_path / "w.npz", tmp_path / "photos"
+    assert export.main([f"--workdir={named}", "--format=npz", f"--output={weights}"]) == 0
+    jpeg = encode(PHOTO, "JPEG", quality=95)
+    write(folder, "cut.jpg", data=jpeg[: len(jpeg) // 2])
+    write(folder, "empty.png", data=b"")
+    write(folder, "grey.png", data=encode(PHOTO.convert("I;16")))
+    write(folder, "ink.jpg", data=encode(PHOTO.convert("CMYK"), "JPEG"))
+    write(folder, "notes.txt", data=b"no image")
+    write(folder, "palette.gif", data=encode(PHOTO, "GIF"))
+    write(folder, "猫/犬 ü.png")
+    bad = [folder / "absent.png", folder / "notes.txt", folder / "cut.jpg", folder / "empty.png"]
+    with run_program(f"--weights={weights}", bad[0], "--json", bad[1], folder, folder / "ink.jpg") as process:
+        out, err = process.communicate()
+    assert process.returncode == 1
+    lines = [json.loads(line) for line in out.splitlines()]
+    good = [folder / name for name in ("grey.png", "ink.jpg", "palette.gif", "猫/犬 ü.png")]
+    assert [line["file"] for line in lines] == [str(file) for file in good]
+    found = list(predict(load_run(named), good))
+    for line, prediction in zip(lines, found, strict=True):
+        for score, expected in zip(line["top"], prediction.top, strict=True):
+            assert score["label"] == expected.label and score["class_name"] == names[expected.label]
+            assert score["probability"] == pytest.approx(expected.probability, rel=1e-5)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 4 and all(str(file) in line for file, line in zip(bad, said, strict=True))
+    assert "Traceback" not in err
+
+
+# --- in which form
+
+
+def test_the_table_fits_80_columns_whatever_the_names(run, digits, tmp_path, capsys):
+    for number, names in enumerate([["数字" * 30 + str(i) for i in range(10)], list("0123456789")]):
+        named = with_class_names(run, tmp_path / f"run{number}", names)
+        folder = tmp_path / f"{number}" / ("写真" * 20)
+        write(folder, "e\u0301 photo.png", "bad\udcff\n.png")
+        assert main([f"--workdir={named}", "--top=3", str(folder), str(digits / "0")]) == 0
+        _, *lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 * (2 + len(list((digits / "0").iterdir())))
+        assert max(map(width, lines)) <= 80
+        files = [line.split("  ")[0] for line in lines[::3]]
+        assert files[0].endswith("bad\\udcff\\n.png") and files[1].endswith("e\u0301 photo.png")
+        assert all(line.startswith(" ") for i, line in enumerate(lines) if i % 3)
+    assert main([f"--workdir={named}", "--csv", "--top=1", str(folder)]) == 0
+    _, row, _ = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert row[0] == str(folder / "bad\\udcff\n.png") and row[1:4] == ["1", row[2], row[2]]
+
+
+def test_a_reader_may_stop_early(run, digits):
+    with run_program(f"--workdir={run}", "--batch_size=2", digits) as process:
+        assert process.stdout.readline().split() == ["file", "%", "class"]
+        process.stdout.close()
+        assert process.wait() == 1
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir={run}", "--top=0", "{photo}"], "top=0 leaves nothing"),
+        (["--workdir={run}", "{photo}", "--batch_size=0"], "batch_size=0 leaves nothing"),
+        (["--workdir={run}", "absent.png"], "'absent.png' is no file"),
+        (["--workdir={run}", "{notes}"], "notes.txt' cannot be used"),
+        (["--workdir=nowhere", "{photo}"], "no run in nowhere"),
+        (["--weights=nothing", "{photo}"], "no weights 'nothing'"),
+    ],
+)
+def test_where_nothing_can_be_done_a_sentence_says_why(run, tmp_path, arguments, message, capsys):
+    places = {"run": run, "photo": write(tmp_path, "x.png") + "/x.png", "notes": tmp_path / "notes.txt"}
+    write(tmp_path, "notes.txt", data=b"no image")
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_the_help_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and max(map(len, lines)) <= 80 and "--json" in " ".join(lines)
