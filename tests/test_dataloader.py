@@ -17,6 +17,7 @@ from PIL import Image
 
 from mlpmixer_flax import UserError, dataloader
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, get_dataset_info, iterate, open_examples
+from mlpmixer_flax.images import central_box, random_box
 
 DIGITS_TRAIN, DIGITS_TEST = 1433, 364
 
@@ -260,7 +261,7 @@ def test_central_square_is_resize_then_crop():
         (360, 240), Image.Resampling.BICUBIC
     )
     usual = smooth.resize((96, 64), Image.Resampling.BILINEAR).crop((20, 4, 76, 60))
-    box = dataloader._central_box(360, 240, 56 / 64)
+    box = central_box(360, 240, 56 / 64)
     ours = smooth.resize((56, 56), Image.Resampling.BILINEAR, box)
     assert np.abs(np.asarray(usual, int) - np.asarray(ours, int)).max() <= 1
 
@@ -305,13 +306,13 @@ def test_random_crops_are_random_and_a_function_of_seed_and_position(photos):
 def test_random_box_keeps_its_limits():
     for seed in range(300):
         width, height = 40 + seed % 50, 80 - seed % 30
-        box = dataloader._random_box(width, height, 0.3, np.random.default_rng(seed))
+        box = random_box(width, height, 0.3, np.random.default_rng(seed))
         if box is not None:
             left, top, right, bottom = box
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
             assert (right - left) * (bottom - top) >= 0.28 * width * height
             assert 0.7 < (right - left) / (bottom - top) < 1.43
-    assert dataloader._random_box(1000, 10, 0.9, np.random.default_rng(0)) is None
+    assert random_box(1000, 10, 0.9, np.random.default_rng(0)) is None
 
 
 def test_random_crops_do_not_touch_test_batches(photos):
