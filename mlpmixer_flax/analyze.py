@@ -1,4 +1,4 @@
-"""Show what a model has learned: python -m mlpmixer_flax.analyze --workdir=runs/b16
+"""Show what a model has learned: python -m mlpmixer_flax.analyze --workdir=RUN
 
 What to show may follow, else it is all but the last:
 

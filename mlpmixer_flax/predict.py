@@ -66,8 +66,8 @@ def predict(
         for prediction in predict(load_run(Path("runs/b16")), ["cat.jpg"]):
             print(prediction.file, prediction.top[0].class_name)
 
-    An image is seen as in evaluation, but that the small ones of a dataset are enlarged on the device there, and
-    here by Pillow, which rounds. Threads read the next batch while the device works.
+    An image is seen as in evaluation, but that the small ones of a dataset are enlarged on the device there,
+    and here by Pillow, which rounds. Threads read the next batch while the device works.
 
     Raises:
       UserError: `top` or `batch_size` is below 1.
@@ -123,8 +123,8 @@ def _read(file: str, **preprocess) -> np.ndarray | UserError:
 def find_files(path: str) -> list[str]:
     """The files that a path stands for, in a fixed order.
 
-    A folder stands for the images in it and in its folders, a pattern ("*.jpg", "holiday/**/*.png") for what it
-    matches, any other path for itself.
+    A folder stands for the images in it and in its folders, a pattern ("*.jpg", "holiday/**/*.png") for what
+    it matches, any other path for itself.
 
     Raises:
       UserError: it stands for nothing, or a folder cannot be read.

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +15,6 @@ from PIL import Image
 from mlpmixer_flax.analyze import features, main
 from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.export import export
-from mlpmixer_flax.fewshot import few_shot
 from mlpmixer_flax.figures import compare
 from mlpmixer_flax.train import train
 from mlpmixer_flax.trained import load_run
@@ -27,6 +27,14 @@ SMALL = [
     "--config.eval_every_steps=10",
 ]
 PICTURES = ["curves.png", "stem.png", "token_mixing_block00.png", "token_mixing_block01.png"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    """Which takes nearly all of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -100,36 +108,23 @@ def test_features_of_a_folder_are_cropped_once(trained, tmp_path):
     np.testing.assert_allclose(features(cropping, examples)[0], expected, atol=1e-4)
 
 
-def test_fewshot_takes_the_dataset_splits_and_shots_that_are_named(run, trained, tmp_path, capsys):
-    arguments = ["--dataset=digits", "--train_split=train[:50%]", "--test_split=test[:100]", "--shots=2"]
-    assert main([f"--workdir={run}", f"--output={tmp_path}", "fewshot", *arguments]) == 0
+def test_fewshot_takes_the_test_split_and_shots_that_are_named(run, tmp_path, capsys):
+    arguments = ["fewshot", "--dataset=digits", "--test_split=test[:100]", "--shots=2"]
+    assert main([f"--workdir={run}", f"--output={tmp_path}", *arguments]) == 0
     assert written(tmp_path) == ["fewshot.json"]
     found = json.loads((tmp_path / "fewshot.json").read_text())
-    pool = features(trained, trained.open("digits", "train[:50%]"), per_class=20)
-    expected = few_shot(*pool, *features(trained, trained.open("digits", "test[:100]")), shots=2)
-    assert found["accuracy_by_seed"] == expected["accuracy_by_seed"]
-    assert (found["shots"], found["test_images"]) == (2, 100)
+    assert (found["shots"], found["test_images"], found["test_split"]) == (2, 100, "test[:100]")
     assert "from 2 images a class" in capsys.readouterr().out
 
 
-def test_shuffle_trains_three_times_and_draws_it(run, tmp_path):
-    """In a process of its own."""
-    command = [sys.executable, "-m", "mlpmixer_flax.analyze", f"--workdir={run}", f"--output={tmp_path}"]
-    command += [
-        "shuffle",
-        "--config=digits.py",
-        *SMALL,
-        "--config.model.num_blocks=1",
-        "--config.eval_every_steps=0",
-    ]
-    quick = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # to compile
-    done = subprocess.run(command, capture_output=True, text=True, env=quick)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()[1:]
+def test_shuffle_trains_three_times_and_draws_it(run, tmp_path, capsys):
+    small = [*SMALL, "--config.model.num_blocks=1", "--config.eval_every_steps=0"]
+    assert main([f"--workdir={run}", f"--output={tmp_path}", "shuffle", "--config=digits.py", *small]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert max(map(len, lines)) <= 80
     assert float(lines[1].split("at most ")[1].split()[0]) < 1e-5
     accuracies = [float(line.split("%")[0]) for line in lines if "test accuracy" in line]
-    assert len(accuracies) == 3 and min(accuracies) > 15  # of 10 classes
+    assert len(set(accuracies)) == 3 and min(accuracies) > 15  # of 10 classes
     assert written(tmp_path) == ["shuffle.png"]
 
 
@@ -162,6 +157,7 @@ def test_weights_have_no_curves_and_no_dataset(trained, tmp_path, capsys, monkey
         (["--shots=0", "fewshot"], "--shots=0 leaves nothing to do"),
         (["--batch_size=-1", "fewshot"], "--batch_size=-1 leaves nothing"),
         (["--checkpoint=ema", "stem"], "keeps no average"),
+        (["--train_split=train[:9]", "fewshot"], "shots=5 cannot be drawn from class"),
         (["--dataset=digits", "--test_split=nope", "fewshot"], "nope"),
         (["shuffle", "--config.init_from=a.npz"], "init_from='a.npz' has learned"),
         (["shuffle", "--foo"], "'--foo'"),
@@ -175,10 +171,15 @@ def test_what_cannot_be_shown_is_said_in_a_sentence(run, tmp_path, capsys, argum
     assert not list(tmp_path.iterdir())
 
 
-def test_options_that_nothing_takes_are_refused_and_help_teaches(run, capsys):
+def test_options_that_nothing_takes_are_refused(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main([f"--workdir={run}", "stem", "--config.seed=1"])
     assert stop.value.code == 2 and "--config.seed=1" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "analyze --workdir=runs/b16\n" in capsys.readouterr().out
+
+
+def test_help_shows_examples_in_80_columns():
+    command = [sys.executable, "-m", "mlpmixer_flax.analyze", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "analyze --workdir=runs/b16\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80

@@ -1,6 +1,7 @@
 """From image files to the names of what is in them: which files, which numbers, in which form."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -118,9 +119,11 @@ def test_photos_are_seen_as_in_evaluation(run, tmp_path):
 
 def test_one_compilation_serves_all_batches(run, digits, caplog):
     files = find_files(str(digits))[:8]
-    predictions = predict(load_run(run), files, batch_size=3, top=99)
+    trained = dataclasses.replace(load_run(run), class_names=(*"012345678", "n02123045"))
+    predictions = predict(trained, files, batch_size=3, top=99)
     first = next(predictions)
     assert len(first.top) == 10 and sum(score.probability for score in first.top) == pytest.approx(1)
+    assert {score.label: score.class_name for score in first.top}[9] == "tabby, tabby cat"  # in words
     with jax.log_compiles():
         rest = list(predictions)
     assert [p.file for p in [first, *rest]] == files

@@ -36,7 +36,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The directory of a run that keeps an average and whose best checkpoint is not its last; of random weights."""
+    """A run that keeps an average and whose best checkpoint is not its last; of random weights."""
     values = {"hidden_dim": 16, "num_blocks": 1, "gelu": "erf"}
     overrides = [f"--config.model.{key}={value}" for key, value in values.items()]
     config = resolve(
