@@ -9,11 +9,11 @@ What to show may follow, else it is all but the last:
   fewshot       test accuracy of a linear classifier that sees 5 images a
                 class through the model's features (ridge regression, three
                 draws): fewshot.json
-  shuffle       the paper's Figure 4: a small model trained three times, on images
-                as they are, with shuffled patches, and with shuffled pixels:
-                shuffle.png; and whether weights shuffled as the patches are
-                give the same logits. Trains --config, which --config.KEY=VALUE
-                changes as in train
+  shuffle       the paper's Figure 4: --config, which --config.KEY=VALUE changes
+                as in train, trained three times: on images as they are, with
+                shuffled patches and pixels in them, and with all pixels
+                shuffled: shuffle.png. And how little logits change when the
+                model's weights are shuffled as the patches are
 """
 
 import argparse
@@ -155,16 +155,16 @@ def _shuffle(trained: Trained, arguments: argparse.Namespace) -> None:
     patch_px = plan.model.patches["size"]
     shuffles = {
         "as they are": lambda images: images,
-        "with shuffled patches, and pixels in each": partial(
+        "with shuffled patches and pixels in them": partial(
             shuffle_patches, patch_px=patch_px, seed=config.seed
         ),
-        "with shuffled pixels": partial(shuffle_pixels, seed=config.seed),
+        "with all pixels shuffled": partial(shuffle_pixels, seed=config.seed),
     }
     runs = {}
     for name, shuffle in shuffles.items():
-        runs[name] = learn(plan, shuffle, name=name)
+        runs[name] = learn(plan, shuffle)
         print(f"  {runs[name][-1]['test/accuracy']:.2%} test accuracy on images {name}", flush=True)
-    figure = figures.compare(runs, title=f"{arguments.config}, trained on images")
+    figure = figures.compare(runs, title=f"{arguments.config}, trained on images …")
     figures.save(figure, arguments.output / "shuffle.png")
     print("  shuffle.png")
 

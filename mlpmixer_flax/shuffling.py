@@ -104,10 +104,10 @@ def symmetry(trained: Trained, *, seed: int = 0) -> tuple[float, float]:
     return float(abs(logits).max()), float(abs(shuffled - logits).max())
 
 
-def learn(plan: Plan, shuffle: Callable[[Any], Any], *, name: str) -> list[dict[str, float]]:
-    """Trains on images that `shuffle` has changed, and keeps nothing but the rows of a metrics.jsonl.
+def learn(plan: Plan, shuffle: Callable[[Any], Any]) -> list[dict[str, float]]:
+    """Trains from random weights on images that `shuffle` has changed; returns the rows of a metrics.jsonl.
 
-    `name` is shown in the progress bar. Raises FloatingPointError when the loss is no longer finite.
+    There is one for each test. Raises FloatingPointError when the loss is no longer finite.
     """
     config, everywhere = plan.config, sharding.replicated(plan.mesh)
     update = jax.jit(seeing(plan.update, shuffle), donate_argnums=0, out_shardings=everywhere)
@@ -115,7 +115,7 @@ def learn(plan: Plan, shuffle: Callable[[Any], Any], *, name: str) -> list[dict[
     state = jax.jit(plan.init, out_shardings=everywhere)(None)
     recent, rows = Recent(config.batch_size), []
     batches = iterate(plan.train_batches, 0, plan.total_steps, num_workers=config.num_workers)
-    bar = tqdm(batches, name, plan.total_steps, delay=2, leave=False, disable=None)
+    bar = tqdm(batches, "training", plan.total_steps, delay=2, leave=False, disable=None)
     with contextlib.closing(batches):
         for step, batch in enumerate(bar, 1):
             state, metrics = update(state, sharding.put_batch(batch, plan.mesh))

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,12 @@ def test_every_config_has_a_row_in_the_table():
     rows = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
     for file in (ROOT / "configs").glob("*.py"):
         assert f"`{file.name}`" in rows, file.name
+
+
+def test_docker_copies_all_that_the_package_is_built_from():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, build = pyproject["project"], pyproject["tool"]["setuptools"]
+    needed = {"pyproject.toml", "setup.py", project["readme"], *project["license-files"]}
+    needed |= {build["package-dir"].get(name, name).split(".")[0] for name in build["packages"]}
+    copies = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert needed == {source for sources in copies for source in sources.split()}

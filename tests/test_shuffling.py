@@ -117,3 +117,18 @@ def test_logits_are_the_same_only_where_weights_are_shuffled_as_the_images():
     shuffled = shuffle_patches(images, patch_px=PATCH, seed=3)
     for params in (random_params(), shuffle_weights(random_params(), seed=4)):
         assert abs(apply(params, shuffled) - logits).max() > 0.1
+
+
+def test_all_that_belongs_to_a_token_goes_where_it_goes():
+    """A bias too, though the LayerNorm after it hides from the logits where it is."""
+    tokens = np.arange(8.0)
+    mlp = {
+        "Dense_0": {"kernel": np.tile(tokens[:, None], (1, 3)), "bias": np.zeros(3)},
+        "Dense_1": {"kernel": np.tile(tokens, (3, 1)), "bias": tokens},
+    }
+    params = {"stem": {"kernel": np.zeros((2, 4, 1, 5))}, "MixerBlock_0": {"token_mixing": mlp}}
+    shuffled = shuffle_weights(params, seed=3)["MixerBlock_0"]["token_mixing"]
+    order = shuffled["Dense_1"]["bias"]
+    assert sorted(order) == list(tokens) != list(order)
+    assert (shuffled["Dense_0"]["kernel"] == order[:, None]).all()
+    assert (shuffled["Dense_1"]["kernel"] == order).all()
