@@ -15,13 +15,13 @@ from mlpmixer_flax.metrics import read_metrics
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.weightfiles import write_npz
 
-CLASSES = {"null": 0, "six": 6, "sieben": 7}  # in alphabetical order, as a folder's are
+CLASSES = {"zero": 0, "six": 6, "seven": 7}
 MODEL = {"patches": {"size": (4, 4)}, "hidden_dim": 128, "num_blocks": 2, "tokens_mlp_dim": 16}
 MODEL["channels_mlp_dim"] = 32
 
 
 def write_photos(root, split, number):
-    """`number` digits of each class in colour, not square, each in a format of its own."""
+    """`number` digits of each class in colour, not square, in three formats."""
     examples = open_examples("digits", split)
     rng = np.random.default_rng(0)
     for name, digit in CLASSES.items():
