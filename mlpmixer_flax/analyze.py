@@ -20,8 +20,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
-import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -38,6 +36,7 @@ from mlpmixer_flax.fewshot import few_shot
 from mlpmixer_flax.metrics import read_metrics
 from mlpmixer_flax.plan import make_plan, settle
 from mlpmixer_flax.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
+from mlpmixer_flax.terminal import exit_status
 from mlpmixer_flax.trained import Trained, add_arguments, load_named
 
 # Times as many training images a class as are drawn: few are then drawn twice, and no large split is read whole.
@@ -52,10 +51,9 @@ def features(
     Of all examples, in order; with `per_class` of as many, in random order, as hold that many of each class,
     if there are. `examples` have as many channels as the model takes.
     """
-    preprocess = {**trained.preprocess}
-    if examples.cropped:  # on the host, as in training
-        preprocess["crop_fraction"] = 1.0
-    headless = dataclasses.replace(trained, model=trained.model.clone(num_classes=0), preprocess=preprocess)
+    if examples.cropped:  # as in training
+        trained = trained.for_cropped_images()
+    headless = dataclasses.replace(trained, model=trained.model.clone(num_classes=0))
     mesh = sharding.make_mesh()
     everywhere = sharding.replicated(mesh)
     apply = jax.jit(headless.logits, out_shardings=everywhere)
@@ -243,18 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.overrides and "shuffle" not in arguments.what:  # whose config they change
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
     arguments.output = arguments.output or (arguments.workdir or Path()) / "analysis"
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
-    try:
-        _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.atomic import replacing
 
 BEST_BY = "test/accuracy"
 
@@ -47,18 +48,26 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return _read_config(file) if file.exists() else {}
 
 
+def read_run(workdir: Path) -> dict[str, Any]:
+    """As `read_config`; UserError where there is no run."""
+    config = read_config(workdir)
+    if not {"model", "preprocess", "ema_decay", "loss"} <= config.keys():
+        raise UserError(f"no run in {workdir}: it has no config.json of one; give the directory of a run")
+    return config
+
+
 def read_class_names(workdir: Path) -> list[str]:
     """The names of the classes, in the order of the head's outputs."""
     file = workdir / "class_names.json"
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): the run's directory is incomplete") from None
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
     if not isinstance(config, dict):
@@ -70,18 +79,12 @@ def write_run(workdir: Path, config: dict[str, Any], *, class_names: list[str]) 
     """Creates the directory with what later programs need beside the weights; UserError where it can't."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(workdir / "config.json", config)
-        _write_json(workdir / "class_names.json", class_names)
-        _write_json(workdir / "preprocess.json", config["preprocess"])
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir} ({error.strerror}): choose another") from None
-
-
-def _write_json(file: Path, content: Any) -> None:
-    """Atomically: a reader, or a restart after a kill, sees the whole file or none."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    temporary.replace(file)
+    contents = {"config": config, "class_names": class_names, "preprocess": config["preprocess"]}
+    for name, content in contents.items():
+        with replacing(workdir / f"{name}.json") as file:
+            file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def saved_steps(workdir: Path) -> list[int]:

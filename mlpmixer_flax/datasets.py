@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,8 @@ def load_builder(dataset: str, data_dir: str):
         others = ", ".join(sorted(str(path) for path in found if path.parts[0] == name))
         raise UserError(
             f"Dataset {dataset!r} is not prepared in {data_dir}{others and f' ({others} is)'}: "
-            'pip install "mlpmixer-flax[prepare]" to have it prepared, or set --config.data_dir or '
-            "TFDS_DATA_DIR to a directory that has it."
+            'pip install "mlpmixer-flax[prepare]" to have it prepared, or give a directory that '
+            "has it as data_dir or TFDS_DATA_DIR."
         )
     try:
         builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
@@ -183,7 +184,7 @@ def _check(folder: Folder, split: str, skip_bad_images: bool) -> FolderSource:
         _find_flaws.cache_clear()  # they may be repaired and tried again, from a notebook
         raise UserError(
             f"{len(flaws)} of {len(files):,} images in {folder.path!r} cannot be used: repair or delete them, or "
-            f"leave them out with --config.skip_bad_images=True:{_list_flaws(flaws)}"
+            f"leave them out with skip_bad_images (in training --config.skip_bad_images=true):{_list_flaws(flaws)}"
         )
     bad = {file: flaws[file] for file in source.files if file in flaws}
     if not bad:
@@ -195,9 +196,8 @@ def _check(folder: Folder, split: str, skip_bad_images: bool) -> FolderSource:
     return FolderSource(folder.root, *map(list, zip(*kept, strict=True)))
 
 
-def _list_flaws(flaws: dict[str, str], shown: int = 20) -> str:
-    lines = [f"\n  {file!r}: {flaw}" for file, flaw in sorted(flaws.items())]
-    return "".join(lines[:shown]) + (f"\n  and {len(lines) - shown} more" if len(lines) > shown else "")
+def _list_flaws(flaws: dict[str, str]) -> str:
+    return "".join(f"\n  {file!r}: {flaw}" for file, flaw in sorted(flaws.items()))
 
 
 @functools.lru_cache(maxsize=1)  # a run opens two splits: its folder is read, and its notes said, once
@@ -206,6 +206,7 @@ def _find_flaws(root: str, files: tuple[str, ...], notes: tuple[str, ...]) -> di
         print(note)
     # Threads suffice: Pillow decodes without holding the interpreter's lock.
     with (
+        warnings.catch_warnings(action="ignore"),  # Pillow's name no file
         tqdm(desc="checking images", total=len(files), unit="img", delay=2, leave=False, disable=None) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):

@@ -18,11 +18,7 @@ import argparse
 import collections
 import contextlib
 import csv
-import dataclasses
 import json
-import logging
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +29,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError, figures, scores, sharding
-from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate, open_examples
+from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
 from mlpmixer_flax.step import LOSSES
+from mlpmixer_flax.terminal import exit_status
 from mlpmixer_flax.trained import PROBABILITIES, Trained, add_arguments, in_words, load_named
 
 
@@ -85,27 +82,14 @@ def _fetch(step: Callable, params, batches, *, mesh: jax.sharding.Mesh) -> Itera
 def open_split(
     trained: Trained, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
 ) -> tuple[Examples, np.ndarray]:
-    """A split for `score_images`, in grey or colour as the model takes it, and the model's class of each of its own.
-
-    The arguments are those of `dataloader.open_examples`. No image is kept in memory, as each is needed once.
+    """A split for `score_images`, and the model's class of each of its own.
 
     Raises:
-      UserError: as that and `scores.match_classes`.
+      UserError: as `Trained.open` and `scores.match_classes`.
     """
     info = get_dataset_info(dataset, split, data_dir=data_dir)
     classes = scores.match_classes(in_words(info["class_names"]), in_words(trained.class_names))
-    examples = open_examples(
-        dataset,
-        split,
-        data_dir=data_dir,
-        cache_bytes=0,
-        image_size_px=trained.preprocess["image_size_px"],
-        crop_fraction=trained.preprocess["crop_fraction"],
-        interpolation=trained.preprocess["interpolation"],
-        skip_bad_images=skip_bad_images,
-    )
-    image_shape = (*examples.image_shape[:2], trained.channels)
-    return dataclasses.replace(examples, image_shape=image_shape), classes
+    return trained.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
 
 
 def score_images(
@@ -115,8 +99,8 @@ def score_images(
 
     `examples` and `classes` are those of `open_split`; `batch_size` is rounded up to a multiple of the devices.
     """
-    if examples.cropped:  # on the host, as in training
-        trained = dataclasses.replace(trained, preprocess={**trained.preprocess, "crop_fraction": 1.0})
+    if examples.cropped:  # as in training
+        trained = trained.for_cropped_images()
     mesh = sharding.make_mesh()
     num_classes = len(trained.class_names)
 
@@ -257,20 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="directory (default: evaluation, in that of the run)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
     arguments = parser.parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
-    # A name of a class may be none in the terminal's encoding.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # by a reader that has seen enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return exit_status(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

@@ -34,11 +34,7 @@ Keep the run or an npz, which do not age, to write it anew.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import json
-import logging
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -49,8 +45,10 @@ import jax.export
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from mlpmixer_flax import UserError, __version__
+from mlpmixer_flax import __version__
+from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.terminal import exit_status
 from mlpmixer_flax.trained import Trained, add_arguments, load_named, make_predict
 from mlpmixer_flax.weightfiles import write_npz, write_safetensors
 
@@ -65,35 +63,23 @@ def write_stablehlo(path: Path, trained: Trained, *, metadata: dict[str, Any]) -
     probabilities float32 (b, classes). Returns sentences to say aloud; raises UserError as `export`.
     """
     beside = Path(f"{path}.json")
-    _write(beside, json.dumps(metadata, indent=2).encode())  # first: whether one may write is seen at once
+    with replacing(beside) as file:  # first: whether one may write is seen at once
+        file.write(json.dumps(metadata, indent=2).encode())
     size_px = trained.preprocess["image_size_px"]
     shape = jax.export.symbolic_shape(f"b, {size_px}, {size_px}, {trained.channels}")
-    cropped = dataclasses.replace(trained, preprocess={**trained.preprocess, "crop_fraction": 1.0})
     with tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None) as bar:
-        predict = jax.export.export(jax.jit(make_predict(cropped)), platforms=PLATFORMS)
+        predict = jax.export.export(jax.jit(make_predict(trained.for_cropped_images())), platforms=PLATFORMS)
         exported = predict(jax.ShapeDtypeStruct(shape, jnp.uint8))
         bar.update()
         content = exported.serialize()
         bar.update()
-    _write(path, content)
+    with replacing(path) as file:
+        file.write(content)
     return [
         f"class names and preprocessing -> {beside}",
         f"takes images uint8 (b, {size_px}, {size_px}, {trained.channels}), on {', '.join(PLATFORMS)}: "
         "--help shows how",
     ]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that is there is replaced at once or, where that fails, left as it is."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def export(trained: Trained, output: Path, *, format: str) -> list[str]:
@@ -151,22 +137,20 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, required=True, help="file to write; one that is there is replaced"
     )
     arguments = parser.parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant to be
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.workdir and not arguments.checkpoint:
         arguments.checkpoint = "last"
-    try:
-        trained = load_named(arguments)
-        notes = export(trained, arguments.output, format=arguments.format)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    trained = load_named(arguments)
+    notes = export(trained, arguments.output, format=arguments.format)
     if arguments.checkpoint == "last" and trained.config["ema_decay"]:
         notes.append(
             "these are not the averaged weights that the run's test accuracy is of: --checkpoint=ema are"
         )
     for note in notes:
         print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Matplotlib is imported inside the functions, since its import looks for fonts, a
 keeps global state.
 """
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,14 +26,9 @@ def save(figure: "Figure", path: Path) -> None:
 
     A character that the fonts lack becomes a box; font.family in a matplotlibrc can name one that has it.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
-            figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
+    with warnings.catch_warnings(), replacing(path) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
+        figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)
 
 
 def token_mixing(kernel: np.ndarray, *, grid: tuple[int, int], title: str) -> "Figure":

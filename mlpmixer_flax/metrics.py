@@ -14,6 +14,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mlpmixer_flax.atomic import replacing
+
 
 class Recent:
     """Metrics of the steps since the last summary, fetched a step late so that the device never waits."""
@@ -166,6 +168,5 @@ def _tile(images: np.ndarray) -> np.ndarray:
 
 def _drop_after(file: Path, step: int) -> None:
     kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] <= step]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)
+    with replacing(file) as whole:
+        whole.write("".join(kept).encode())

@@ -19,9 +19,7 @@ import dataclasses
 import glob
 import io
 import json
-import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +33,7 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError
 from mlpmixer_flax.folders import images_below
 from mlpmixer_flax.images import read_square
-from mlpmixer_flax.terminal import printable, shorten, width
+from mlpmixer_flax.terminal import exit_status, printable, shorten, width
 from mlpmixer_flax.trained import Trained, add_arguments, in_words, load_named, make_predict
 
 _TEXT_COLUMNS = 70  # for file and class in a table of 80
@@ -84,8 +82,7 @@ def predict(
         crop_fraction=trained.preprocess["crop_fraction"],
         interpolation=trained.preprocess["interpolation"],
     )
-    cropped = {**trained.preprocess, "crop_fraction": 1.0}  # by then, so that all sizes make one batch
-    probabilities_of = make_predict(dataclasses.replace(trained, preprocess=cropped))
+    probabilities_of = make_predict(trained.for_cropped_images())  # so that all sizes make one batch
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         upcoming = pool.map(read, files[:batch_size])
         for start in range(0, len(files), batch_size):
@@ -230,19 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     for form in ("csv", "json"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help="see above")
     arguments = parser.parse_intermixed_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is meant to be
-    # A name may be no text, or none in the terminal's encoding.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # by a reader that has seen enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return exit_status(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.checkpoint import read_class_names, read_config, read_weights
+from mlpmixer_flax.checkpoint import read_class_names, read_run, read_weights
 from mlpmixer_flax.download import fetch
 from mlpmixer_flax.fit import Params, fit
 from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.terminal import exit_status
 from mlpmixer_flax.weightfiles import Weights, open_weights
 
 # What is assumed of a file that doesn't say how its weights were trained, by its layout.
@@ -147,9 +148,7 @@ def _check_origin(name: str, metadata: Mapping[str, Any]) -> None:
 
 
 def _open_run(workdir: Path) -> Weights:
-    config = read_config(workdir)
-    if not {"model", "preprocess", "ema_decay"} <= config.keys():
-        raise UserError(f"no weights {str(workdir)!r}: the directory holds no config.json of a run")
+    config = read_run(workdir)
     which = "ema" if config["ema_decay"] else "last"  # which the run's last test accuracy is of
     _, params = read_weights(workdir, which)
     flat = flatten_dict(params, sep="/")
@@ -247,19 +246,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", nargs="*", help="weights to download ahead; none = print the table")
     sources = parser.parse_args(argv).source
-    try:
-        for source in sources:
-            weights = find(source)
-            print(f"{source}: {len(weights.shapes)} arrays, in {weights.name}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues the download", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _run(sources), interrupted="stopped; the same command continues the download")
+
+
+def _run(sources: Sequence[str]) -> None:
+    for source in sources:
+        weights = find(source)
+        print(f"{source}: {len(weights.shapes)} arrays, in {weights.name}")
     if not sources:
         print(table())
-    return 0
 
 
 if __name__ == "__main__":

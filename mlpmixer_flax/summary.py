@@ -9,7 +9,6 @@ Nothing is computed, and published weights are not downloaded.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.published import PUBLISHED
 from mlpmixer_flax.step import make_optimizer, split_frozen
 from mlpmixer_flax.tabulate import summarize
+from mlpmixer_flax.terminal import exit_status
 from mlpmixer_flax.trained import load_run, model_of
 
 
@@ -112,21 +112,19 @@ def main(argv: list[str] | None = None) -> int:
         "both are those of the config's dataset, which must be at hand",
     )
     arguments, overrides = parser.parse_known_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
-    try:
-        if not arguments.config and (overrides or arguments.num_classes is not None):
-            extra = " ".join(overrides) or f"--num_classes={arguments.num_classes}"
-            raise UserError(f"{extra} cannot be used without --config: leave it out")
-        if arguments.config:
-            print(summarize_config(arguments.config, overrides, num_classes=arguments.num_classes))
-        elif arguments.workdir:
-            print(summarize_run(arguments.workdir))
-        else:
-            print(summarize_weights(arguments.weights))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _run(arguments, overrides))
+
+
+def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    if arguments.config:
+        print(summarize_config(arguments.config, overrides, num_classes=arguments.num_classes))
+    elif overrides or arguments.num_classes is not None:
+        extra = " ".join(overrides) or f"--num_classes={arguments.num_classes}"
+        raise UserError(f"{extra} cannot be used without --config: leave it out")
+    elif arguments.workdir:
+        print(summarize_run(arguments.workdir))
+    else:
+        print(summarize_weights(arguments.weights))
 
 
 if __name__ == "__main__":

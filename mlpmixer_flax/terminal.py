@@ -1,6 +1,38 @@
-"""Names in the columns of a terminal, whatever their script."""
+"""What programs share in the terminal: how they end, and names in columns, whatever their script."""
 
+import io
+import logging
+import os
+import signal
+import sys
 import unicodedata
+from collections.abc import Callable
+
+from mlpmixer_flax import UserError
+
+
+def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
+    """Runs a program, says in a sentence what ends it early, and returns its exit status.
+
+    That is what the program returns, None being 0; 1 if its loss diverged or its output was closed, 2 for a
+    UserError, and 130 for Ctrl-C, of which `interrupted` is said.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name may be no text, or none in the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return program() or 0
+    except (UserError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # by a reader that has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def width(text: str) -> int:

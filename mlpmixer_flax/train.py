@@ -7,14 +7,13 @@ The same command with the same --workdir continues a run that was stopped.
 
 import argparse
 import contextlib
-import logging
 import os
 import signal
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mlpmixer_flax import UserError, sharding
+from mlpmixer_flax import sharding
 from mlpmixer_flax.checkpoint import BEST_BY, Checkpoints, check_workdir, read_config, saved_steps, write_run
 from mlpmixer_flax.config import flatten
 from mlpmixer_flax.configfile import load_config, shipped_configs
@@ -33,6 +32,7 @@ from mlpmixer_flax.metrics import Recent, Reporter, read_metrics
 from mlpmixer_flax.plan import Plan, load_weights, make_plan, settle
 from mlpmixer_flax.step import TrainState
 from mlpmixer_flax.tabulate import summarize
+from mlpmixer_flax.terminal import exit_status
 from mlpmixer_flax.validate import validate
 
 
@@ -216,26 +216,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
     parser.add_argument("--workdir", type=Path, help="directory of the run (default: runs/CONFIG-TIME)")
     arguments, overrides = parser.parse_known_args(argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
+    return exit_status(
+        lambda: _train(arguments, overrides),
+        interrupted="stopped at once; a run continues from its newest checkpoint, if there is one",
+    )
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_config(arguments.config, overrides)
+    name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = arguments.workdir or Path("runs") / name
     try:
-        config = load_config(arguments.config, overrides)
-        name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        workdir = arguments.workdir or Path("runs") / name
         train(config, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Interrupted as stop:
         number, step = stop.args
         name = signal.Signals(number).name
         print(f"{name}: saved step {step}; the same command with --workdir={workdir} continues from there")
         return 128 + number
-    except KeyboardInterrupt:
-        print("stopped at once; a run continues from its newest checkpoint, if there is one", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
 
 

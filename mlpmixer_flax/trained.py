@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlpmixer_flax import UserError, augment, pretrained
-from mlpmixer_flax.checkpoint import read_class_names, read_config, read_weights
+from mlpmixer_flax.checkpoint import read_class_names, read_run, read_weights
 from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.download import fetch
 from mlpmixer_flax.fit import sizes_of
@@ -70,6 +70,10 @@ class Trained:
         )
         return replace(examples, image_shape=(*examples.image_shape[:2], self.channels))
 
+    def for_cropped_images(self) -> "Trained":
+        """The same model, for images that the host has cropped already."""
+        return replace(self, preprocess={**self.preprocess, "crop_fraction": 1.0})
+
 
 def add_arguments(
     parser: argparse.ArgumentParser, *, default: str = "those that its last test accuracy is of"
@@ -102,9 +106,7 @@ def load_run(workdir: Path, checkpoint: str | None = None) -> Trained:
 
     `checkpoint` is as `which` of `checkpoint.read_weights`. Raises UserError where there is no run or weights.
     """
-    config = read_config(workdir)
-    if not config:
-        raise UserError(f"no run in {workdir}: it has no config.json; --workdir is the directory of a run")
+    config = read_run(workdir)
     step, params = read_weights(workdir, checkpoint or ("ema" if config["ema_decay"] else "last"))
     class_names = read_class_names(workdir)
     return Trained(

@@ -7,13 +7,12 @@ is unpickled or extracted, and a size is checked before memory is taken for it.
 import contextlib
 import json
 import math
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.atomic import replacing
 
 # Names of every parameter: ours and Google's (Linen); Google's before Linen; timm's. Below, * is a block.
 _OURS, _PRE_LINEN, _TIMM = range(3)
@@ -139,7 +139,7 @@ def write_npz(path: Path, params: Mapping[str, Any], *, metadata: Mapping[str, A
         comment = _json({key: metadata[key] for key in metadata if key != "class_names"})
     if len(comment) > zipfile.ZIP_MAX_COMMENT:
         raise UserError(f"{path} cannot hold {len(comment):,} bytes of metadata: write safetensors instead")
-    with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.comment = comment
         for name, array in arrays.items():
             info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, whatever the day
@@ -167,7 +167,7 @@ def write_safetensors(path: Path, params: Mapping[str, Any], *, metadata: Mappin
         header[name] = {"dtype": "F32", "shape": view.shape, "data_offsets": (start, end)}
     head = _json(header)
     head += b" " * (-len(head) % 8)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for view in views.values():
             file.write(_float32(view))
@@ -280,20 +280,3 @@ def _float32(array: Any) -> np.ndarray:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(dict(content), sort_keys=True).encode()
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once it is whole and on disk, and is removed otherwise."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

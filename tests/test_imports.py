@@ -18,25 +18,28 @@ PROGRAMS = "train predict export analyze summary benchmark".split()
 # module -> modules of ours that it may import
 ALLOWED = {
     "__init__": set(),
+    "atomic": set(),  # how layer 0 writes files
     "randaugment": set(),  # a part of augment
     "images": set(),
     "folders": set(),  # a part of datasets
     "datasets": {"folders", "images"},  # a part of dataloader
-    "weightfiles": set(),
+    "weightfiles": {"atomic"},
     "fit": set(),
     "download": set(),
-    "figures": set(),
+    "figures": {"atomic"},
     "fewshot": set(),
     "terminal": set(),
     "scores": {"figures", "terminal"},
     **{module: set() for module in LAYER_0},
+    "checkpoint": {"atomic"},
+    "metrics": {"atomic"},
     "augment": {"randaugment"},
     "dataloader": {"datasets", "images"},
     "configfile": {"config", "validate"},
     "validate": {"config"},
     "step": {"augment"},
     "published": {"config"},
-    "pretrained": {"checkpoint", "download", "fit", "published", "weightfiles"},
+    "pretrained": {"checkpoint", "download", "fit", "published", "terminal", "weightfiles"},
     "plan": {"config", "dataloader", "models", "pretrained", "sharding", "step"},
     # what every program after training starts from
     "trained": {
@@ -51,11 +54,11 @@ ALLOWED = {
         "weightfiles",
     },
     "shuffling": {"dataloader", "evaluate", "metrics", "plan", "sharding", "trained"},
-    "evaluate": {"dataloader", "figures", "scores", "sharding", "step", "trained"},
+    "evaluate": {"dataloader", "figures", "scores", "sharding", "step", "terminal", "trained"},
     **{
         program: {
             *LAYER_0,
-            *"configfile evaluate fewshot figures folders images plan published shuffling step terminal trained validate weightfiles".split(),
+            *"atomic configfile evaluate fewshot figures folders images plan published shuffling step terminal trained validate weightfiles".split(),
         }
         for program in PROGRAMS
     },

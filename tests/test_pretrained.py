@@ -151,7 +151,7 @@ def test_the_head_is_kept_for_the_same_classes_only(tmp_path, capsys):
     [
         ("imagenet21k/Mixer-B16", "did you mean imagenet21k/Mixer-B_16"),
         ("no/such/thing.npz", "no published name, file, run directory or URL"),
-        ("{folder}", "holds no config.json of a run"),
+        ("{folder}", "no run in .*: it has no config.json of one"),
         ("x" * 300, "no published name, file"),
         ("~nobody-at-all/w.npz", "no published name, file"),
     ],

@@ -147,6 +147,12 @@ def test_a_model_is_named_once(run, capsys):
         named("--workdir=nowhere")
 
 
+def test_a_config_of_something_else_makes_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "mixer_b16_224"}')
+    with pytest.raises(UserError, match=f"no run in {tmp_path}"):
+        load_run(tmp_path)
+
+
 def test_the_names_of_imagenet_are_in_the_order_of_its_classes():
     names = imagenet_names(1000)
     assert len(names) == 1000 and all(name.isascii() and name == name.strip() for name in names)
