@@ -45,7 +45,7 @@ class Examples:
     keys: tuple[str, str]  # of image and label in a record
     num_classes: int
     image_shape: tuple[int, int, int]  # of the images that read() gives
-    cropped: bool  # True: images vary in size as stored, and are cropped and resized here, not on the device
+    cropped: bool  # True: images vary in size as stored or aren't square; cropped and resized here, not on the device
     crop_fraction: float
     min_crop_area: float
     interpolation: str
@@ -117,11 +117,13 @@ def open_examples(
     min_crop_area: float = 1.0,
     interpolation: str = "bilinear",
     skip_bad_images: bool = False,
+    for_training: bool = False,
 ) -> Examples:
     """Opens a split, and decodes it into memory if it takes no more than `cache_bytes` there.
 
-    A folder's images are checked first, and those that cannot be used are left out with `skip_bad_images`.
-    The four arguments before that matter only where images vary in size. Those become squares of
+    Images of a folder are checked first, those of the split or of all splits, so that one report names all that
+    cannot be used; with `skip_bad_images` they are left out.
+    The four arguments before that matter only where images vary in size or aren't square. Those become squares of
     `image_size_px`: in TrainBatches a random box of at least `min_crop_area` of the image, resized; in
     TestBatches, or with `min_crop_area` 1, the central square of `crop_fraction` of the short side, resized.
     A split to be cropped at random is never held in memory.
@@ -131,9 +133,13 @@ def open_examples(
         prepared in a format without random access; or a folder has bad images, all of which are named.
     """
     source, keys, num_classes, (height, width, channels) = open_source(
-        dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images
+        dataset,
+        split,
+        data_dir=data_dir,
+        skip_bad_images=skip_bad_images,
+        for_training=for_training,
     )
-    cropped = height is None or width is None
+    cropped = height is None or height != width
     examples = Examples(
         name=f"split {split!r} of dataset {dataset!r}",
         source=source,
@@ -236,15 +242,15 @@ def _shard_rows(batch_size: int, shard_index: int, shard_count: int) -> np.ndarr
     return np.arange(shard_index * rows, (shard_index + 1) * rows)
 
 
-def _live_as_long_as_the_parent(worker_index: int, worker_count: int) -> None:
-    """What ends a worker is the end of its parent, even a killed one.
+def _live_as_long_as(parent: int, worker_index: int, worker_count: int) -> None:
+    """What ends a worker is the end of its parent, even a killed one; even before the worker came to run this.
 
     Ctrl-C and SIGTERM often reach the whole process group; they are the parent's to act on, and until it has
     done so it wants batches.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_after, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
 def _exit_after(parent: int) -> None:
@@ -284,7 +290,8 @@ def iterate(
         options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         stream = grain.experimental.WithOptionsIterDataset(stream, options)
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers), _live_as_long_as_the_parent
+            grain.MultiprocessingOptions(num_workers=num_workers),
+            functools.partial(_live_as_long_as, os.getpid()),
         )
     iterator = iter(stream)
     try:

@@ -82,6 +82,16 @@ def test_images_of_varying_size_become_central_squares(photos):
             assert np.ptp(red) < np.ptp(whole[..., 0].mean(0))  # a smaller part of the gradient
 
 
+def test_images_of_one_size_that_are_not_square_become_central_squares_too(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 8, 12, 3), dtype=np.uint8)
+    encoded = {"train": [(encode(image), 0) for image in images]}
+    data_dir = write_dataset(tmp_path, "wide", encoded, image_shape=(8, 12, 3))
+    examples = open_examples("wide", "train", data_dir=data_dir, image_size_px=8)
+    assert examples.cropped
+    np.testing.assert_array_equal(examples.images, images[:, :, 2:10])
+
+
 def test_central_square_is_resize_then_crop():
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 255, (6, 9, 3), np.uint8)).resize(
@@ -295,6 +305,15 @@ def test_workers_end_with_the_iterator():
     while set(multiprocessing.active_children()) - before and time.time() < deadline:
         time.sleep(0.1)
     assert not set(multiprocessing.active_children()) - before
+
+
+def test_a_worker_ends_whose_parent_was_killed_before_it_came_up():
+    """As a worker's start takes a second, in which the parent may end; the test's own process is alive."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    code = f"import time, mlpmixer_flax.dataloader as d; d._live_as_long_as({gone.pid}, 0, 1); time.sleep(60)"
+    start = time.monotonic()
+    assert run_python(code).returncode == 1 and time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(
