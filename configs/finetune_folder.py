@@ -1,11 +1,13 @@
 """Fine-tune Mixer-B/16, pre-trained on ImageNet-21k, on your own photos at 224 px.
 
     python -m mlpmixer_flax.train --config=configs/finetune_folder.py --workdir=runs/photos
+    python -m mlpmixer_flax.evaluate --workdir=runs/photos --split=test
     python -m mlpmixer_flax.predict --workdir=runs/photos new.jpg
 
-The photos are photos/<class>/*.jpg, of which a fifth is kept for testing, or photos/train/<class>/*.jpg and
-photos/test/<class>/*.jpg, in any format; --config.dataset=folder:PATH looks elsewhere. Made for a hundred to some
-ten thousand of them; with fewer, raise --config.total_epochs. Not measured by us yet.
+The photos are photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg, in any format; where there is no val, a fifth
+of each class in train takes its place. Every pass over train is scored on it, so that test is new to the model
+and to you. --config.dataset=folder:PATH looks elsewhere. Made for a hundred to some ten thousand photos; with
+fewer, raise --config.total_epochs. Not measured by us yet.
 Classes that a mirror confuses, such as letters: add --config.augment.flip=false
 Out of memory: add --config.accumulation_steps=4 (or 8, ...), then --config.model.dtype=bfloat16
 """
@@ -16,6 +18,7 @@ from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
 def get_config():
     config = get_finetuning_config()
     config.dataset = "folder:photos"
+    config.test_split = "validation"
     config.init_from = "imagenet21k/Mixer-B_16"
     config.model.update(mixer_b16_config)
     config.batch_size = 64

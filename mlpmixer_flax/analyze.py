@@ -30,13 +30,14 @@ import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError, figures, sharding
+from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, iterate
 from mlpmixer_flax.fewshot import few_shot
 from mlpmixer_flax.metrics import read_metrics
 from mlpmixer_flax.plan import make_plan, settle
 from mlpmixer_flax.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
-from mlpmixer_flax.terminal import exit_status
+from mlpmixer_flax.terminal import check_positive, exit_status
 from mlpmixer_flax.trained import Trained, add_arguments, load_named
 
 # Times as many training images a class as are drawn: few are then drawn twice, and no large split is read whole.
@@ -104,9 +105,7 @@ def _stem(trained: Trained, arguments: argparse.Namespace) -> None:
 def _fewshot(trained: Trained, arguments: argparse.Namespace) -> None:
     if not (arguments.dataset or trained.config):
         raise UserError(f"{trained.name} comes without a dataset: give --dataset")
-    for name in ("shots", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name}={getattr(arguments, name)} leaves nothing to do: give at least 1")
+    check_positive(shots=arguments.shots, batch_size=arguments.batch_size)
     # Splits and directory of a run are those of its own dataset.
     own = {} if arguments.dataset else trained.config
     dataset = arguments.dataset or own["dataset"]
@@ -128,14 +127,14 @@ def _fewshot(trained: Trained, arguments: argparse.Namespace) -> None:
     test = features(trained, test, batch_size=batch_size)
     result = few_shot(*train, *test, shots=shots)
     named = {"model": trained.name, "dataset": dataset, **splits, "shots": shots, "test_images": len(test[1])}
-    try:
-        (arguments.output / "fewshot.json").write_text(json.dumps({**named, **result}, indent=2) + "\n")
-    except OSError as error:
-        raise _cannot_write(arguments.output, error) from None
+    with replacing(arguments.output / "fewshot.json") as file:
+        file.write((json.dumps({**named, **result}, indent=2) + "\n").encode())
     draws = ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_seed"])
     print(
         f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {dataset}\n"
         f"  from {shots} images a class; each draw: {draws}; fewshot.json"
+        + "\n  (though its features are of a training on all labels of this dataset)"
+        * bool(own)
     )
 
 
@@ -149,6 +148,7 @@ def _shuffle(trained: Trained, arguments: argparse.Namespace) -> None:
         f"  differ by at most {difference:.1e} from those of the originals",
         flush=True,
     )
+    print(f"  {arguments.config}, trained three times:", flush=True)
     plan = make_plan(settle(config, {}))
     patch_px = plan.model.patches["size"]
     shuffles = {
@@ -167,10 +167,6 @@ def _shuffle(trained: Trained, arguments: argparse.Namespace) -> None:
     print("  shuffle.png")
 
 
-def _cannot_write(output: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {output} ({error.strerror}): give another --output")
-
-
 # In this order; all but the last unless some are named.
 _PARTS = {
     "curves": _curves,
@@ -186,10 +182,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if name not in _PARTS:
             raise UserError(f"there is nothing called {name!r} to show: choose from {', '.join(_PARTS)}")
     trained = load_named(arguments)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(arguments.output, error) from None
+    make_folder(arguments.output)
     print(f"{trained.name}, into {arguments.output}:", flush=True)
     asked_for = {*arguments.what} | ({"fewshot"} if arguments.dataset else set())
     for name in [part for part in _PARTS if part in arguments.what] or list(_PARTS)[:-1]:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: a reader, or a restart after a kill, sees nothing in between."""
+"""Where files go. They are written whole or not at all: a reader, or a restart, sees nothing in between."""
 
 import contextlib
 import os
@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlpmixer_flax import UserError
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder, and those it is in, where it isn't there; UserError where it can't."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): choose another place") from None
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """A run on disk: a directory with its config and the like as JSON, and checkpoints by Orbax."""
 
+import contextlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.atomic import make_folder, replacing
 
 BEST_BY = "test/accuracy"
 
@@ -28,6 +31,10 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         raise UserError(f"cannot use workdir {workdir} ({error.strerror}): choose another") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to workdir {workdir}: {existing} is not a directory you may write to")
+    if "[" in str(workdir.absolute()):
+        raise UserError(
+            f"cannot use workdir {workdir}: Orbax takes [ in a path for a pattern; choose another"
+        )
     if not stored.exists():
         if (workdir / "checkpoints").exists():
             raise UserError(
@@ -40,6 +47,20 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     if differing:
         changes = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing)
         raise UserError(f"{workdir} holds a run of another config ({changes}): choose another --workdir")
+
+
+def check_class_names(workdir: Path, class_names: list[str]) -> None:
+    """Raises UserError where the run in a directory, if any, has other classes."""
+    theirs = read_class_names(workdir) if (workdir / "class_names.json").exists() else class_names
+    if theirs != class_names:
+        lost, new = (
+            ", ".join(map(repr, [name for name in names if name not in others][:3])) or "none"
+            for names, others in ((theirs, class_names), (class_names, theirs))
+        )
+        raise UserError(
+            f"{workdir} holds a run of other classes (gone: {lost}; new: {new}): put the dataset back as it was, or "
+            "choose another --workdir"
+        )
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -77,10 +98,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def write_run(workdir: Path, config: dict[str, Any], *, class_names: list[str]) -> None:
     """Creates the directory with what later programs need beside the weights; UserError where it can't."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir} ({error.strerror}): choose another") from None
+    make_folder(workdir)
     contents = {"config": config, "class_names": class_names, "preprocess": config["preprocess"]}
     for name, content in contents.items():
         with replacing(workdir / f"{name}.json") as file:
@@ -113,7 +131,7 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, Any]:
         )
     folder = (workdir / "checkpoints" / str(steps[-1]) / "default").absolute()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata(folder).item_metadata.tree
             if which == "ema" and stored["ema"] is None:
                 raise UserError(f"the run in {workdir} keeps no average of its weights: choose last or best")
@@ -129,6 +147,18 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, Any]:
         raise UserError(
             f"checkpoint {steps[-1]} in {workdir} cannot be read ({reason}): choose another"
         ) from None
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax looks for metadata where it put none, and says so."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Checkpoints:

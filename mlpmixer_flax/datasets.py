@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import os
 import re
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.folders import Folder, FolderSource, read_folder, select_split
+from mlpmixer_flax.folders import LAYOUT, Folder, FolderSource, read_folder, select_split
 from mlpmixer_flax.images import MODES, find_flaw, first_line
 
 _FOLDER = "folder:"
@@ -62,19 +61,19 @@ def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") 
 
 
 def open_source(
-    dataset: str, split: str, *, data_dir: str, skip_bad_images: bool
+    dataset: str, split: str, *, data_dir: str, skip_bad_images: bool, for_training: bool = False
 ) -> tuple[Any, tuple[str, str], int, tuple[int | None, int | None, int]]:
     """A split's records by index, the keys of image and label in them, the number of classes, the image shape.
 
-    The first time that a folder is opened all its images are checked, as by `find_flaw`.
+    The images of a folder's split, for training of all its splits, are checked first, as by `find_flaw`.
 
     Raises:
-      UserError: as `get_dataset_info`; the dataset is prepared in a format without random access; or a folder
-        has bad images, all of which are named, unless `skip_bad_images`.
+      UserError: as `get_dataset_info`; the dataset is prepared in a format without random access; images
+        checked are bad, all of which are named, unless `skip_bad_images`; or a folder to train on has one class.
     """
     if dataset.startswith(_FOLDER):
         folder = read_folder(dataset.removeprefix(_FOLDER))
-        source = _check(folder, split, skip_bad_images)
+        source = _check(folder, split, skip_bad_images, for_training)
         return source, ("image", "label"), len(folder.class_names), _FOLDER_SHAPE
     import tensorflow_datasets as tfds
 
@@ -108,6 +107,7 @@ def load_builder(dataset: str, data_dir: str):
     except tfds.core.DatasetNotFoundError:
         pass
     except Exception as error:
+        _suggest_folder(dataset)
         raise UserError(f"Dataset {dataset!r} cannot be read from {data_dir}: {first_line(error)}") from error
 
     # <name>/<version>/ or <name>/<config>/<version>/
@@ -116,6 +116,7 @@ def load_builder(dataset: str, data_dir: str):
     official = tfds.list_builders(with_community_datasets=False)
     names = {"digits", *official, *(path.parts[0] for path in found)}
     if name not in names:
+        _suggest_folder(dataset)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or ["digits", "cifar10"]
         raise UserError(f"Dataset {dataset!r} is unknown: did you mean {' or '.join(map(repr, near))}?")
     if importlib.util.find_spec("tensorflow") is None or name not in official:
@@ -133,6 +134,11 @@ def load_builder(dataset: str, data_dir: str):
             f"Dataset {dataset!r} cannot be prepared in {data_dir}: {first_line(error)}"
         ) from error
     return builder
+
+
+def _suggest_folder(dataset: str) -> None:
+    if os.path.isdir(os.path.expanduser(dataset)) or dataset.startswith((".", "/", "~")):
+        raise UserError(f"Dataset {dataset!r} is no TFDS name: did you mean 'folder:{dataset}'?")
 
 
 def image_and_label_keys(builder) -> tuple[str, str]:
@@ -176,20 +182,30 @@ def count_examples(builder, split: str) -> int:
 # --- the images of a folder
 
 
-def _check(folder: Folder, split: str, skip_bad_images: bool) -> FolderSource:
+def _check(folder: Folder, split: str, skip_bad_images: bool, for_training: bool) -> FolderSource:
     source = select_split(folder, split)
-    files = [file for classes in folder.splits.values() for images in classes.values() for file in images]
-    flaws = _find_flaws(folder.root, tuple(files), tuple(folder.notes))
+    files = source.files
+    _say(tuple(folder.notes))
+    if for_training:
+        if len(folder.class_names) < 2:
+            raise UserError(
+                f"Folder {folder.path!r} has training images of one class and two are needed: expected is "
+                f"{'; '.join([LAYOUT, *folder.notes])}."
+            )
+        files = [file for classes in folder.splits.values() for images in classes.values() for file in images]
+    flaws = _find_flaws(folder.root, tuple(files))
     if flaws and not skip_bad_images:
         _find_flaws.cache_clear()  # they may be repaired and tried again, from a notebook
         raise UserError(
             f"{len(flaws)} of {len(files):,} images in {folder.path!r} cannot be used: repair or delete them, or "
-            f"leave them out with skip_bad_images (in training --config.skip_bad_images=true):{_list_flaws(flaws)}"
+            f"leave them out with --skip_bad_images (in training --config.skip_bad_images=true):{_list_flaws(flaws)}"
         )
     bad = {file: flaws[file] for file in source.files if file in flaws}
     if not bad:
         return source
-    print(f"left out of split {split!r} are {len(bad)} images that cannot be used:{_list_flaws(bad)}")
+    print(
+        f"left out of split {split!r}, since they cannot be used, {len(bad)} of {len(source)}:{_list_flaws(bad)}"
+    )
     kept = [pair for pair in zip(source.files, source.labels, strict=True) if pair[0] not in bad]
     if not kept:
         raise UserError(f"No image of split {split!r} of {folder.path!r} can be used: repair some.")
@@ -200,13 +216,16 @@ def _list_flaws(flaws: dict[str, str]) -> str:
     return "".join(f"\n  {file!r}: {flaw}" for file, flaw in sorted(flaws.items()))
 
 
-@functools.lru_cache(maxsize=1)  # a run opens two splits: its folder is read, and its notes said, once
-def _find_flaws(root: str, files: tuple[str, ...], notes: tuple[str, ...]) -> dict[str, str]:
+@functools.lru_cache(maxsize=1)  # a run opens two splits of its folder
+def _say(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(note)
+
+
+@functools.lru_cache(maxsize=1)  # likewise
+def _find_flaws(root: str, files: tuple[str, ...]) -> dict[str, str]:
     # Threads suffice: Pillow decodes without holding the interpreter's lock.
     with (
-        warnings.catch_warnings(action="ignore"),  # Pillow's name no file
         tqdm(desc="checking images", total=len(files), unit="img", delay=2, leave=False, disable=None) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):

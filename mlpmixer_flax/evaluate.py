@@ -2,12 +2,14 @@
 
 A run is scored on its own test split, with the weights that its last test
 accuracy is of; weights, and a run too, on any dataset or folder of images of
-the model's classes. Classes are matched by name, ImageNet's also by WordNet
-number (n01440764), and in order where either side has no names. Images are
-decoded as grey or in colour, as the model takes them. Into --output go:
+the model's classes, or of some of them. Classes are matched by name, ImageNet's
+also by WordNet number (n01440764); those of a TFDS dataset, where either side
+has no names, by number. Images are decoded as grey or in colour, as the model
+takes them. Into --output go:
 
-  scores.json      all that is shown, and "confusion": [true class, predicted
-                   class, images] wherever there are images
+  scores.json      all that is shown; "confusion": [true class, predicted class,
+                   images] wherever there are images; "mistakes", with the file
+                   of each where the dataset is a folder
   per_class.csv    each class: how often it is right, and what it is taken for
   confusion.png    which class is taken for which
   mistakes.png     the 30 mistakes made with the highest confidence
@@ -18,6 +20,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +32,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError, figures, scores, sharding
+from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
+from mlpmixer_flax.folders import FolderSource
 from mlpmixer_flax.step import LOSSES
-from mlpmixer_flax.terminal import exit_status
+from mlpmixer_flax.terminal import check_positive, exit_status
 from mlpmixer_flax.trained import PROBABILITIES, Trained, add_arguments, in_words, load_named
 
 
@@ -88,7 +93,8 @@ def open_split(
       UserError: as `Trained.open` and `scores.match_classes`.
     """
     info = get_dataset_info(dataset, split, data_dir=data_dir)
-    classes = scores.match_classes(in_words(info["class_names"]), in_words(trained.class_names))
+    names = in_words(info["class_names"]), in_words(trained.class_names)
+    classes = scores.match_classes(*names, numbered=not dataset.startswith("folder:"))
     return trained.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
 
 
@@ -133,6 +139,21 @@ def score_images(
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
+def list_mistakes(rows: scores.Rows, examples: Examples, names: Sequence[str]) -> list[dict[str, Any]]:
+    """All images that are taken for another class, the most confident first; `file` is that of a folder's image."""
+    files = examples.source.files if isinstance(examples.source, FolderSource) else None
+    return [
+        {
+            "image": i,
+            "file": files and files[i],
+            "is": names[rows["label"][i]],
+            "said": names[rows["best"][i, 0]],
+            "confidence": float(rows["confidence"][i]),
+        }
+        for i in scores.confident_mistakes(rows, len(examples)).tolist()
+    ]
+
+
 def write_scores(output: Path, found: Mapping[str, Any], *, rows: scores.Rows, examples: Examples) -> None:
     """Writes the files that the module's docstring lists; UserError where they can't be written.
 
@@ -140,18 +161,16 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: scores.Rows, e
     """
     names = [row["name"] for row in found["per_class"]]
     label, predicted = rows["label"], rows["best"][:, 0]
-    try:
-        lines = (f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in found.items())
-        (output / "scores.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-        with (output / "per_class.csv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, found["per_class"][0])
-            table.writeheader()
-            table.writerows(found["per_class"])
-    except OSError as error:
-        raise _cannot_write(output, error) from None
-    matrix = np.zeros((len(names), len(names)), int)
-    np.add.at(matrix, (label, predicted), 1)
-    figures.save(figures.confusion(matrix, names), output / "confusion.png")
+    lines = (f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in found.items())
+    with replacing(output / "scores.json") as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, found["per_class"][0])
+    table.writeheader()
+    table.writerows(found["per_class"])
+    with replacing(output / "per_class.csv") as file:
+        file.write(text.getvalue().encode())
+    figures.save(figures.confusion(found["confusion"], names), output / "confusion.png")
     figures.save(figures.calibration(rows["confidence"], label == predicted), output / "calibration.png")
     worst = scores.confident_mistakes(rows)
     images = examples.read(worst)[0] if len(worst) else []
@@ -164,13 +183,8 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: scores.Rows, e
     figures.save(sheet, output / "mistakes.png")
 
 
-def _cannot_write(output: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {output} ({error.strerror}): give another --output")
-
-
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size={arguments.batch_size} leaves nothing to do: give at least 1")
+    check_positive(batch_size=arguments.batch_size)
     if arguments.weights and not arguments.dataset:
         raise UserError(f"--weights={arguments.weights} come without a dataset: give --dataset too")
     trained = load_named(arguments)
@@ -185,11 +199,9 @@ def _run(arguments: argparse.Namespace) -> None:
         skip_bad_images=arguments.skip_bad_images or own.get("skip_bad_images", False),
     )
     output = arguments.output or (arguments.workdir or Path()) / "evaluation"
-    try:
-        output.mkdir(parents=True, exist_ok=True)  # now, and not after an hour
-    except OSError as error:
-        raise _cannot_write(output, error) from None
+    make_folder(output)  # now, and not after an hour
 
+    names = in_words(trained.class_names)
     rows = score_images(trained, examples, classes=classes, batch_size=arguments.batch_size)
     found = {
         "model": trained.name,
@@ -199,15 +211,18 @@ def _run(arguments: argparse.Namespace) -> None:
         "split": split,
         "images": len(examples),
         **scores.measure(rows),
-        "per_class": scores.per_class(rows, in_words(trained.class_names)),
+        "per_class": scores.per_class(rows, names),
         "confusion": scores.confusions(rows),
+        "mistakes": list_mistakes(rows, examples, names),
     }
     write_scores(output, found, rows=rows, examples=examples)
+    step = "" if trained.step is None else f", step {trained.step},"
     print(
-        f"{trained.name} on {dataset}, split {split}: {len(examples):,} images\n\n"
+        f"{trained.name}{step} on {dataset}, split {split}: {len(examples):,} images\n\n"
         f"top-1 accuracy     {found['accuracy']:>8.2%}\n"
-        f"top-5 accuracy     {found['accuracy_top5']:>8.2%}\n"
-        f"loss               {found['loss']:>8.4f}\n"
+        + f"top-5 accuracy     {found['accuracy_top5']:>8.2%}\n"
+        * (len(names) > 5)
+        + f"loss               {found['loss']:>8.4f}\n"
         f"calibration error  {found['calibration_error']:>8.4f}\n\n"
         f"{scores.as_table(found['per_class'])}\n\n"
         f"in {output}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"

@@ -17,16 +17,18 @@ A stablehlo file needs nothing of ours, but pip install jax flatbuffers:
   import json, jax, jax.export
   content = bytearray(open("b16.stablehlo", "rb").read())
   predict = jax.jit(jax.export.deserialize(content).call)
-  class_names = json.load(open("b16.stablehlo.json"))["class_names"]
+  class_names = json.load(open("b16.stablehlo.json", "rb"))["class_names"]
   probabilities = predict(images)  # uint8 (n, 224, 224, 3) -> float32 (n, 1000)
 
 Images have the model's size and channels, and levels 0 to 255: mean and std are
-applied inside. A photo becomes one as in evaluation by
+applied inside. A photo becomes one as in evaluation by Pillow's
 
+  photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
   ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)
 
-of Pillow, with image_size_px, interpolation and (1 - crop_fraction) / 2 as they
-stand in OUTPUT.json.
+with image_size_px, interpolation and (1 - crop_fraction) / 2 as they stand in
+OUTPUT.json, and "L" instead of "RGB" for a model of gray images, which takes
+them as (n, height, width, 1).
 
 JAX promises to load such a file in releases up to 6 months newer and 3 weeks
 older than the one that wrote it (docs.jax.dev/en/latest/export/export.html).
@@ -45,7 +47,7 @@ import jax.export
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from mlpmixer_flax import __version__
+from mlpmixer_flax import UserError, __version__
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.terminal import exit_status
@@ -53,6 +55,7 @@ from mlpmixer_flax.trained import Trained, add_arguments, load_named, make_predi
 from mlpmixer_flax.weightfiles import write_npz, write_safetensors
 
 WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # of weights alone
+FORMATS = (*WRITERS, "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -64,7 +67,7 @@ def write_stablehlo(path: Path, trained: Trained, *, metadata: dict[str, Any]) -
     """
     beside = Path(f"{path}.json")
     with replacing(beside) as file:  # first: whether one may write is seen at once
-        file.write(json.dumps(metadata, indent=2).encode())
+        file.write(json.dumps(metadata, indent=2, ensure_ascii=False).encode())
     size_px = trained.preprocess["image_size_px"]
     shape = jax.export.symbolic_shape(f"b, {size_px}, {size_px}, {trained.channels}")
     with tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None) as bar:
@@ -96,6 +99,7 @@ def export(trained: Trained, output: Path, *, format: str) -> list[str]:
         "preprocess": trained.preprocess,
         "num_classes": len(trained.class_names),
         "class_names": trained.class_names,
+        "loss": trained.loss,
         "written_by": f"mlpmixer-flax {__version__}",
     }
     source = trained.name
@@ -116,7 +120,8 @@ def export(trained: Trained, output: Path, *, format: str) -> list[str]:
 def _sizes(model: MlpMixer) -> dict[str, Any]:
     """As in a run's config."""
     keys = ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
-    return {"patches": dict(model.patches), **{key: getattr(model, key) for key in keys}}
+    sizes = {key: getattr(model, key) for key in keys}
+    return {"patches": dict(model.patches), **sizes, "dtype": jnp.dtype(model.dtype).name}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         "      --format=stablehlo --output=b16.stablehlo",
     )
     add_arguments(parser, default="last")
-    parser.add_argument("--format", choices=(*WRITERS, "stablehlo"), required=True)
+    parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
         "--output", type=Path, required=True, help="file to write; one that is there is replaced"
     )
@@ -143,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.workdir and not arguments.checkpoint:
         arguments.checkpoint = "last"
+    suffix = arguments.output.suffix.removeprefix(".")
+    if suffix in FORMATS and suffix != arguments.format:
+        raise UserError(f"--output={arguments.output} is named as another format: choose --format={suffix}")
     trained = load_named(arguments)
     notes = export(trained, arguments.output, format=arguments.format)
     if arguments.checkpoint == "last" and trained.config["ema_decay"]:

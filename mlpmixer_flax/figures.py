@@ -13,22 +13,40 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.scores import calibration_error, confidence_bins
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH_INCHES, _DOTS_PER_INCH = 8, 150  # 1200 px
+# Beside Matplotlib's own, which has Latin, Greek, Cyrillic and Arabic; what the systems bring, and Noto's.
+_FONTS_OF_MORE_SCRIPTS = (
+    "Noto Sans CJK JP,Noto Sans JP,Noto Sans SC,Noto Sans KR,Noto Sans Devanagari,Noto Sans Thai,Noto Sans Bengali,"
+    "Noto Sans Tamil,Hiragino Sans,Apple SD Gothic Neo,Arial Unicode MS,Microsoft YaHei,Malgun Gothic,Nirmala UI,"
+    "WenQuanYi Zen Hei,Unifont"
+).split(",")
 _TINY = np.finfo(np.float64).tiny  # in a divisor: what is all 0 stays 0
 
 
 def save(figure: "Figure", path: Path) -> None:
     """Writes a PNG of 1200 px in width, whole or not at all; UserError where it can't.
 
-    A character that the fonts lack becomes a box; font.family in a matplotlibrc can name one that has it.
+    A character that no font has becomes a box, which is said.
     """
-    with warnings.catch_warnings(), replacing(path) as file:
-        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
+    from matplotlib import font_manager, rcParams
+    from matplotlib.text import Text
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    families = [*rcParams["font.family"], *(name for name in _FONTS_OF_MORE_SCRIPTS if name in installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)
+    with warnings.catch_warnings(record=True) as caught, replacing(path) as file:
+        warnings.simplefilter("always")
         figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print(
+            f"{path.name}: a character that no font has is drawn as a box; a Noto font of its script would do"
+        )
 
 
 def token_mixing(kernel: np.ndarray, *, grid: tuple[int, int], title: str) -> "Figure":
@@ -76,7 +94,7 @@ def stem(kernel: np.ndarray, *, title: str) -> "Figure":
     figure, axes = _sheet(tiles, frequency[chosen], columns=int(np.ceil(len(tiles) ** 0.5)), title=title)
     axes.set_xlabel(
         f"{len(chosen)} of {len(frequency)} kernels, row by row from low to high spatial frequency\n"
-        "(left: that of a row's first kernel, in cycles per pixel)"
+        "(left: that of a row's first kernel, in cycles per pixel); mid-grey is 0, scales differ"
     )
     return figure
 
@@ -156,22 +174,28 @@ def _over_steps(panels: Mapping[str, Mapping[str, list]], title: str) -> "Figure
     return figure
 
 
-def confusion(matrix: np.ndarray, class_names: Sequence[str]) -> "Figure":
-    """Which class is taken for which: counts int (true, predicted), coloured as shares of the true class.
+def confusion(counts: Sequence[tuple[int, int, int]], class_names: Sequence[str]) -> "Figure":
+    """Which class is taken for which, from (true, predicted, images), coloured as shares of the true class.
 
-    Counts are written for up to 20 classes and names for up to 50; the axes of more count the classes.
+    Counts are written for up to 20 classes and names for up to 50; the axes of more count the classes. Of more
+    than 1,000, neighbours share a cell.
     """
     from matplotlib.colors import PowerNorm
 
     n = len(class_names)
+    true, predicted, images = np.reshape(counts, (-1, 3)).astype(int).T
+    cells = min(n, 1000)
+    matrix = np.zeros((cells, cells), int)
+    np.add.at(matrix, (true * cells // n, predicted * cells // n), images)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    accuracy = np.trace(matrix) / max(matrix.sum(), 1)
+    accuracy = images[true == predicted].sum() / max(images.sum(), 1)
     figure = _figure(
-        7.2, f"Confusion of classes: {100 * accuracy:.2f} % of {matrix.sum():,} images are right"
+        7.2, f"Confusion of classes: {100 * accuracy:.2f} % of {images.sum():,} images are right"
     )
     axes = figure.add_subplot()
     # Roots, so that rare confusions show, and more so where no counts do.
-    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(1 / 2 if n <= 20 else 1 / 4, 0, 1))
+    norm = PowerNorm(1 / 2 if n <= 20 else 1 / 4, 0, 1)
+    image = axes.imshow(share, cmap="Blues", norm=norm, extent=(-0.5, n - 0.5, n - 0.5, -0.5))
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
@@ -224,7 +248,7 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> "Figure":
 
     Takes the probability of each predicted class, float (n,), and whether it was right, bool (n,).
     """
-    counts, _, right = _confidence_bins(confidence, correct)
+    counts, _, right = confidence_bins(confidence, correct)
     used, left, width = counts > 0, np.arange(len(counts)) / len(counts), 1 / len(counts)
     figure = _figure(7, f"Expected calibration error: {calibration_error(confidence, correct):.4f}")
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
@@ -236,20 +260,6 @@ def calibration(confidence: np.ndarray, correct: np.ndarray) -> "Figure":
     bottom.bar(left, counts, **bar)
     bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images")
     return figure
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error, 0 to 1, over 15 bins of equal width (arXiv 1706.04599, eq. 3)."""
-    counts, expected, right = _confidence_bins(confidence, correct)
-    return float(abs(expected - right).sum() / counts.sum())
-
-
-def _confidence_bins(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """In each of 15 bins, (0, 1/15] to (14/15, 1]: how many, the sum of confidences, how many are right."""
-    edges = np.linspace(0, 1, 16)
-    confidence = np.clip(np.asarray(confidence, np.float64), _TINY, 1)  # softmax rounds to 0 or past 1
-    bins = np.digitize(confidence, edges, right=True) - 1
-    return tuple(np.bincount(bins, weights, minlength=15) for weights in (None, confidence, correct))
 
 
 def _figure(height_inches: float, title: str) -> "Figure":

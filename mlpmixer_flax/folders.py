@@ -18,7 +18,7 @@ from PIL import Image
 
 from mlpmixer_flax import UserError
 
-_LAYOUT = "PATH/<class>/*.jpg, or PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg"
+LAYOUT = "PATH/<class>/*.jpg, or PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg"
 _VALIDATION = ("validation", "valid", "val")
 # A split as it is asked for -> the folders that may be it; the first there is counts.
 _SPLITS = {"train": ("train",), "test": ("test", *_VALIDATION)} | dict.fromkeys(_VALIDATION, _VALIDATION)
@@ -39,8 +39,9 @@ class Folder:
 
     @property
     def class_names(self) -> list[str]:
-        """Those of the training images, sorted."""
-        return list(self.splits["train"])
+        """Those of the training images, or of all where there are none, sorted."""
+        splits = [self.splits["train"]] if "train" in self.splits else self.splits.values()
+        return sorted({name for classes in splits for name in classes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +67,15 @@ class FolderSource:
 def read_folder(path: str) -> Folder:
     """Finds classes and splits: 50,000 files in about a second.
 
-    Where there are training images only, a fifth of each class becomes split "validation": those with the
-    least hashes of their names below `path`, so the same on every machine.
+    Where there are training images and none for validation, a fifth of each class becomes split "validation":
+    those with the least hashes of their names below `path`, so the same on every machine.
 
     Raises:
-      UserError: the folder is missing, cannot be read, isn't laid out as it must be, or has fewer than two
-        classes.
+      UserError: the folder is missing, cannot be read, isn't laid out as it must be, or holds no images.
     """
     root = os.path.abspath(os.path.expanduser(path))
     if not path or not os.path.isdir(root):
-        raise UserError(f"Folder {path!r} does not exist: give folder:PATH, with {_LAYOUT}.")
+        raise UserError(f"Folder {path!r} does not exist: give folder:PATH, with {LAYOUT}.")
     left_out = Counter()
     try:
         prefixes = _find_splits(path, root, left_out)
@@ -84,19 +84,18 @@ def read_folder(path: str) -> Folder:
         raise UserError(f"Folder {path!r} cannot be read ({error}): change its permissions.") from error
     counted = ", ".join(f"{what} ({count})" for what, count in left_out.items())
     notes = [f"left out of {path!r}: {counted}"] if left_out else []
-    train = splits["train"]
-    if len(train) < 2:
+    train = splits.get("train")
+    if train == {} or not any(splits.values()):
         raise UserError(
-            f"Folder {path!r} has training images of {len(train)} classes and two are needed: expected is "
-            f"{'; '.join([_LAYOUT, *notes])}."
+            f"Folder {path!r} has no images of a class: expected is {'; '.join([LAYOUT, *notes])}."
         )
-    if len(splits) == 1:
+    if train and not _find(splits, "validation"):
         cut = {name: max(1, round(len(files) / 5)) if len(files) > 1 else 0 for name, files in train.items()}
         splits["train"] = {name: files[cut[name] :] for name, files in train.items()}
         splits["validation"] = {name: files[: cut[name]] for name, files in train.items()}
         notes.append(
-            f"{path!r} has training images only: a fifth of each class, {sum(cut.values())} images and always the "
-            "same, becomes split 'validation'"
+            f"{path!r} has no validation images: a fifth of each class, {sum(cut.values())} images chosen by "
+            "their names, becomes split 'validation'"
         )
     if "test" not in splits:
         notes.append(f"{path!r} has no test images: split 'test' is {_find(splits, 'test')!r}")
@@ -118,7 +117,7 @@ def select_split(folder: Folder, split: str) -> FolderSource:
         match = _SPLIT.fullmatch(part.strip())
         name = _find(folder.splits, match[1]) if match else None
         if name is None:
-            known = ", ".join(map(repr, folder.splits))
+            known = ", ".join(map(repr, sorted({*folder.splits, "test"})))
             raise UserError(
                 f"Split {split!r} of folder {folder.path!r} is unknown: use {known}, or a slice: 'train[:90%]'."
             )
@@ -166,18 +165,22 @@ def _find_splits(path: str, root: str, left_out: Counter) -> dict[str, str]:
         if any(map(_is_image, files)):
             raise UserError(
                 f"{path!r} holds images and no class folders: did you mean its parent, "
-                f"folder:{os.path.dirname(root)}? Expected is {_LAYOUT}."
+                f"folder:{os.path.dirname(root)}? Expected is {LAYOUT}."
             )
-        raise UserError(f"{path!r} holds no class folders: expected is {_LAYOUT}.")
+        raise UserError(f"{path!r} holds no class folders: expected is {LAYOUT}.")
     named = [name for name in folders if name.casefold() in _SPLITS]
     splits = [name for name in named if _holds_classes(os.path.join(root, name))]
     if not splits and named != folders:
         return {"train": ""}
     found = {name.casefold(): f"{name}/" for name in splits}
-    if "train" not in found:
+    if not found or ("train" not in found and "train" in map(str.casefold, named)):
         raise UserError(
             f"{path!r} has {', '.join(map(repr, named))}, and 'train' is missing or isn't made of class folders: "
-            f"expected is {_LAYOUT}."
+            f"expected is {LAYOUT}."
+        )
+    if len(found) < len(splits) or len(found.keys() & _VALIDATION) > 1:
+        raise UserError(
+            f"{path!r} has {', '.join(map(repr, splits))}, of which two are one split: rename one."
         )
     left_out.update(f"folder {name!r} beside the splits" for name in folders if name not in splits)
     return found
@@ -200,10 +203,15 @@ def _read_classes(root: str, prefix: str, left_out: Counter) -> dict[str, list[s
         images = [file for file in files if _is_image(file)]
         if images:
             # The same letters may be spelled in two ways, as macOS and others do.
-            classes.setdefault(unicodedata.normalize("NFC", folder), []).extend(images)
+            classes.setdefault(_as_text(folder), []).extend(images)
         else:
             left_out[f"folder {prefix + folder!r} without images"] += 1
     return {name: sorted(images, key=_rank) for name, images in sorted(classes.items())}
+
+
+def _as_text(name: str) -> str:
+    # Bytes that are no UTF-8, as in names from old archives, cannot be written to a file.
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _files_below(root: str, folder: str) -> list[str]:

@@ -24,30 +24,26 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 }
 
 
-def decode_image(file: str | os.PathLike | bytes) -> np.ndarray:
-    """An image file, or the bytes of one, as RGB: uint8 (h, w, 3), converted by `to_mode`.
-
-    Raises:
-      UserError: it is missing, damaged, no image that Pillow reads, or refused by `to_mode`.
-    """
-    return np.asarray(_open(file, "RGB"))
-
-
 def read_square(
     file: str | os.PathLike | bytes, *, channels: int, size_px: int, crop_fraction: float, interpolation: str
 ) -> np.ndarray:
-    """An image as a model sees it at test time: uint8 (size_px, size_px, channels); UserError as decode_image.
+    """An image as a model sees it at test time: uint8 (size_px, size_px, channels); UserError as open_image.
 
     It is the central square of `crop_fraction` of the short side, resized: as TestBatches does with images that vary
     in size.
     """
-    image = _open(file, MODES[channels])
+    image = open_image(file, MODES[channels])
     box = central_box(*image.size, crop_fraction)
     pixels = np.asarray(image.resize((size_px, size_px), RESAMPLING[interpolation], box))
     return pixels.reshape(size_px, size_px, channels)
 
 
-def _open(file: str | os.PathLike | bytes, mode: str) -> Image.Image:
+def open_image(file: str | os.PathLike | bytes, mode: str) -> Image.Image:
+    """An image file, or the bytes of one, by `to_mode`.
+
+    Raises:
+      UserError: it is missing, damaged, no image that Pillow reads, or refused by `to_mode`.
+    """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return to_mode(image, mode)

@@ -1,5 +1,6 @@
 """From a config to everything a run consists of, with nothing written yet."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,10 @@ def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
     origin = stored or (pretrained.describe(config.init_from) if config.init_from else {})
     origin = {key: _as_in_config(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
     settled = resolve(config, origin)
+    if config.dataset.startswith("folder:"):  # so that later programs find it from anywhere
+        settled.dataset = (
+            f"folder:{os.path.abspath(os.path.expanduser(config.dataset.removeprefix('folder:')))}"
+        )
     for key in LEFT_OPEN if config.init_from and not stored else ():
         value = flatten(settled)[key]
         if is_left_open(config, key) and key in origin:
@@ -152,6 +157,7 @@ def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
             interpolation=config.preprocess.interpolation,
             min_crop_area=min_crop_area,
             skip_bad_images=config.skip_bad_images,
+            for_training=True,
         )
 
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}

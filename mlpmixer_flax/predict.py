@@ -33,7 +33,7 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError
 from mlpmixer_flax.folders import images_below
 from mlpmixer_flax.images import read_square
-from mlpmixer_flax.terminal import exit_status, printable, shorten, width
+from mlpmixer_flax.terminal import check_positive, exit_status, printable, shorten, width
 from mlpmixer_flax.trained import Trained, add_arguments, in_words, load_named, make_predict
 
 _TEXT_COLUMNS = 70  # for file and class in a table of 80
@@ -70,7 +70,7 @@ def predict(
     Raises:
       UserError: `top` or `batch_size` is below 1.
     """
-    _check_positive(top=top, batch_size=batch_size)
+    check_positive(top=top, batch_size=batch_size)
     files = [os.fspath(file) for file in files]
     batch_size = min(batch_size, len(files)) or 1
     class_names = in_words(trained.class_names)
@@ -104,12 +104,6 @@ def predict(
                 yield Prediction(file, tuple(map(Score, labels, names, probabilities)))
 
 
-def _check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name}={count} leaves nothing to do: give at least 1")
-
-
 def _read(file: str, **preprocess) -> np.ndarray | UserError:
     try:
         return read_square(file, **preprocess)
@@ -127,7 +121,11 @@ def find_files(path: str) -> list[str]:
       UserError: it stands for nothing, or a folder cannot be read.
     """
     path = os.path.expanduser(path)
-    matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+    folder = path
+    while folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    # Brackets in the name of a folder that is there stand for themselves.
+    matches = sorted(glob.glob(glob.escape(folder) + path.removeprefix(folder), recursive=True))
     files = []
     for match in matches:
         files += images_below(match) if os.path.isdir(match) else [match]
@@ -177,7 +175,7 @@ def _form(
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _check_positive(top=arguments.top, batch_size=arguments.batch_size)
+    check_positive(top=arguments.top, batch_size=arguments.batch_size)
     files, usable, flawless = {}, 0, True  # a dict, since a file may be named twice
     for path in arguments.images:
         try:
@@ -195,12 +193,12 @@ def _run(arguments: argparse.Namespace) -> int:
     predictions = predict(trained, list(files), top=arguments.top, batch_size=arguments.batch_size)
     bar = tqdm(predictions, "predicting", len(files), unit="img", delay=2, leave=False, disable=None)
     for prediction in bar:
+        bar.clear()  # tqdm.write would show it anew, and before its delay
         if prediction.flaw:
-            tqdm.write(f"error: {prediction.flaw}", file=sys.stderr)
+            print(f"error: {prediction.flaw}", file=sys.stderr)
             flawless = False
         else:
-            tqdm.write(show(prediction))
-            sys.stdout.flush()
+            print(show(prediction), flush=True)
             usable += 1
     return 2 if not usable else 0 if flawless else 1
 

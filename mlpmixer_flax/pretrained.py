@@ -1,14 +1,16 @@
 """Published weights, and any others to start from: python -m mlpmixer_flax.pretrained
 
-Without a name: the table of published weights. With names: downloads them ahead into the cache, $MLPMIXER_CACHE
-or ~/.cache/mlpmixer-flax, where every later run finds them without a network.
+Without a name: the table of published weights. With names: downloads them ahead
+into the cache, $MLPMIXER_CACHE or ~/.cache/mlpmixer-flax, where every later run
+finds them without a network.
 
 Weights are named by --config.init_from= and here in the same way:
-  imagenet21k/Mixer-B_16      published ones, by the name in the table
-  weights.npz                 a file: npz in Google's layouts, safetensors in timm's
-  https://example.org/w.npz   such a file; #sha256=HEX at the end pins its content
-  hf-hub:OWNER/NAME           a model of timm's on the Hugging Face hub (needs the extra "hub")
-  runs/b16                    the directory of a run of ours
+  imagenet21k/Mixer-B_16     published ones, by the name in the table
+  weights.npz                a file: npz in Google's layouts, safetensors in timm's
+  https://example.org/w.npz  such a file; #sha256=HEX at the end pins its content
+  hf-hub:OWNER/NAME          a model of timm's on the Hugging Face hub, which needs
+                             pip install "mlpmixer-flax[hub]"
+  runs/b16                   the directory of a run of ours
 """
 
 import argparse
@@ -142,6 +144,7 @@ def _check_origin(name: str, metadata: Mapping[str, Any]) -> None:
     if (
         not all(isinstance(section, Mapping) for section in sections)
         or not (isinstance(size, int) and size > 0)
+        or sections[0].get("dtype", "float32") not in ("float32", "bfloat16")
         or not (isinstance(names, (list, tuple)) and all(isinstance(class_name, str) for class_name in names))
     ):
         raise UserError(f"what {name} says of its own training makes no sense: write the file again")
@@ -160,6 +163,7 @@ def _open_run(workdir: Path) -> Weights:
             "model": config["model"],
             "preprocess": config["preprocess"],
             "class_names": read_class_names(workdir),
+            "loss": config["loss"],
         },
         layout="google",
         read=flat.__getitem__,
@@ -189,7 +193,7 @@ def _hub_file(source: str, file: str) -> Path:
         here = huggingface_hub.try_to_load_from_cache(repo, file)
         return Path(here if isinstance(here, str) else huggingface_hub.hf_hub_download(repo, file))
     except Exception as error:  # the hub's, its HTTP client's, the disk's
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise UserError(
             f"cannot fetch {file} of {source} ({reason}): check the name and the network, or give a file you have"
         ) from None
@@ -205,6 +209,7 @@ def _hub_origin(source: str) -> Mapping[str, Any]:
             "preprocess": {
                 "image_size_px": timm["input_size"][-1],
                 "interpolation": timm["interpolation"],
+                "crop_fraction": timm.get("crop_pct", 0.875),
                 "mean": tuple(timm["mean"]),
                 "std": tuple(timm["std"]),
             },

@@ -10,40 +10,34 @@ from typing import Any
 import numpy as np
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.figures import calibration_error
 from mlpmixer_flax.terminal import pad, shorten
 
 Rows = Mapping[str, np.ndarray]
 
 
-def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> np.ndarray:
-    """The class of a model for each class of a dataset: int32 (classes,).
+def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool = True) -> np.ndarray:
+    """The class of a model for each class of a dataset, which may have some of them only: int32 (classes,).
 
-    They are matched by name; by number where the names of a side are but its numbers, "0", "1", ...
+    They are matched by name. Where they are as many, and the names of a side are but its numbers, "0", "1", ...,
+    they are matched by number, and that is said; unless the numbers of the dataset's classes mean nothing, as in
+    a folder: give `numbered=False`.
 
     Raises:
-      UserError: the two have another number of classes, or other names.
+      UserError: the dataset has other classes than the model.
     """
-    if len(theirs) != len(ours):
-        raise UserError(
-            f"the images are of {len(theirs)} classes and the model's are {len(ours)}: choose a dataset of the "
-            "model's classes"
-        )
+    number_of = {name: number for number, name in enumerate(ours)}
+    unknown = [name for name in theirs if name not in number_of]
+    if list(theirs) == list(ours) or (not unknown and len(number_of) == len(ours)):
+        return np.array([number_of[name] for name in theirs], np.int32)
     numbers = [str(number) for number in range(len(ours))]
-    by_name, ours_by_name = (sorted(range(len(names)), key=names.__getitem__) for names in (theirs, ours))
-    matched = np.arange(len(ours), dtype=np.int32)
-    if sorted(theirs) == sorted(ours):
-        matched[by_name] = ours_by_name
-    elif numbers not in (list(theirs), list(ours)):
-        only_theirs, only_ours = (
-            ", ".join(map(repr, sorted(set(names) - set(others))[:3]))
-            for names, others in ((theirs, ours), (ours, theirs))
-        )
-        raise UserError(
-            f"the classes of the images are not the model's (only the images have {only_theirs}, only the model "
-            f"has {only_ours}): choose a dataset of the model's classes, or rename them"
-        )
-    return matched
+    if numbered and len(theirs) == len(ours) and numbers in (list(theirs), list(ours)):
+        print("classes are matched by number: the names of the images' or the model's aren't known")
+        return np.arange(len(ours), dtype=np.int32)
+    raise UserError(
+        f"the images are of {len(theirs)} classes, with {', '.join(map(repr, unknown[:3]))}, which are none of the "
+        f"model's {len(ours)}, such as {', '.join(map(repr, ours[:3]))}: choose a dataset of the model's classes, or "
+        "rename them"
+    )
 
 
 def measure(rows: Rows) -> dict[str, float]:
@@ -55,6 +49,21 @@ def measure(rows: Rows) -> dict[str, float]:
         "loss": float(rows["loss"].mean(dtype=np.float64)),
         "calibration_error": calibration_error(rows["confidence"], right[:, 0]),
     }
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error, 0 to 1, over 15 bins of equal width (arXiv 1706.04599, eq. 3)."""
+    counts, expected, right = confidence_bins(confidence, correct)
+    return float(abs(expected - right).sum() / counts.sum())
+
+
+def confidence_bins(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """In each of 15 bins, (0, 1/15] to (14/15, 1]: how many, the sum of confidences, how many are right."""
+    edges = np.linspace(0, 1, 16)
+    # Softmax rounds to 0 or past 1.
+    confidence = np.clip(np.asarray(confidence, np.float64), np.finfo(np.float64).tiny, 1)
+    bins = np.digitize(confidence, edges, right=True) - 1
+    return tuple(np.bincount(bins, weights, minlength=15) for weights in (None, confidence, correct))
 
 
 def confusions(rows: Rows) -> list[tuple[int, int, int]]:

@@ -15,9 +15,9 @@ def summarize(
 ) -> str:
     """Per module: output shape, parameters, MACs of one image; then the totals.
 
-    `params` and `opt_state` are trees of arrays or jax.ShapeDtypeStruct; None = not trained. MACs are those of convolution and
-    dense layers; LayerNorm, GELU and sums are left out. Only the first of the
-    equal Mixer blocks is listed with its parts.
+    `params` and `opt_state` are trees of arrays or jax.ShapeDtypeStruct; None = not trained. MACs are those of
+    convolution and dense layers; LayerNorm, GELU and sums are left out. Only the first of the equal Mixer blocks is
+    listed with its parts.
     """
     rows, total_macs = [], 0
     shapes, leaves = _output_shapes(model, image_shape, params), flatten_dict(params)

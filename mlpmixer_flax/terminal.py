@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable
 
 from mlpmixer_flax import UserError
@@ -18,6 +19,8 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
     UserError, and 130 for Ctrl-C, of which `interrupted` is said.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its tries
+    warnings.filterwarnings("ignore", module="PIL")  # of images, without their names
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name may be no text, or none in the terminal's encoding.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -35,6 +38,13 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         return 128 + signal.SIGINT
 
 
+def check_positive(**counts: int) -> None:
+    """Raises UserError where a count, given by its name, is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={count} leaves nothing to do: give at least 1")
+
+
 def width(text: str) -> int:
     """How many columns a text takes: two a character in Chinese, none an accent of its own."""
     return sum(
@@ -49,10 +59,8 @@ def printable(text: str) -> str:
 
 
 def shorten(name: str, columns: int) -> str:
-    """A name whole, its first synonym where that doesn't fit (ImageNet's have some), or the start of it."""
+    """A name whole or, where that doesn't fit, the start of it."""
     name = printable(name)
-    if width(name) > columns:
-        name = name.split(", ")[0]
     while width(name) > columns:
         name = name[:-2] + "…"
     return name

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,9 +127,20 @@ def load_weights(source: str) -> Trained:
 
     Raises UserError as that, or where the weights have no head.
     """
+    if Path(source).is_dir():
+        return load_run(Path(source))
     weights = pretrained.find(source)
     model, image_shape = model_of(weights, source)
     origin = weights.metadata
+    loss, class_names = origin.get("loss", "softmax"), origin.get("class_names", ())
+    if loss not in PROBABILITIES or len(class_names) not in (0, model.num_classes):
+        raise UserError(
+            f"what {source} says of itself does not go together (loss {loss!r}, {len(class_names)} names of "
+            f"{model.num_classes} classes): write the file again"
+        )
+    if not class_names:  # a file of ours that could not hold them says how many there are
+        numbered = "num_classes" in origin
+        class_names = _numbers(model.num_classes) if numbered else imagenet_names(model.num_classes)
     preprocess = {"image_size_px": image_shape[0], "crop_fraction": 0.875, **origin["preprocess"]}
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
     return Trained(
@@ -136,8 +148,8 @@ def load_weights(source: str) -> Trained:
         model=model,
         params=pretrained.load(source, like, head="keep"),
         preprocess=preprocess,
-        class_names=tuple(origin.get("class_names") or imagenet_names(model.num_classes)),
-        loss="softmax",
+        class_names=tuple(class_names),
+        loss=loss,
         config={},
     )
 
@@ -156,7 +168,7 @@ def model_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, int
         num_classes=sizes["classes"],
         patches={"size": sizes["patches.size"]},
         **{key: sizes[key] for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")},
-        gelu=weights.metadata["model"]["gelu"],
+        **{key: value for key, value in weights.metadata["model"].items() if key in ("gelu", "dtype")},
     )
     area_px = sizes["tokens"] * math.prod(sizes["patches.size"])
     side_px = weights.metadata["preprocess"].get("image_size_px", math.isqrt(area_px))
@@ -170,16 +182,21 @@ def in_words(class_names: Sequence[str]) -> list[str]:
 
 
 def _imagenet1k() -> list[tuple[str, str]]:
-    """(WordNet number, words) of the classes, in the order of a model's outputs."""
+    """(WordNet number, words) of the classes, in the order of a model's outputs; no two have the same words."""
     lines = (Path(__file__).parent / "imagenet1k.txt").read_text(encoding="utf-8").splitlines()
-    return [tuple(line.split("\t")) for line in lines if not line.startswith("#")]
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    times = Counter(words for _, words in rows)  # a crane is a bird and a machine
+    return [(number, words if times[words] == 1 else f"{words} ({number})") for number, words in rows]
+
+
+def _numbers(num_classes: int) -> list[str]:
+    return [str(number) for number in range(num_classes)]
 
 
 def imagenet_names(num_classes: int) -> list[str]:
     """The names of ImageNet-1k's or 21k's classes by their number, those of 21k fetched; else "0", "1", ..."""
     if num_classes == 1000:
         return [words for _, words in _imagenet1k()]
-    numbers = [str(number) for number in range(num_classes)]
     if num_classes == 21843:
         try:
             names = fetch(IMAGENET21K_NAMES).read_text(encoding="utf-8").splitlines()
@@ -187,9 +204,10 @@ def imagenet_names(num_classes: int) -> list[str]:
             print(
                 f"classes are shown by number, since their names cannot be fetched: {error}", file=sys.stderr
             )
-            return numbers
-        return names if len(names) == num_classes else numbers
-    return numbers
+            names = []
+        if len(names) == num_classes:
+            return names
+    return _numbers(num_classes)
 
 
 def make_predict(trained: Trained) -> Callable[[np.ndarray], jax.Array]:

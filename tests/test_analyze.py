@@ -154,8 +154,8 @@ def test_weights_have_no_curves_and_no_dataset(trained, tmp_path, capsys, monkey
     ("arguments", "message"),
     [
         (["stm"], "there is nothing called 'stm' to show: choose from curves,"),
-        (["--shots=0", "fewshot"], "--shots=0 leaves nothing to do"),
-        (["--batch_size=-1", "fewshot"], "--batch_size=-1 leaves nothing"),
+        (["--shots=0", "fewshot"], "shots=0 leaves nothing to do"),
+        (["--batch_size=-1", "fewshot"], "batch_size=-1 leaves nothing"),
         (["--checkpoint=ema", "stem"], "keeps no average"),
         (["--train_split=train[:9]", "fewshot"], "shots=5 cannot be drawn from class"),
         (["--dataset=digits", "--test_split=nope", "fewshot"], "nope"),

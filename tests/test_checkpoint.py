@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from mlpmixer_flax import UserError, sharding
-from mlpmixer_flax.checkpoint import Checkpoints, check_workdir, write_run
+from mlpmixer_flax.checkpoint import Checkpoints, check_class_names, check_workdir, write_run
 
 PLACE = sharding.replicated(sharding.make_mesh())
 
@@ -139,8 +139,23 @@ def test_workdir_that_cannot_be_is_refused(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot write to workdir .*not a directory"):
             check_workdir(workdir, CONFIG)
-    with pytest.raises(UserError, match="cannot write to workdir"):
+    with pytest.raises(UserError, match="cannot write to /proc/nothing"):
         write_run(Path("/proc/nothing/can/be/made/here"), CONFIG, class_names=[])
+
+
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"\[ in a path for a pattern"):
+        check_workdir(tmp_path / "runs [1]" / "b16", CONFIG)
+
+
+def test_other_classes_than_those_of_the_run_are_refused(tmp_path):
+    check_class_names(tmp_path, ["cat", "dog"])
+    write_run(tmp_path, CONFIG, class_names=["cat", "dog"])
+    check_class_names(tmp_path, ["cat", "dog"])
+    with pytest.raises(
+        UserError, match=r"run of other classes \(gone: 'cat'; new: 'a cat'\): put the dataset back"
+    ):
+        check_class_names(tmp_path, ["a cat", "dog"])
 
 
 def test_config_json_that_is_no_json_is_refused(tmp_path):

@@ -76,6 +76,8 @@ def test_data_dir_comes_from_the_environment(photos, monkeypatch):
         ("digit", ["'digit' is unknown", "'digits'"]),
         ("fotos", ["'fotos' is unknown", "'photos'"]),
         ("", ["'' cannot be read"]),
+        ("./photos", ["'./photos' is no TFDS name: did you mean 'folder:./photos'?"]),
+        ("tests", ["did you mean 'folder:tests'?"]),
         ("a/b/c:1", ["'a/b/c:1' cannot be read"]),
         (
             "svhn_cropped",
@@ -83,7 +85,8 @@ def test_data_dir_comes_from_the_environment(photos, monkeypatch):
         ),
     ],
 )
-def test_unusable_dataset_is_refused(photos, dataset, words):
+def test_unusable_dataset_is_refused(photos, dataset, words, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
     if dataset == "svhn_cropped" and importlib.util.find_spec("tensorflow"):
         pytest.skip("TensorFlow is installed, so the dataset would be downloaded")
     with pytest.raises(UserError) as error:

@@ -241,6 +241,13 @@ def test_a_folder_is_matched_by_name_and_decoded_as_grey(run, evaluated, folder,
     for key in ("images", "accuracy", "accuracy_top5"):
         assert found[key] == expected[key]
     assert sorted(found["confusion"]) == sorted(expected["confusion"])
+    wrong = found["mistakes"]
+    assert len(wrong) == round((1 - found["accuracy"]) * found["images"])
+    assert all(
+        row["file"].split("/")[:2] == ["test", row["is"]] and row["said"] != row["is"] for row in wrong
+    )
+    assert [row["confidence"] for row in wrong] == sorted((row["confidence"] for row in wrong), reverse=True)
+    assert all(row["file"] is None for row in expected["mistakes"])
     shown = capsys.readouterr().out
     assert f"top-1 accuracy     {found['accuracy']:>8.2%}" in shown
     table = shown[shown.index("\nclass") :].splitlines()
@@ -260,11 +267,11 @@ def test_what_cannot_be_scored_is_said_in_a_sentence_and_nothing_is_written(run,
     for arguments, message in [
         (
             [f"--workdir={renamed}", f"--dataset=folder:{others}", "--split=train"],
-            "only the images have 'ten', only the model",
+            "of 10 classes, with 'ten', which are none of the model's 10",
         ),
         (["--weights=gsam/Mixer-S_32"], "--weights=gsam/Mixer-S_32 come without a dataset"),
         ([f"--workdir={run}", "--split=tset"], "Split 'tset' of dataset 'digits' cannot be read"),
-        ([f"--workdir={run}", "--batch_size=0"], "--batch_size=0 leaves nothing to do"),
+        ([f"--workdir={run}", "--batch_size=0"], "batch_size=0 leaves nothing to do"),
         ([f"--workdir={run}", f"--output={blocked}"], "cannot write to .*file"),
     ]:
         assert main([f"--output={tmp_path / 'out'}", *arguments]) == 2

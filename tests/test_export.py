@@ -1,5 +1,6 @@
 """What is written is what was trained, comes back bit by bit, and predicts the same elsewhere."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,7 +14,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from safetensors.numpy import load_file
 
 from mlpmixer_flax import UserError, pretrained
@@ -120,8 +121,9 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(run, tmp_path, capsys):
         ([f"--workdir={tmp_path}"], "holds no checkpoint: train first"),
         ([f"--weights={run}", "--checkpoint=best"], "--checkpoint=best is for --workdir"),
         ([f"--weights={tmp_path}/w"], "no weights"),
+        ([f"--workdir={run}", "--output=w.safetensors"], "is named as another format: choose --format=safe"),
     ):
-        assert main([*arguments, *output]) == 2
+        assert main([*output, *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "w").exists()
@@ -200,12 +202,20 @@ def test_beside_a_stablehlo_file_stands_what_a_photo_needs(run, stablehlo, tmp_p
 
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (301, 400, 3)).astype(np.uint8))
-    photo.save(tmp_path / "photo.png")
-    assert "ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)" in help_text
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    photo.save(tmp_path / "photo.jpg", exif=turned)
+    opening, fitting = re.search(r"Pillow's\n\n  (.*)\n  (.*)\n", help_text).groups()
+    assert fitting == "ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)"
+    with contextlib.chdir(tmp_path):
+        names = {}
+        exec(opening, {"Image": Image, "ImageOps": ImageOps}, names)
+    photo = names["photo"]
+    assert photo.size == (301, 400)
     for interpolation, crop_fraction in (("bilinear", 0.875), ("bicubic", 1.0)):
         by_help = ImageOps.fit(photo, (224, 224), RESAMPLING[interpolation], bleed=(1 - crop_fraction) / 2)
         ours = read_square(
-            tmp_path / "photo.png",
+            tmp_path / "photo.jpg",
             channels=3,
             size_px=224,
             crop_fraction=crop_fraction,

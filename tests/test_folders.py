@@ -37,8 +37,9 @@ def files_of(path, split):
     return select_split(read_folder(str(path)), split).files
 
 
-def open_split(path, split, skip_bad_images=False):
-    return open_source(f"folder:{path}", split, data_dir="", skip_bad_images=skip_bad_images)[0]
+def open_split(path, split, *, skip_bad_images=False, for_training=False):
+    options = {"data_dir": "", "skip_bad_images": skip_bad_images}
+    return open_source(f"folder:{path}", split, for_training=for_training, **options)[0]
 
 
 # --- which image is in which split
@@ -98,10 +99,10 @@ def test_missing_validation_split_is_a_fifth_of_each_class_and_the_same_everywhe
 def test_slices_and_sums_have_their_share_of_each_class(tmp_path):
     write(tmp_path, *names("train/a", 60), *names("train/b", 20), *names("test/a", 5))
     whole, first, rest = (files_of(tmp_path, split) for split in ("train", "train[:75%]", "train[75%:]"))
-    assert first + rest == whole and len(first) == 60
-    assert sum(file.startswith("train/b") for file in first) == 15
+    assert first + rest == whole and len(first) == 48  # of 64: 16 are for validation
+    assert sum(file.startswith("train/b") for file in first) == 12
     assert files_of(tmp_path, "train[:3]+test") == whole[:3] + files_of(tmp_path, "test")
-    assert files_of(tmp_path, "train[-10%:]") == whole[-8:]
+    assert files_of(tmp_path, "train[-10%:]") == whole[-6:]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_slices_and_sums_have_their_share_of_each_class(tmp_path):
         (["train", "val"], {"train": 4, "val": 2, "valid": 2, "validation": 2, "test": 2}),
         (["Train", "VALID"], {"train": 4, "validation": 2, "test": 2}),
         (["train", "validation", "test"], {"train": 4, "val": 2, "test": 2}),
-        (["train", "test"], {"train": 4, "test": 2}),
+        (["train", "test"], {"train": 2, "validation": 2, "test": 2}),
         (["train"], {"train": 2, "validation": 2, "test": 2}),
     ],
 )
@@ -195,10 +196,13 @@ def test_a_class_may_be_missing_in_test_but_none_may_be_new(tmp_path):
         ([], ["does not exist", "folder:PATH", "PATH/<class>"]),
         (["readme.txt"], ["holds no class folders", "PATH/train/<class>"]),
         (["1.png", "2.png"], ["holds images", "did you mean its parent, folder:{parent}?", "PATH/<class>"]),
-        (["a/1.png"], ["training images of 1 classes and two are needed"]),
-        (["a/1.png", "b/1.heic"], ["of 1 classes", "'.heic' files (1)", "folder 'b' without images (1)"]),
+        (["a/1.heic"], ["no images of a class", "'.heic' files (1)", "folder 'a' without images (1)"]),
         (["train/1.png", "test/2.png"], ["'test', 'train', and 'train' is missing or isn't made of class"]),
-        (["val/a/1.png", "val/b/2.png"], ["has 'val', and 'train' is missing"]),
+        (
+            ["train/a/1.png", "Train/b/2.png"],
+            ["has 'Train', 'train', of which two are one split: rename one"],
+        ),
+        (["train/a/1.png", "val/a/2.png", "valid/a/3.png"], ["'val', 'valid', of which two are one split"]),
     ],
 )
 def test_a_folder_laid_out_otherwise_is_refused_with_the_layout(tmp_path, files, words):
@@ -212,7 +216,36 @@ def test_a_folder_laid_out_otherwise_is_refused_with_the_layout(tmp_path, files,
         assert repr(str(path)) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("split", ["tset", "", "train[", "train[::2]", "validation", "train[5:5]", "all"])
+def test_one_class_is_enough_to_be_scored_and_not_to_train(tmp_path):
+    write(tmp_path, "a/1.png", "a/2.png", "b/1.heic")
+    assert len(open_examples(f"folder:{tmp_path}", "train+val", image_size_px=4)) == 2
+    with pytest.raises(
+        UserError, match=r"one class and two are needed.*'\.heic' files \(1\), folder 'b' without"
+    ):
+        open_examples(f"folder:{tmp_path}", "train", image_size_px=4, for_training=True)
+
+
+def test_a_folder_may_hold_test_images_alone(tmp_path):
+    write(tmp_path, *names("test/b", 2), *names("test/a", 2))
+    info = get_dataset_info(f"folder:{tmp_path}", "test")
+    assert (info["class_names"], info["num_examples"]) == (["a", "b"], 4)
+    with pytest.raises(UserError, match="Split 'train' .*is unknown: use 'test'"):
+        get_dataset_info(f"folder:{tmp_path}", "train")
+
+
+def test_a_class_whose_name_is_no_text_is_spelled_out(tmp_path):
+    root = os.fsencode(tmp_path)
+    for name in (b"caf\xe9", b"caf\xe8"):
+        os.makedirs(root + b"/" + name)
+        for number in range(2):
+            with open(root + b"/" + name + b"/%d.png" % number, "wb") as file:
+                file.write(encode(np.zeros((6, 6), np.uint8)))
+    examples = open_examples(f"folder:{tmp_path}", "train+val", image_size_px=4)
+    assert examples.images.shape[0] == 4
+    assert get_dataset_info(f"folder:{tmp_path}")["class_names"] == ["caf\\xe8", "caf\\xe9"]
+
+
+@pytest.mark.parametrize("split", ["tset", "", "train[", "train[::2]", "valid ation", "train[5:5]", "all"])
 def test_unknown_or_empty_split_is_refused_with_those_there_are(tmp_path, split):
     write(tmp_path, *names("train/a", 3), *names("train/b", 3), *names("test/a", 3))
     with pytest.raises(UserError, match="is unknown: use 'test', 'train'|has no images") as error:
@@ -237,9 +270,10 @@ def test_50_000_files_are_indexed_in_under_10_seconds(tmp_path):
 
 @pytest.fixture
 def flawed(tmp_path):
-    """Twenty good images, and one of each flaw."""
+    """22 good images, and one of each flaw."""
     path = tmp_path / "photos"
     write(path, *names("train/a", 8), *names("train/b", 8), *names("test/a", 2), *names("test/b", 2))
+    write(path, *names("val/a", 1), *names("val/b", 1))
     write(path, "train/a/cut.jpg", data=encode(np.full((16, 24), 90, np.uint8), "JPEG")[:-60])
     write(path, "train/a/empty.png", data=b"")
     write(path, "train/b/text.gif", data=b"no image")
@@ -264,19 +298,25 @@ def test_all_bad_images_of_all_splits_are_in_one_report(flawed):
     assert get_dataset_info(f"folder:{flawed}", "train")["num_examples"] == 19  # nothing is opened for it
     for split in ("train", "test"):
         with pytest.raises(UserError) as error:
-            open_split(flawed, split)
+            open_split(flawed, split, for_training=True)
         first, *lines = str(error.value).splitlines()
-        assert first.startswith(f"5 of 25 images in '{flawed}' cannot be used")
+        assert first.startswith(f"5 of 27 images in '{flawed}' cannot be used")
         assert "--config.skip_bad_images=true" in first and len(lines) == 5
         for file, reason in FLAWS.items():
             assert any(line.startswith(f"  '{file}': {reason}") for line in lines)
+
+
+def test_after_training_the_images_of_one_split_are_checked(flawed):
+    with pytest.raises(UserError, match="2 of 6 images .*cannot be used"):
+        open_split(flawed, "test")
+    assert len(open_split(flawed, "val")) == 2
 
 
 def test_a_long_report_names_every_file_too(tmp_path):
     write(tmp_path, *names("a", 9), *names("b", 9))
     write(tmp_path, *names("a/bad", 31), data=b"")
     with pytest.raises(UserError, match="31 of 49 images") as error:
-        open_split(tmp_path, "train")
+        open_split(tmp_path, "train", for_training=True)
     _, *lines = str(error.value).splitlines()
     assert [line.split("'")[1] for line in lines] == sorted(names("a/bad", 31))
 
@@ -287,7 +327,9 @@ def test_bad_images_are_skipped_when_asked_and_the_rest_stay_where_they_were(fla
     assert source.files == [file for file in whole if file not in FLAWS] and len(source) == 16
     assert [file.split("/")[1] for file in source.files] == ["ab"[label] for label in source.labels]
     out = capsys.readouterr().out
-    assert "left out of split 'train' are 3 images" in out and "train/a/cut.jpg" in out
+    assert (
+        "left out of split 'train', since they cannot be used, 3 of 19:" in out and "train/a/cut.jpg" in out
+    )
     assert "bomb" not in out
     examples = open_examples(f"folder:{flawed}", "test", image_size_px=4, skip_bad_images=True)
     assert len(examples) == 4 and examples.images.shape == (4, 4, 4, 3)
@@ -337,7 +379,7 @@ def test_bad_images_stop_the_program_before_anything_is_written(flawed, capsys):
         main(["--config=digits.py", f"--config.dataset=folder:{flawed}", f"--workdir={workdir}", *TINY]) == 2
     )
     error = capsys.readouterr().err
-    assert error.startswith("error: 5 of 25 images") and all(repr(file) in error for file in FLAWS)
+    assert error.startswith("error: 5 of 27 images") and all(repr(file) in error for file in FLAWS)
     assert "Traceback" not in error and not workdir.exists()
 
 

@@ -10,12 +10,16 @@ from made_datasets import encode
 from PIL import Image, features
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.images import decode_image, find_flaw, to_mode
+from mlpmixer_flax.images import find_flaw, open_image, to_mode
 
 # Smooth, so that JPEG keeps it; no two turns of it are alike.
 ACROSS, DOWN = np.meshgrid(np.linspace(0, 255, 24), np.linspace(40, 160, 16))
 PICTURE = np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype(np.uint8)
 GRAY = PICTURE[..., 0]
+
+
+def decode_image(file):
+    return np.asarray(open_image(file, "RGB"))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """From image files to the names of what is in them: which files, which numbers, in which form."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import math
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -146,7 +149,11 @@ def test_published_weights_name_the_classes_of_imagenet(tmp_path, monkeypatch, c
 
     assert main(["--weights=gsam/Mixer-S_32", "--top=3", str(photo)]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[-1] for line in lines] == ["tabby, tabby cat", "terrapin", "great white shark"]
+    assert [line.split("  ")[-1] for line in lines] == [
+        "tabby, tabby cat",
+        "terrapin",
+        "great white shark, white shark, man-e…",
+    ]
     assert main(["--weights=gsam/Mixer-S_32", "--top=3", "--json", str(photo)]) == 0
     out, err = capsys.readouterr()
     names = [score["class_name"] for score in json.loads(out)["top"]]
@@ -165,6 +172,8 @@ def test_folders_and_patterns_stand_for_their_images_in_order(tmp_path, monkeypa
     assert find_files("b/notes.txt") == ["b/notes.txt"]
     assert find_files("*/*.[pw]*") == ["c/é.webp"]
     assert find_files("**/*.jpg") == ["b/a/1.jpg"]
+    write(tmp_path, "holiday [1]/2.png")
+    assert find_files("holiday [1]/*.png") == ["holiday [1]/2.png"]
     assert find_files("[bc]") == ["b/2.PNG", "b/a/1.jpg", "c/é.webp"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_files("~/c/*.webp") == [str(tmp_path / "c/é.webp")]
@@ -222,6 +231,21 @@ def test_the_table_fits_80_columns_whatever_the_names(run, digits, tmp_path, cap
     assert main([f"--workdir={named}", "--csv", "--top=1", str(folder)]) == 0
     _, row, _ = csv.reader(io.StringIO(capsys.readouterr().out))
     assert row[0] == str(folder / "bad\\udcff\n.png") and row[1:4] == ["1", row[2], row[2]]
+
+
+def test_a_terminal_is_left_without_a_bar(run, digits):
+    """The bar is due after two seconds only, and shares the terminal with what is printed."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mlpmixer_flax.predict", f"--workdir={run}", "--top=1", digits / "0"]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"predicting" not in shown and shown.count(b"\n") == 1 + len(list((digits / "0").iterdir()))
 
 
 def test_a_reader_may_stop_early(run, digits):

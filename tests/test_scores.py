@@ -25,6 +25,24 @@ def test_measures_are_means_over_the_images():
     assert all(type(value) is float for value in found.values())
 
 
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([0.9, 0.9], [True, True], 0.1),
+        ([0.9, 0.9], [True, False], 0.4),
+        ([0.95, 0.95, 0.55, 0.55], [True, True, True, False], 0.05),  # 0.05 in either bin
+        ([0.95, 0.95, 0.95, 0.55], [True, True, True, False], 0.175),  # (3 · 0.05 + 0.55) / 4
+        ([0.61, 0.65], [True, False], 0.13),  # one bin, (9/15, 10/15]: the errors cancel in part
+        ([0.59, 0.61], [True, False], 0.51),  # 9/15 parts them: (0.41 + 0.61) / 2
+        ([0.6, 0.61], [True, False], 0.505),  # which belongs to the bin below
+        ([0.0, 1.0, 1.0000001], [False, True, True], 0.0),  # float32 rounds past 1
+    ],
+)
+def test_calibration_error_is_that_by_hand(confidence, correct, expected):
+    error = scores.calibration_error(np.array(confidence), np.array(correct))
+    assert error == pytest.approx(expected, abs=1e-7)
+
+
 def test_each_class_has_its_accuracy_and_what_it_is_most_often_taken_for():
     keys = ("class", "name", "images", "accuracy", "taken_for", "times")
     rows = [
@@ -45,11 +63,16 @@ def test_the_most_confident_mistakes_come_first():
     assert scores.confident_mistakes(right).tolist() == []
 
 
-def test_classes_are_matched_by_name_and_without_names_in_order():
+def test_classes_are_matched_by_name_and_without_names_by_number_which_is_said(capsys):
     assert scores.match_classes(["dog", "ant", "cat", "bee"], NAMES).tolist() == [3, 0, 2, 1]
+    assert scores.match_classes(["cat", "ant"], NAMES).tolist() == [2, 0]
+    assert capsys.readouterr().out == ""
     numbers = ["0", "1", "2", "3"]
-    for theirs, ours in [(numbers, NAMES), (NAMES, numbers), (NAMES, NAMES)]:
+    for theirs, ours in [(numbers, NAMES), (NAMES, numbers)]:
         assert scores.match_classes(theirs, ours).tolist() == [0, 1, 2, 3]
+        assert "matched by number" in capsys.readouterr().out
+        with pytest.raises(UserError, match="which are none of the model's 4"):  # a folder's are in any order
+            scores.match_classes(theirs, ours, numbered=False)
     # As a folder sorts them, against a dataset's numbers: these are names.
     theirs = sorted(str(i) for i in range(12))
     assert scores.match_classes(theirs, [str(i) for i in range(12)]).tolist() == [
@@ -59,15 +82,19 @@ def test_classes_are_matched_by_name_and_without_names_in_order():
 
 def test_imagenets_classes_are_known_by_their_wordnet_numbers():
     names = imagenet_names(1000)
-    assert len(set(names)) == 999  # a crane is a bird and a machine
-    assert in_words(["n01440764", "n02012849", "n03126707", "cat"]) == [names[0], "crane", "crane", "cat"]
+    assert len(set(names)) == 1000  # though a crane is a bird and a machine
+    cranes = ["crane (n02012849)", "crane (n03126707)"]
+    assert in_words(["n01440764", "n02012849", "n03126707", "cat"]) == [names[0], *cranes, "cat"]
     assert scores.match_classes(names, names).tolist() == list(range(1000))
+    assert scores.match_classes(in_words(["n03126707", "n01440764"]), names).tolist() == [517, 0]
 
 
 def test_other_classes_are_refused():
-    with pytest.raises(UserError, match="of 10 classes and the model's are 4"):
+    with pytest.raises(
+        UserError, match="of 10 classes, with '0', '1', '2', which are none of the model's 4, such"
+    ):
         scores.match_classes([str(i) for i in range(10)], NAMES)
-    with pytest.raises(UserError, match="only the images have 'eel', only the model has 'dog'"):
+    with pytest.raises(UserError, match="of 4 classes, with 'eel', which are none"):
         scores.match_classes(["ant", "bee", "cat", "eel"], NAMES)
 
 

@@ -32,6 +32,7 @@ from mlpmixer_flax.trained import (
 from mlpmixer_flax.weightfiles import write_npz
 
 GOLDEN = Path(__file__).parent / "golden"
+SIZES = ("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,37 @@ def test_an_exported_file_is_the_same_model_as_its_run(run, tmp_path, format):
     assert theirs.class_names == ours.class_names == tuple("0123456789")
     assert theirs.model.gelu == "erf" and theirs.model.patches["size"] == (2, 2)
     assert {**theirs.preprocess} == {**ours.preprocess}
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+    np.testing.assert_array_equal(make_predict(theirs)(images), make_predict(ours)(images))
+
+
+def test_a_run_is_the_same_model_by_either_option(run):
+    one, other = named(f"--workdir={run}"), named(f"--weights={run}")
+    chex.assert_trees_all_equal(one.params, other.params)
+    assert (one.loss, one.class_names, one.model) == (other.loss, other.class_names, other.model)
+
+
+def test_a_file_keeps_the_precision_and_the_loss_that_its_run_computes_with(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    copy = copy_with(run, tmp_path / "copy", model={**config["model"], "dtype": "bfloat16"})
+    export.export(load_run(copy), tmp_path / "w.npz", format="npz")
+    theirs = load_weights(str(tmp_path / "w.npz"))
+    assert (theirs.model.dtype, theirs.loss) == ("bfloat16", "sigmoid")
+    write_npz(tmp_path / "w.npz", theirs.params, metadata={"loss": "hinge", "model": {}, "preprocess": {}})
+    with pytest.raises(UserError, match="loss 'hinge'"):
+        load_weights(str(tmp_path / "w.npz"))
+
+
+def test_a_thousand_classes_of_ones_own_are_not_imagenets(tmp_path):
+    model = MlpMixer(num_classes=1000, patches={"size": (4, 4)}, **dict.fromkeys(SIZES, 8), num_blocks=1)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    own = {"model": {"gelu": "tanh"}, "preprocess": {}, "num_classes": 1000}
+    for metadata, first in [({}, "tench, Tinca tinca"), (own, "0")]:
+        write_npz(tmp_path / "w.npz", jax.device_get(params), metadata=metadata)
+        assert load_weights(str(tmp_path / "w.npz")).class_names[0] == first
+    write_npz(tmp_path / "w.npz", jax.device_get(params), metadata={**own, "class_names": ["a", "b"]})
+    with pytest.raises(UserError, match="2 names of 1000 classes"):
+        load_weights(str(tmp_path / "w.npz"))
 
 
 @pytest.mark.parametrize("file", ["google_tiny.npz", "timm_tiny.safetensors"])
