@@ -196,8 +196,8 @@ def _run(arguments: argparse.Namespace) -> None:
         print("shuffle: left out, since it trains three models: name it to have it")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 1 a training of shuffle diverged, 2 unusable input."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.analyze",
         description=__doc__,
@@ -234,6 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.overrides and "shuffle" not in arguments.what:  # whose config they change
         parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
     arguments.output = arguments.output or (arguments.workdir or Path()) / "analysis"
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 1 a training of shuffle diverged, 2 unusable input."""
+    arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 
 

@@ -229,8 +229,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 1 its output was closed, 2 unusable input."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.evaluate",
         description=__doc__,
@@ -255,7 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, help="directory (default: evaluation, in that of the run)")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time (default: 64)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 1 its output was closed, 2 unusable input."""
+    arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 
 

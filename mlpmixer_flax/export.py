@@ -39,6 +39,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def _sizes(model: MlpMixer) -> dict[str, Any]:
     return {"patches": dict(model.patches), **sizes, "dtype": jnp.dtype(model.dtype).name}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 2 unusable input."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.export",
         description=__doc__,
@@ -141,7 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, help="file to write; one that is there is replaced"
     )
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 2 unusable input."""
+    arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 
 

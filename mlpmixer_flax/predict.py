@@ -203,8 +203,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return 2 if not usable else 0 if flawless else 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 1 some files were unusable, 2 all were, or another input was."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.predict",
         description=__doc__,
@@ -224,7 +224,12 @@ def main(argv: list[str] | None = None) -> int:
     forms = parser.add_mutually_exclusive_group()
     for form in ("csv", "json"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help="see above")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 1 some files were unusable, 2 all were, or another input was."""
+    arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 
 

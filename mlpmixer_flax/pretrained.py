@@ -1,16 +1,17 @@
-"""Published weights, and any others to start from: python -m mlpmixer_flax.pretrained
+"""Weights to start from: python -m mlpmixer_flax.pretrained
 
 Without a name: the table of published weights. With names: downloads them ahead
 into the cache, $MLPMIXER_CACHE or ~/.cache/mlpmixer-flax, where every later run
 finds them without a network.
 
 Weights are named by --config.init_from= and here in the same way:
-  imagenet21k/Mixer-B_16     published ones, by the name in the table
-  weights.npz                a file: npz in Google's layouts, safetensors in timm's
-  https://example.org/w.npz  such a file; #sha256=HEX at the end pins its content
-  hf-hub:OWNER/NAME          a model of timm's on the Hugging Face hub, which needs
-                             pip install "mlpmixer-flax[hub]"
-  runs/b16                   the directory of a run of ours
+  imagenet21k/Mixer-B_16   published ones, by the name in the table
+  weights.npz              a file: npz in Google's layouts, safetensors in timm's
+  https://example.org/w.npz
+                           such a file; #sha256=HEX at its end pins the content
+  hf-hub:OWNER/NAME        a model of timm's on the Hugging Face hub; it needs
+                           pip install "mlpmixer-flax[hub]"
+  runs/b16                 the directory of a run of ours
 """
 
 import argparse
@@ -242,15 +243,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 2 unusable input."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.pretrained",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", nargs="*", help="weights to download ahead; none = print the table")
-    sources = parser.parse_args(argv).source
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 2 unusable input."""
+    sources = parse(argv).source
     return exit_status(lambda: _run(sources), interrupted="stopped; the same command continues the download")
 
 

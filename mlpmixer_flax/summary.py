@@ -80,8 +80,8 @@ def _summarize(model: MlpMixer, image_shape: tuple[int, int, int], config: Confi
     return summarize(model, image_shape, params=params, opt_state=opt_state)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 2 unusable input."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.summary",
         usage="%(prog)s --config=FILE [--config.KEY=VALUE ...]\n"
@@ -111,15 +111,21 @@ def main(argv: list[str] | None = None) -> int:
         help="with --config: the size of the head, for images with 3 channels; else "
         "both are those of the config's dataset, which must be at hand",
     )
-    arguments, overrides = parser.parse_known_args(argv)
-    return exit_status(lambda: _run(arguments, overrides))
+    arguments, arguments.overrides = parser.parse_known_args(argv)
+    return arguments
 
 
-def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 2 unusable input."""
+    arguments = parse(argv)
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.config:
-        print(summarize_config(arguments.config, overrides, num_classes=arguments.num_classes))
-    elif overrides or arguments.num_classes is not None:
-        extra = " ".join(overrides) or f"--num_classes={arguments.num_classes}"
+        print(summarize_config(arguments.config, arguments.overrides, num_classes=arguments.num_classes))
+    elif arguments.overrides or arguments.num_classes is not None:
+        extra = " ".join(arguments.overrides) or f"--num_classes={arguments.num_classes}"
         raise UserError(f"{extra} cannot be used without --config: leave it out")
     elif arguments.workdir:
         print(summarize_run(arguments.workdir))

@@ -212,8 +212,8 @@ def _finish(workdir: Path, best: tuple[int, float] | None) -> dict[str, float]:
     return last
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 1 diverged, 2 unusable input, 128 + n stopped by signal n."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the program; exits as argparse does where they cannot be parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m mlpmixer_flax.train",
         description=__doc__,
@@ -227,15 +227,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
     parser.add_argument("--workdir", type=Path, help="directory of the run (default: runs/CONFIG-TIME)")
-    arguments, overrides = parser.parse_known_args(argv)
+    arguments, arguments.overrides = parser.parse_known_args(argv)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Exit status: 0 done, 1 diverged, 2 unusable input, 128 + n stopped by signal n."""
+    arguments = parse(argv)
     return exit_status(
-        lambda: _train(arguments, overrides),
+        lambda: _train(arguments),
         interrupted="stopped at once; a run continues from its newest checkpoint, if there is one",
     )
 
 
-def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load_config(arguments.config, overrides)
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
     name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = arguments.workdir or Path("runs") / name
     try:

@@ -1,9 +1,6 @@
 """The pictures and figures of a run: written where they should be, and of the run."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,11 +172,3 @@ def test_options_that_nothing_takes_are_refused(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main([f"--workdir={run}", "stem", "--config.seed=1"])
     assert stop.value.code == 2 and "--config.seed=1" in capsys.readouterr().err
-
-
-def test_help_shows_examples_in_80_columns():
-    command = [sys.executable, "-m", "mlpmixer_flax.analyze", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "analyze --workdir=runs/b16\n" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80

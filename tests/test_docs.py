@@ -4,14 +4,17 @@ import importlib
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.published import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,6 +33,8 @@ COMMANDS = [
     if "mlpmixer_flax." in line
 ]
 
+PROGRAMS = "train evaluate predict analyze export summary pretrained".split()
+
 
 def words_of(command: str) -> tuple[str, list[str]]:
     """(program, its arguments) of python -m mlpmixer_flax.PROGRAM ..."""
@@ -38,12 +43,6 @@ def words_of(command: str) -> tuple[str, list[str]]:
     package, _, program = words[2].partition(".")
     assert package == "mlpmixer_flax", command
     return program, words[3:]
-
-
-def is_whole(command: str, usage: str) -> bool:
-    """Whether a command has each option that stands without brackets in a line of usage, or one of (A | B)."""
-    needed = re.findall(r"\([^)]*\)|--\w+", re.sub(r"\[[^]]*\]", "", usage))
-    return all(any(f"{option}=" in command for option in re.findall(r"--\w+", group)) for group in needed)
 
 
 def run(program: str, arguments: list[str]) -> int:
@@ -109,25 +108,71 @@ def test_other_code_is_python(page, code):
     compile(code, page, "exec")
 
 
-@pytest.mark.parametrize("page, command", COMMANDS)
-def test_command_is_understood_by_its_program(page, command, capsys):
+def check(command: str) -> None:
+    """That a program parses its options, that its config has the keys, and that its weights are published."""
     program, arguments = words_of(command)
+    parsed = importlib.import_module(f"mlpmixer_flax.{program}").parse(arguments)
+    if getattr(parsed, "config", None) and hasattr(parsed, "overrides"):
+        load_config(str(ROOT / parsed.config), parsed.overrides)
+    weights = [getattr(parsed, "weights", None), *getattr(parsed, "source", [])]
+    assert {*weights} - {None} <= PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_command_is_parsed_by_its_program(page, command):
+    check(command)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_fits_80_columns_and_its_examples_are_parsed(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         run(program, ["--help"])
-    assert stop.value.code == 0
-    usage = capsys.readouterr().out
-    for argument in arguments:
-        option, _, value = argument.partition("=")
-        if set(option) & set("./"):
-            continue  # a key of the config, or a file
-        assert re.search(rf"{option}\b", usage), f"{program} has no {option}"
-        choices = re.search(rf"{option} {{([\w,]+)}}", usage)
-        assert not choices or value in choices[1].split(","), argument
-    forms = usage.partition("\n\n")[0].split(f"mlpmixer_flax.{program}")[1:]
-    assert any(is_whole(command, form) for form in forms), f"{command} lacks an option"
-    (config,) = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")] or [None]
-    if config:
-        load_config(str(ROOT / config), [a for a in arguments if a.startswith("--config.")])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and max(map(len, text.splitlines())) <= 80
+    examples = text.partition("examples:\n")[2].replace("\\\n", "").splitlines()
+    examples = [line for line in examples if line.strip().startswith("python -m")]
+    assert examples or program == "pretrained"
+    for example in examples:
+        check(example)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict --top=many --workdir=runs/b16 new.jpg",
+        "predict --workdir=runs/b16 --weights=imagenet1k/Mixer-B_16 a.jpg",
+        "predict --weights=imagenet1k/Mixer-B_17 a.jpg",
+        "train --config=configs/digits.py --config.total_stepz=3",
+        "export --workdir=runs/b16 --format=onnx --output=b16.onnx",
+    ],
+)
+def test_a_wrong_command_is_found(command):
+    with pytest.raises((SystemExit, UserError, AssertionError)):
+        check(f"python -m mlpmixer_flax.{command}")
+
+
+def test_commands_of_others_name_files_and_extras_that_are_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = 0
+    for page in PAGES:
+        for script in re.findall(r"\bpython ((?:tools|benchmarks)/\w+\.py)", page.read_text()):
+            assert (ROOT / script).exists(), script
+            found += 1
+        for extra in re.findall(r'pip install (?:-e )?"[\w.-]*\[(\w+)\]"', page.read_text()):
+            assert extra in extras, extra
+            found += 1
+        for tests in re.findall(r"python -m pytest (\S+\.py)", page.read_text()):
+            assert (ROOT / tests).exists(), tests
+            found += 1
+    assert found > 10
+
+
+def test_each_of_the_ten_questions_is_answered_by_a_command():
+    text = (ROOT / "docs" / "faq.md").read_text()
+    answers = re.split(r"^\*\*(\d+)\. ", text, flags=re.MULTILINE)[1:]
+    assert answers[::2] == [str(number) for number in range(1, 11)]
+    assert all(re.search(r"^```\npython", answer, re.MULTILINE) for answer in answers[1::2])
 
 
 def test_pages_written_by_a_tool_are_as_it_writes_them():

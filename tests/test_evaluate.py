@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from functools import cache
 
 import jax
@@ -278,10 +275,3 @@ def test_what_cannot_be_scored_is_said_in_a_sentence_and_nothing_is_written(run,
         error = capsys.readouterr().err
         assert re.match(f"error: .*{message}", error) and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists()
-
-
-def test_help_teaches_in_80_columns():
-    command = [sys.executable, "-m", "mlpmixer_flax.evaluate", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
-    assert done.returncode == 0, done.stderr
-    assert "examples:" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80

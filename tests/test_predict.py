@@ -273,11 +273,3 @@ def test_where_nothing_can_be_done_a_sentence_says_why(run, tmp_path, arguments,
     assert main([argument.format(**places) for argument in arguments]) == 2
     _, err = capsys.readouterr()
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
-
-
-def test_the_help_fits_80_columns(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and max(map(len, lines)) <= 80 and "--json" in " ".join(lines)
