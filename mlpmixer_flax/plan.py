@@ -54,10 +54,6 @@ def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
     origin = stored or (pretrained.describe(config.init_from) if config.init_from else {})
     origin = {key: _as_in_config(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
     settled = resolve(config, origin)
-    if config.dataset.startswith("folder:"):  # so that later programs find it from anywhere
-        settled.dataset = (
-            f"folder:{os.path.abspath(os.path.expanduser(config.dataset.removeprefix('folder:')))}"
-        )
     for key in LEFT_OPEN if config.init_from and not stored else ():
         value = flatten(settled)[key]
         if is_left_open(config, key) and key in origin:
@@ -65,6 +61,14 @@ def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
         elif origin.get(key, value) not in (value, _as_in_config(value)):
             print(f"{key}={value}, though {origin[key]} would suit {config.init_from}")
     return settled
+
+
+def to_store(config: ConfigDict) -> dict[str, Any]:
+    """The config as a run keeps it: a folder by its absolute path, so that later programs find it from anywhere."""
+    dataset = config.dataset
+    if dataset.startswith("folder:"):
+        dataset = f"folder:{os.path.abspath(os.path.expanduser(dataset.removeprefix('folder:')))}"
+    return {**config.to_dict(), "dataset": dataset}
 
 
 def _as_in_config(value: Any) -> Any:

@@ -38,7 +38,7 @@ from mlpmixer_flax.configfile import load_config, shipped_configs
 from mlpmixer_flax.dataloader import iterate
 from mlpmixer_flax.evaluate import evaluate_classes
 from mlpmixer_flax.metrics import Recent, Reporter, read_metrics
-from mlpmixer_flax.plan import Plan, load_weights, make_plan, settle
+from mlpmixer_flax.plan import Plan, load_weights, make_plan, settle, to_store
 from mlpmixer_flax.step import TrainState
 from mlpmixer_flax.tabulate import summarize
 from mlpmixer_flax.terminal import exit_status
@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
     validate(config)
     config = settle(config, read_config(workdir))
     validate(config)  # again: a file may say anything of itself
-    check_workdir(workdir, config.to_dict())
+    check_workdir(workdir, to_store(config))
     plan = make_plan(config)
     check_class_names(workdir, plan.info["class_names"])
     everywhere = sharding.replicated(plan.mesh)
@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, float]:
         f"on {plan.mesh.size} x {jax.devices()[0].device_kind}, in {workdir}",
         flush=True,
     )
-    write_run(workdir, config.to_dict(), class_names=plan.info["class_names"])
+    write_run(workdir, to_store(config), class_names=plan.info["class_names"])
     with contextlib.closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
         start, state = checkpoints.restore(like, everywhere)
         if start:

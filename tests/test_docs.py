@@ -1,6 +1,7 @@
 """What docs/ says is run, or at least understood, by what it speaks of; test_readme.py follows its links."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -91,6 +92,8 @@ def test_recipe_for_own_photos_is_followed_from_the_folder_to_a_file(photos, rec
     assert [words_of(command)[0] for command in recipe] == "train evaluate predict predict export".split()
     assert (photos / "runs" / "photos" / "evaluation" / "scores.json").exists()
     assert (photos / "photos.stablehlo").stat().st_size > 0
+    config = json.loads((photos / "runs" / "photos" / "config.json").read_text())
+    assert config["dataset"] == f"folder:{photos / 'photos'}"  # which is found from other directories, too
 
 
 @pytest.mark.parametrize(
