@@ -216,17 +216,17 @@ def _run(arguments: argparse.Namespace) -> None:
         "mistakes": list_mistakes(rows, examples, names),
     }
     write_scores(output, found, rows=rows, examples=examples)
+    measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
+    if len(names) > 5:  # of fewer, one of the five likeliest is always right
+        measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
+    measured["loss"] = f"{found['loss']:.4f}"
+    measured["calibration error"] = f"{found['calibration_error']:.4f}"
     step = "" if trained.step is None else f", step {trained.step},"
-    print(
-        f"{trained.name}{step} on {dataset}, split {split}: {len(examples):,} images\n\n"
-        f"top-1 accuracy     {found['accuracy']:>8.2%}\n"
-        + f"top-5 accuracy     {found['accuracy_top5']:>8.2%}\n"
-        * (len(names) > 5)
-        + f"loss               {found['loss']:>8.4f}\n"
-        f"calibration error  {found['calibration_error']:>8.4f}\n\n"
-        f"{scores.as_table(found['per_class'])}\n\n"
-        f"in {output}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
-    )
+    print(f"{trained.name}{step} on {dataset}, split {split}: {len(examples):,} images\n")
+    for name, value in measured.items():
+        print(f"{name:<19}{value:>8}")
+    print(f"\n{scores.as_table(found['per_class'])}\n")
+    print(f"in {output}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

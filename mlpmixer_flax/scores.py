@@ -4,6 +4,7 @@
 likeliest on, `confidence` float (n,), the probability of the first of them, and `loss` float (n,).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,17 +26,20 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool 
     Raises:
       UserError: the dataset has other classes than the model.
     """
+    if list(theirs) == list(ours):
+        return np.arange(len(ours), dtype=np.int32)
     number_of = {name: number for number, name in enumerate(ours)}
-    unknown = [name for name in theirs if name not in number_of]
-    if list(theirs) == list(ours) or (not unknown and len(number_of) == len(ours)):
+    times = Counter(ours)
+    unknown = [name for name in theirs if times[name] != 1]
+    if not unknown:
         return np.array([number_of[name] for name in theirs], np.int32)
     numbers = [str(number) for number in range(len(ours))]
     if numbered and len(theirs) == len(ours) and numbers in (list(theirs), list(ours)):
         print("classes are matched by number: the names of the images' or the model's aren't known")
         return np.arange(len(ours), dtype=np.int32)
     raise UserError(
-        f"the images are of {len(theirs)} classes, with {', '.join(map(repr, unknown[:3]))}, which are none of the "
-        f"model's {len(ours)}, such as {', '.join(map(repr, ours[:3]))}: choose a dataset of the model's classes, or "
+        f"the images are of {len(theirs)} classes, with {', '.join(map(repr, unknown[:3]))}, which name none of "
+        f"the model's {len(ours)}, such as {', '.join(map(repr, ours[:3]))}: choose a dataset of the model's classes, or "
         "rename them"
     )
 

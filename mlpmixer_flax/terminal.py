@@ -18,8 +18,9 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
     That is what the program returns, None being 0; 1 if its loss diverged or its output was closed, 2 for a
     UserError, and 130 for Ctrl-C, of which `interrupted` is said.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS warn of what is meant to be
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of each of its tries
+    # Orbax and TFDS warn of what is meant to be, the hub of each of its tries, Matplotlib of weights of fonts.
+    for name in ("absl", "huggingface_hub", "matplotlib.font_manager"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")  # of images, without their names
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name may be no text, or none in the terminal's encoding.

@@ -264,7 +264,7 @@ def test_what_cannot_be_scored_is_said_in_a_sentence_and_nothing_is_written(run,
     for arguments, message in [
         (
             [f"--workdir={renamed}", f"--dataset=folder:{others}", "--split=train"],
-            "of 10 classes, with 'ten', which are none of the model's 10",
+            "of 10 classes, with 'ten', which name none of the model's 10",
         ),
         (["--weights=gsam/Mixer-S_32"], "--weights=gsam/Mixer-S_32 come without a dataset"),
         ([f"--workdir={run}", "--split=tset"], "Split 'tset' of dataset 'digits' cannot be read"),

@@ -71,7 +71,9 @@ def test_classes_are_matched_by_name_and_without_names_by_number_which_is_said(c
     for theirs, ours in [(numbers, NAMES), (NAMES, numbers)]:
         assert scores.match_classes(theirs, ours).tolist() == [0, 1, 2, 3]
         assert "matched by number" in capsys.readouterr().out
-        with pytest.raises(UserError, match="which are none of the model's 4"):  # a folder's are in any order
+        with pytest.raises(
+            UserError, match="which name none of the model's 4"
+        ):  # a folder's are in any order
             scores.match_classes(theirs, ours, numbered=False)
     # As a folder sorts them, against a dataset's numbers: these are names.
     theirs = sorted(str(i) for i in range(12))
@@ -91,10 +93,14 @@ def test_imagenets_classes_are_known_by_their_wordnet_numbers():
 
 def test_other_classes_are_refused():
     with pytest.raises(
-        UserError, match="of 10 classes, with '0', '1', '2', which are none of the model's 4, such"
+        UserError, match="of 10 classes, with '0', '1', '2', which name none of the model's 4, such"
     ):
         scores.match_classes([str(i) for i in range(10)], NAMES)
-    with pytest.raises(UserError, match="of 4 classes, with 'eel', which are none"):
+    twice = ["crane", "crane", "tench"]
+    assert scores.match_classes(twice, twice).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="with 'crane'"):
+        scores.match_classes(["crane", "tench"], twice)
+    with pytest.raises(UserError, match="of 4 classes, with 'eel', which name none"):
         scores.match_classes(["ant", "bee", "cat", "eel"], NAMES)
 
 
