@@ -6,7 +6,7 @@ finds them without a network.
 
 Weights are named by --config.init_from= and here in the same way:
   imagenet21k/Mixer-B_16   published ones, by the name in the table
-  weights.npz              a file: npz in Google's layouts, safetensors in timm's
+  weights.npz              a file: npz as of Google, safetensors as of timm
   https://example.org/w.npz
                            such a file; #sha256=HEX at its end pins the content
   hf-hub:OWNER/NAME        a model of timm's on the Hugging Face hub; it needs
