@@ -191,14 +191,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if header:
         print(header, flush=True)
     predictions = predict(trained, list(files), top=arguments.top, batch_size=arguments.batch_size)
-    bar = tqdm(predictions, "predicting", len(files), unit="img", delay=2, leave=False, disable=None)
+    # Without a delay, after which alone `tqdm.write` and the end of a bar work as they should.
+    bar = tqdm(predictions, "predicting", len(files), unit="img", leave=False, disable=None)
     for prediction in bar:
-        bar.clear()  # tqdm.write would show it anew, and before its delay
         if prediction.flaw:
-            print(f"error: {prediction.flaw}", file=sys.stderr)
+            tqdm.write(f"error: {prediction.flaw}", file=sys.stderr)
             flawless = False
         else:
-            print(show(prediction), flush=True)
+            tqdm.write(show(prediction))
+            sys.stdout.flush()
             usable += 1
     return 2 if not usable else 0 if flawless else 1
 

@@ -11,6 +11,7 @@ import pty
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import jax
@@ -234,8 +235,9 @@ def test_the_table_fits_80_columns_whatever_the_names(run, digits, tmp_path, cap
 
 
 def test_a_terminal_is_left_without_a_bar(run, digits):
-    """The bar is due after two seconds only, and shares the terminal with what is printed."""
+    """It shares the terminal with what is printed."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 80))
     command = [sys.executable, "-m", "mlpmixer_flax.predict", f"--workdir={run}", "--top=1", digits / "0"]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -245,7 +247,18 @@ def test_a_terminal_is_left_without_a_bar(run, digits):
             shown += part
     os.close(ours)
     assert process.wait() == 0
-    assert b"predicting" not in shown and shown.count(b"\n") == 1 + len(list((digits / "0").iterdir()))
+    assert b"predicting: " in shown
+    lines = []
+    for line in shown.decode().split("\r\n"):
+        seen = ""
+        for part in line.split("\r"):  # each from the left, over what is there
+            seen = part + seen[len(part) :]
+        lines.append(seen.rstrip())
+    head, *rows, last = lines
+    assert head.split() == ["file", "%", "class"] and last == ""
+    assert len(rows) == len(list((digits / "0").iterdir()))
+    assert all(".png" in row for row in rows)
+    assert not any("predicting" in row for row in rows)
 
 
 def test_a_reader_may_stop_early(run, digits):
