@@ -198,7 +198,7 @@ HUB = """
 import sys
 from mlpmixer_flax import pretrained
 origin = pretrained.describe("hf-hub:someone/mixer")
-print(origin["model"], origin["preprocess"]["mean"], origin["preprocess"]["image_size_px"])
+print(origin["model"], origin["preprocess"]["mean"], *map(origin["preprocess"].get, ("image_size_px", "crop_fraction")))
 sys.exit(pretrained.main(["hf-hub:someone/mixer"]))
 """
 
@@ -210,6 +210,7 @@ def test_the_hub_is_read_through_its_own_library(tmp_path):
         "pretrained_cfg": {
             "input_size": [3, 32, 32],
             "interpolation": "bicubic",
+            "crop_pct": 0.9,
             "mean": [0.1, 0.2, 0.3],
             "std": [0.5, 0.5, 0.5],
         }
@@ -248,7 +249,7 @@ def test_the_hub_is_read_through_its_own_library(tmp_path):
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", HUB], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        assert "{'gelu': 'erf'} (0.1, 0.2, 0.3) 32" in done.stdout and ": 42 arrays" in done.stdout
+        assert "{'gelu': 'erf'} (0.1, 0.2, 0.3) 32 0.9" in done.stdout and ": 42 arrays" in done.stdout
         if hub.fileno() != -1:
             hub.shutdown()
             hub.server_close()
