@@ -133,9 +133,9 @@ def _fewshot(trained: Trained, arguments: argparse.Namespace) -> None:
     print(
         f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {dataset}\n"
         f"  from {shots} images a class; each draw: {draws}; fewshot.json"
-        + "\n  (though its features are of a training on all labels of this dataset)"
-        * bool(own)
     )
+    if own:
+        print("  (though its features are of a training on all labels of this dataset)")
 
 
 def _shuffle(trained: Trained, arguments: argparse.Namespace) -> None:

@@ -121,9 +121,9 @@ def open_examples(
 ) -> Examples:
     """Opens a split, and decodes it into memory if it takes no more than `cache_bytes` there.
 
-    Images of a folder are checked first, those of the split or of all splits, so that one report names all that
-    cannot be used; with `skip_bad_images` they are left out.
-    The four arguments before that matter only where images vary in size or aren't square. Those become squares of
+    Images of a folder are checked first, those of the split or, `for_training`, of all splits, so that one report
+    names all that cannot be used; with `skip_bad_images` they are left out.
+    Size, crops and interpolation matter only where images vary in size or aren't square. Those become squares of
     `image_size_px`: in TrainBatches a random box of at least `min_crop_area` of the image, resized; in
     TestBatches, or with `min_crop_area` 1, the central square of `crop_fraction` of the short side, resized.
     A split to be cropped at random is never held in memory.

@@ -160,7 +160,6 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: scores.Rows, e
     `found` is what scores.json holds; the images of mistakes.png are read from `examples` once more.
     """
     names = [row["name"] for row in found["per_class"]]
-    label, predicted = rows["label"], rows["best"][:, 0]
     lines = (f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in found.items())
     with replacing(output / "scores.json") as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -171,16 +170,14 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: scores.Rows, e
     with replacing(output / "per_class.csv") as file:
         file.write(text.getvalue().encode())
     figures.save(figures.confusion(found["confusion"], names), output / "confusion.png")
-    figures.save(figures.calibration(rows["confidence"], label == predicted), output / "calibration.png")
-    worst = scores.confident_mistakes(rows)
-    images = examples.read(worst)[0] if len(worst) else []
-    sheet = figures.mistakes(
-        images,
-        [names[i] for i in label[worst]],
-        [names[i] for i in predicted[worst]],
-        rows["confidence"][worst],
+    figures.save(
+        figures.calibration(rows["confidence"], rows["label"] == rows["best"][:, 0]),
+        output / "calibration.png",
     )
-    figures.save(sheet, output / "mistakes.png")
+    worst = found["mistakes"][:30]
+    images = examples.read(np.array([row["image"] for row in worst]))[0] if worst else []
+    told = ([row[key] for row in worst] for key in ("is", "said", "confidence"))
+    figures.save(figures.mistakes(images, *told), output / "mistakes.png")
 
 
 def _run(arguments: argparse.Namespace) -> None:

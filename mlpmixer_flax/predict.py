@@ -191,7 +191,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if header:
         print(header, flush=True)
     predictions = predict(trained, list(files), top=arguments.top, batch_size=arguments.batch_size)
-    # Without a delay, after which alone `tqdm.write` and the end of a bar work as they should.
+    # No delay: with one, tqdm.write shows the bar at once, and the end of it doesn't clear what it shows.
     bar = tqdm(predictions, "predicting", len(files), unit="img", leave=False, disable=None)
     for prediction in bar:
         if prediction.flaw:

@@ -26,7 +26,7 @@ from mlpmixer_flax.published import PUBLISHED
 from mlpmixer_flax.step import make_optimizer, split_frozen
 from mlpmixer_flax.tabulate import summarize
 from mlpmixer_flax.terminal import exit_status
-from mlpmixer_flax.trained import load_run, model_of
+from mlpmixer_flax.trained import add_names, load_run, model_of
 
 
 def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: int | None = None) -> str:
@@ -100,11 +100,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     named = parser.add_mutually_exclusive_group(required=True)
     named.add_argument("--config", help="config file; --config.KEY=VALUE changes a key of it")
-    named.add_argument("--workdir", type=Path, help="directory of a run")
-    named.add_argument(
-        "--weights",
-        help="published name, file or URL, as python -m mlpmixer_flax.pretrained explains",
-    )
+    add_names(named)
     parser.add_argument(
         "--num_classes",
         type=int,

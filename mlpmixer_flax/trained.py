@@ -80,16 +80,20 @@ def add_arguments(
     parser: argparse.ArgumentParser, *, default: str = "those that its last test accuracy is of"
 ) -> None:
     """The options that name a model; `default` says which weights of a run the program takes by itself."""
-    named = parser.add_mutually_exclusive_group(required=True)
-    named.add_argument("--workdir", type=Path, help="directory of a run")
-    named.add_argument(
-        "--weights",
-        help="published name, file or URL, as python -m mlpmixer_flax.pretrained explains",
-    )
+    add_names(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument(
         "--checkpoint",
         choices=("last", "best", "ema"),
         help=f"which of a run's weights (default: {default})",
+    )
+
+
+def add_names(group: argparse._ArgumentGroup) -> None:
+    """The two options that name a run and weights, of which a program takes one."""
+    group.add_argument("--workdir", type=Path, help="directory of a run")
+    group.add_argument(
+        "--weights",
+        help="published name, file or URL, as python -m mlpmixer_flax.pretrained explains",
     )
 
 
