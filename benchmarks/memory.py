@@ -18,9 +18,10 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from mlpmixer_flax.config import resolve
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.step import init_state, make_optimizer, make_schedule, make_train_step
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
+from mlpmixer_flax.training.step import init_state, make_train_step
 
 NUM_CLASSES, IMAGE_PX = 10, 32  # of CIFAR-10, as it travels
 SETTINGS = (

@@ -16,27 +16,28 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from mlpmixer_flax import augment
+from mlpmixer_flax.data import augment
 from mlpmixer_flax.dataloader import TestBatches, open_examples
-from mlpmixer_flax.fit import fit
-from mlpmixer_flax.trained import Trained, load_run
+from mlpmixer_flax.inference.load import load_run
+from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.weights.adapt import adapt
 
 SCALES = (1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2, 3)  # of the side the run was trained with
 BATCH_SIZE = 250
 
 
-def fitted(trained: Trained, size_px: int, *, widened: bool):
+def fitted(trained: Model, size_px: int, *, widened: bool):
     """(model, parameters) for images of another size; None where it has no whole number of tiles to widen for."""
     factor = (size_px / trained.preprocess["image_size_px"]) ** 2
     if widened and (factor <= 1 or factor**0.5 % 1):
         return None
-    width = trained.model.tokens_mlp_dim
-    model = trained.model.clone(tokens_mlp_dim=round(width * factor) if widened else width)
+    width = trained.module.tokens_mlp_dim
+    model = trained.module.clone(tokens_mlp_dim=round(width * factor) if widened else width)
     shape = (1, size_px, size_px, trained.channels)
     like = jax.eval_shape(model.init, jax.random.key(0), np.zeros(shape, np.float32))["params"]
     flat = flatten_dict(trained.params, sep="/")
     shapes = {name: array.shape for name, array in flat.items()}
-    params, _ = fit(shapes, flat.__getitem__, like, head="keep")
+    params, _ = adapt(shapes, flat.__getitem__, like, head="keep")
     return model, params
 
 
@@ -49,7 +50,7 @@ def with_random_token_mixing(model, params, size_px: int):
     return unflatten_dict(flat)
 
 
-def accuracy(trained: Trained, model, params, examples, size_px: int) -> float:
+def accuracy(trained: Model, model, params, examples, size_px: int) -> float:
     preprocess = {**trained.preprocess, "image_size_px": size_px}
 
     @jax.jit
@@ -71,7 +72,7 @@ def main() -> None:
     examples = open_examples(
         trained.config["dataset"], trained.config["test_split"], data_dir=trained.config["data_dir"]
     )
-    patch = trained.model.patches["size"][0]
+    patch = trained.module.patches["size"][0]
     print(f"{len(examples):,} test images, no fine-tuning; accuracy in %")
     print(
         "| size | tokens | resampled | tiles (exact) | random token mixing |",

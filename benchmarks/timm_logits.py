@@ -21,10 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 from mlpmixer_flax import pretrained
-from mlpmixer_flax.checkpoint import Checkpoints, write_run
 from mlpmixer_flax.config import get_config, mixer_b16_config, mixer_s32_config, resolve
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.step import init_state, make_optimizer
+from mlpmixer_flax.rundir import write_run
+from mlpmixer_flax.training.checkpoints import Checkpoints
+from mlpmixer_flax.training.optimizer import make_optimizer
+from mlpmixer_flax.training.step import init_state
 
 # timm's name of the architecture, our sizes, GELU
 MODELS = [

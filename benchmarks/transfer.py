@@ -16,9 +16,9 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from mlpmixer_flax.configfile import load_config
-from mlpmixer_flax.datasets import load_builder
+from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.train import train
+from mlpmixer_flax.training.configfile import load_config
 
 # name -> (classes of CIFAR-10, training images per class)
 DATASETS = {"cifar10_source": (range(0, 5), 5_000), "cifar10_target": (range(5, 10), 200)}

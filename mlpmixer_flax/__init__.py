@@ -1,24 +1,57 @@
-"""MLP-Mixer in Flax (Linen): build, train, evaluate.
+"""MLP-Mixer in JAX and Flax: train, fine-tune, predict, and look inside.
 
-Importing the package loads no JAX: the public names below are fetched on first use.
+    import mlpmixer_flax as mf
+    model = mf.load("imagenet21k/Mixer-B_16")
+    model.predict(["cat.jpg"])
+    mf.fit(mf.load_config("digits.py"), "runs/digits")
+
+Importing the package does not import JAX: each public name is imported when it is first used.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlpmixer_flax.config import get_config
+    from mlpmixer_flax.dataloader import get_dataset_info
+    from mlpmixer_flax.inference.load import load
+    from mlpmixer_flax.inference.model import Model, Prediction
+    from mlpmixer_flax.models import MixerBlock, MlpBlock, MlpMixer
+    from mlpmixer_flax.training.configfile import load_config
+    from mlpmixer_flax.training.loop import fit
 
 __version__ = "0.1.0"
 
+# Public name -> the module that defines it
 _HOMES = {
-    "MlpBlock": "models",
-    "MixerBlock": "models",
-    "MlpMixer": "models",
+    "Model": "inference.model",
+    "Prediction": "inference.model",
+    "load": "inference.load",
+    "fit": "training.loop",
+    "load_config": "training.configfile",
     "get_config": "config",
     "get_dataset_info": "dataloader",
+    "MlpMixer": "models",
+    "MixerBlock": "models",
+    "MlpBlock": "models",
 }
-__all__ = ["UserError", *_HOMES]
+__all__ = [
+    "MixerBlock",
+    "MlpBlock",
+    "MlpMixer",
+    "Model",
+    "Prediction",
+    "UserError",
+    "fit",
+    "get_config",
+    "get_dataset_info",
+    "load",
+    "load_config",
+]
 
 
 class UserError(ValueError):
-    """What the user gave cannot be used; the message is one sentence with the value and the remedy.
+    """Something the user gave cannot be used; the message says what, with its value, and what to do.
 
     Programs print it without a traceback and exit with status 2.
     """

@@ -45,6 +45,8 @@ RANDAUGMENT_OPS = (
     "sharpness shear_x shear_y translate_x translate_y"
 ).split()
 
+INIT_HEADS = ("auto", "keep", "reset")  # what becomes of the head of the init_from weights
+
 # What a config may leave open, as "" or (): such a key follows the weights of init_from; without any it is this.
 LEFT_OPEN = {
     "model.gelu": "tanh",

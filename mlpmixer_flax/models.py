@@ -10,15 +10,21 @@ import jax.numpy as jnp
 
 from mlpmixer_flax import UserError
 
-# The original uses the tanh approximation, timm the exact function; weights want the one they grew up with.
+# The original uses the tanh approximation, timm the exact function. Use the one the weights were trained with.
 GELU = {"tanh": partial(jax.nn.gelu, approximate=True), "erf": partial(jax.nn.gelu, approximate=False)}
 
 
-class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between them, over the last axis: (..., d) -> (..., d).
+def check_patch(patch: tuple[int, int], image: tuple[int, int]) -> None:
+    """Raises UserError unless the patch divides the image; both are (height, width) in pixels."""
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise UserError(
+            f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {image[0]}x{image[1]} px: "
+            "choose another preprocess.image_size_px or model.patches.size"
+        )
 
-    Dropout follows the GELU.
-    """
+
+class MlpBlock(nn.Module):
+    """Two dense layers with a GELU and dropout between them, over the last axis: (..., d) -> (..., d)."""
 
     mlp_dim: int
     gelu: str = "tanh"
@@ -33,11 +39,11 @@ class MlpBlock(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Mixes tokens, then channels, each behind a LayerNorm and a skip connection (paper §2, Figure 1).
+    """Mixes tokens, then channels, each after a LayerNorm and with a skip connection (paper §2, Figure 1).
 
-    (n, tokens, channels) -> the same. `stochastic_depth_rate` is the chance, per image and branch, that
-    a branch is left out in training; what stays is scaled up so that the expectation is unchanged
-    (arXiv 1603.09382).
+    Maps (n, tokens, channels) to the same shape. `stochastic_depth_rate` is the probability, per image and
+    branch, that a branch is dropped in training; branches that are kept are scaled up, so the expected value
+    does not change (arXiv 1603.09382).
     """
 
     tokens_mlp_dim: int
@@ -49,7 +55,7 @@ class MixerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        # Dropout with one draw an image is stochastic depth.
+        # Dropout with one draw per image is stochastic depth.
         keep = nn.Dropout(self.stochastic_depth_rate, broadcast_dims=(1, 2), deterministic=not train)
         mlp = partial(MlpBlock, gelu=self.gelu, dropout_rate=self.dropout_rate, dtype=self.dtype)
         norm = partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
@@ -62,12 +68,13 @@ class MixerBlock(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    """MLP-Mixer: (n, height, width, any channels) float images -> float32 logits (n, num_classes).
+    """MLP-Mixer: float images (n, height, width, any channels) -> float32 logits (n, num_classes).
 
-    With `num_classes=0` there is no head and the result is the features, (n, hidden_dim). In training
-    (`train=True`) an rng named "dropout" is needed if a rate is above 0.
+    With `num_classes=0` there is no head, and the result is the pooled features, float32 (n, hidden_dim).
+    Training (`train=True`) needs an rng named "dropout" if a rate is above 0.
 
-    Raises UserError when the patch does not divide the image, or for an unknown `gelu`.
+    Raises:
+      UserError: the patch does not divide the image, or `gelu` is unknown.
     """
 
     num_classes: int
@@ -87,12 +94,7 @@ class MlpMixer(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
         patch = tuple(self.patches["size"])
-        height, width = images.shape[1:3]
-        if height % patch[0] or width % patch[1]:
-            raise UserError(
-                f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {height}x{width} px: "
-                "choose another preprocess.image_size_px or model.patches.size"
-            )
+        check_patch(patch, images.shape[1:3])
         if self.gelu not in GELU:
             raise UserError(f"unknown gelu {self.gelu!r}: choose one of {', '.join(GELU)}")
 

@@ -1,9 +1,9 @@
-"""How large a model is: python -m mlpmixer_flax.summary --workdir=runs/b16
+"""Print the size of a model: python -m mlpmixer_flax.summary --workdir=runs/b16
 
-A line for each part: the shape of its output for one image, its parameters and
-its multiply-accumulates (MACs), those of convolution and dense layers. Below
-stand the totals and, with --config and --workdir, the memory that the optimizer
-takes beside the parameters.
+The table has one line per part of the model: the shape of its output for one
+image, its parameters, and the multiply-accumulates (MACs) of its convolutions
+and dense layers. Below are the totals and, with --config and --workdir, the
+memory that the optimizer needs besides the parameters.
 
 Nothing is computed, and published weights are not downloaded.
 """
@@ -17,25 +17,26 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mlpmixer_flax import UserError, pretrained
+from mlpmixer_flax import UserError
+from mlpmixer_flax.cli import add_names, exit_status, make_parser
 from mlpmixer_flax.config import resolve
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.inference.load import load_run, module_of
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.published import PUBLISHED
-from mlpmixer_flax.step import make_optimizer, split_frozen
-from mlpmixer_flax.tabulate import summarize
-from mlpmixer_flax.terminal import exit_status
-from mlpmixer_flax.trained import add_names, load_run, model_of
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.optimizer import make_optimizer, split_frozen
+from mlpmixer_flax.training.table import summarize
+from mlpmixer_flax.weights.catalog import PUBLISHED
+from mlpmixer_flax.weights.source import find
 
 
 def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: int | None = None) -> str:
-    """The table of what a config trains; `path` and `overrides` are those of `load_config`.
+    """Returns the table of the model that a config trains; `path` and `overrides` are those of `load_config`.
 
-    With `num_classes` the dataset isn't opened, and colour images are assumed.
+    With `num_classes` the dataset is not opened, and images are assumed to have 3 channels.
 
     Raises:
-      UserError: as load_config, or the dataset isn't at hand.
+      UserError: as `load_config`, or the dataset cannot be opened.
     """
     config = load_config(path, overrides)
     channels = 3
@@ -43,55 +44,53 @@ def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: i
         try:
             info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
         except UserError as error:
-            raise UserError(f"{error} Or give --num_classes, and the data isn't needed.") from None
+            raise UserError(f"{error}; or give --num_classes, then the dataset is not needed") from None
         num_classes, channels = info["num_classes"], info["image_shape"][2]
     if num_classes < 1:
-        raise UserError(f"num_classes={num_classes} leaves nothing to classify: give at least 1")
+        raise UserError(f"num_classes={num_classes} must be at least 1")
     size_px = config.preprocess.image_size_px
-    model = MlpMixer(num_classes=num_classes, **resolve(config, {}).model.to_dict())
-    return _summarize(model, (size_px, size_px, channels), config)
+    module = MlpMixer(num_classes=num_classes, **resolve(config, {}).model.to_dict())
+    return _summarize(module, (size_px, size_px, channels), config)
 
 
 def summarize_run(workdir: Path) -> str:
-    """The table of a run; UserError as `load_run`."""
-    trained = load_run(workdir)
-    size_px = trained.preprocess["image_size_px"]
-    return _summarize(trained.model, (size_px, size_px, trained.channels), ConfigDict(trained.config))
+    """Returns the table of a run; raises UserError as `load_run`."""
+    model = load_run(workdir)
+    size_px = model.preprocess["image_size_px"]
+    return _summarize(model.module, (size_px, size_px, model.channels), ConfigDict(model.config))
 
 
 def summarize_weights(source: str) -> str:
-    """The table of weights, named as in `pretrained.load`; UserError as that, or where they have no head."""
+    """Returns the table of weights; raises UserError if they cannot be found or have no head."""
     if source in PUBLISHED:
         published = PUBLISHED[source]
         size_px = published.origin["preprocess"]["image_size_px"]
-        model = MlpMixer(num_classes=published.num_classes, **published.origin["model"])
-        return _summarize(model, (size_px, size_px, 3))
-    return _summarize(*model_of(pretrained.find(source), source))
+        module = MlpMixer(num_classes=published.num_classes, **published.origin["model"])
+        return _summarize(module, (size_px, size_px, 3))
+    return _summarize(*module_of(find(source), source))
 
 
-def _summarize(model: MlpMixer, image_shape: tuple[int, int, int], config: ConfigDict | None = None) -> str:
+def _summarize(module: MlpMixer, image_shape: tuple[int, int, int], config: ConfigDict | None = None) -> str:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    params = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)["params"]
+    params = jax.eval_shape(lambda images: module.init(jax.random.key(0), images), images)["params"]
     opt_state = None
     if config is not None:
         learning, _ = split_frozen(params, config.freeze)
-        # Of a schedule only a counter is kept, whatever it is.
+        # The state has only a counter for the schedule, so any schedule will do.
         opt_state = jax.eval_shape(make_optimizer(config, lambda step: 0.0).init, learning)
-    return summarize(model, image_shape, params=params, opt_state=opt_state)
+    return summarize(module, image_shape, params=params, opt_state=opt_state)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of the program; exits as argparse does where they cannot be parsed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mlpmixer_flax.summary",
+    """Returns the options of the program; exits with a message if they are wrong."""
+    parser = make_parser(
+        "summary",
+        __doc__,
         usage="%(prog)s --config=FILE [--config.KEY=VALUE ...]\n"
         "       %(prog)s --config=FILE --num_classes=N\n"
         "       %(prog)s --workdir=RUN\n"
         "       %(prog)s --weights=NAME",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  python -m mlpmixer_flax.summary --config=configs/b16_cifar10.py \\\n"
+        examples="  python -m mlpmixer_flax.summary --config=configs/b16_cifar10.py \\\n"
         "      --config.model.num_blocks=6 --config.optimizer.name=adamw\n"
         "  python -m mlpmixer_flax.summary --config=configs/l16_imagenet.py \\\n"
         "      --num_classes=1000\n"
@@ -104,15 +103,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_classes",
         type=int,
-        help="with --config: the size of the head, for images with 3 channels; else "
-        "both are those of the config's dataset, which must be at hand",
+        help="with --config: number of classes, for images with 3 channels (default: "
+        "those of the config's dataset, which must be prepared)",
     )
     arguments, arguments.overrides = parser.parse_known_args(argv)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Exit status: 0 done, 2 unusable input."""
+    """Runs the program. Exit status: 0 done, 2 unusable input."""
     arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 
@@ -122,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print(summarize_config(arguments.config, arguments.overrides, num_classes=arguments.num_classes))
     elif arguments.overrides or arguments.num_classes is not None:
         extra = " ".join(arguments.overrides) or f"--num_classes={arguments.num_classes}"
-        raise UserError(f"{extra} cannot be used without --config: leave it out")
+        raise UserError(f"{extra} is for --config only: leave it out")
     elif arguments.workdir:
         print(summarize_run(arguments.workdir))
     else:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlpmixer_flax.analyze import features, main
-from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.analyze import main
 from mlpmixer_flax.export import export
-from mlpmixer_flax.figures import compare
+from mlpmixer_flax.inference.fewshot import features_of_split
+from mlpmixer_flax.inference.figures import compare
+from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.train import train
-from mlpmixer_flax.trained import load_run
+from mlpmixer_flax.training.configfile import load_config
 
 SMALL = [
     "--config.model.hidden_dim=16",
@@ -70,7 +71,7 @@ def test_program_shows_all_of_a_run_but_the_experiment_that_trains(run, capsys):
 
 def test_features_are_what_the_head_sees_of_every_image_in_order(trained):
     examples = trained.open("digits", "test")
-    found, labels = features(trained, examples, batch_size=50)  # 364 images: 14 in the last batch
+    found, labels = features_of_split(trained, examples, batch_size=50)  # 364 images: 14 in the last batch
     images, expected_labels = examples.read(np.arange(len(examples)))
     np.testing.assert_array_equal(labels, expected_labels)
     head = trained.params["head"]
@@ -80,12 +81,12 @@ def test_features_are_what_the_head_sees_of_every_image_in_order(trained):
 
 def test_features_to_draw_from_hold_enough_of_each_class_and_no_image_twice(trained):
     examples = trained.open("digits", "train")
-    every, _ = features(trained, examples)
-    some, labels = features(trained, examples, per_class=5, batch_size=10)
+    every, _ = features_of_split(trained, examples)
+    some, labels = features_of_split(trained, examples, per_class=5, batch_size=10)
     counts = np.bincount(labels)
     assert counts.min() >= 5 and len(some) < 250
     assert min(np.bincount(labels[:-10], minlength=10)) < 5  # and not a batch more than that takes
-    beyond, labels = features(trained, examples, per_class=10_000)
+    beyond, labels = features_of_split(trained, examples, per_class=10_000)
     assert len(beyond) == len(labels) == len(every)
     np.testing.assert_allclose(np.sort(beyond[:, 0]), np.sort(every[:, 0]), atol=1e-4)
     assert abs(beyond[:, 0] - every[:, 0]).max() > 0.1  # in another order
@@ -100,9 +101,9 @@ def test_features_of_a_folder_are_cropped_once(trained, tmp_path):
     examples = cropping.open(f"folder:{tmp_path}", "train")
     images, _ = examples.read(np.arange(len(examples)))
     assert images.shape[1:] == (8, 8, 1)
-    headless = replace(trained, model=trained.model.clone(num_classes=0))
+    headless = replace(trained, model=trained.module.clone(num_classes=0))
     expected = headless.logits(trained.params, images)
-    np.testing.assert_allclose(features(cropping, examples)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(features_of_split(cropping, examples)[0], expected, atol=1e-4)
 
 
 def test_fewshot_takes_the_test_split_and_shots_that_are_named(run, tmp_path, capsys):

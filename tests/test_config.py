@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from mlpmixer_flax import augment
 from mlpmixer_flax.config import (
     LEFT_OPEN,
     flatten,
@@ -16,6 +15,7 @@ from mlpmixer_flax.config import (
     mixer_b16_config,
     resolve,
 )
+from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
 
 PACKAGE = Path(__file__).parent.parent / "mlpmixer_flax"

@@ -10,11 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax.config import get_finetuning_config, resolve
-from mlpmixer_flax.configfile import load_config
-from mlpmixer_flax.fit import fit
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.plan import make_plan
-from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.setup import make_setup
+from mlpmixer_flax.weights.adapt import adapt
+from mlpmixer_flax.weights.catalog import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -55,7 +55,7 @@ def test_shrunken_config_takes_a_step(file):
             "schedule.warmup_steps": min(config.schedule.warmup_steps, 1),
         }
     )
-    plan = make_plan(resolve(config, {}))
+    plan = make_setup(resolve(config, {}))
     update = jax.jit(plan.update)
     state = plan.init(None)
     for k in range(2):  # with a warmup the first step has learning rate 0
@@ -103,7 +103,7 @@ def test_published_weights_fit_the_model_of_the_config(name, note):
 
     weights = {key: leaf.shape for key, leaf in flatten_dict(shapes(theirs, 224), sep="/").items()}
     like = shapes(ours, config.preprocess.image_size_px)
-    params, notes = fit(weights, lambda key: np.zeros(weights[key], np.float32), like)
+    params, notes = adapt(weights, lambda key: np.zeros(weights[key], np.float32), like)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, like)
     assert any(note in said for said in notes) if note else len(notes) == 1  # of the head
     assert name[0] == config.init_from.split("-")[1][0].lower()

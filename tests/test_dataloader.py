@@ -1,4 +1,4 @@
-"""Datasets, batches and iteration, on the embedded digits and on TFDS directories written here."""
+"""Examples, batches and iteration, on the embedded digits and on TFDS directories written here."""
 
 import multiprocessing
 import os
@@ -12,8 +12,8 @@ from made_datasets import encode, write_dataset
 from PIL import Image
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.images import central_box, random_box
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, get_dataset_info, iterate, open_examples
-from mlpmixer_flax.images import central_box, random_box
 
 DIGITS_TRAIN, DIGITS_TEST = 1433, 364
 
@@ -30,7 +30,7 @@ def assert_same(a, b):
 
 
 def fingerprints(batches, ks):
-    """One bytes object an example of these batches; the digits are all different but for a few."""
+    """Returns one bytes object per example of these batches; all digits except a few are different."""
     rows = [(batches[k]["image"], batches[k]["label"]) for k in ks]
     return [
         image.tobytes() + bytes([label])
@@ -45,6 +45,7 @@ def fingerprints(batches, ks):
 def test_cache_bytes_decides():
     size = DIGITS_TRAIN * 8 * 8
     cached, streamed = digits(cache_bytes=size), digits(cache_bytes=size - 1)
+    assert cached.images is not None and cached.labels is not None
     assert cached.images.shape == (DIGITS_TRAIN, 8, 8, 1) and cached.images.dtype == np.uint8
     assert cached.labels.shape == (DIGITS_TRAIN,) and cached.labels.dtype == np.int32
     assert streamed.images is None and streamed.labels is None
@@ -60,7 +61,7 @@ def test_image_mode_follows_the_channels_of_the_dataset(tmp_path):
         name = f"modes{channels}"
         write_dataset(tmp_path, name, {"train": [(f, 0) for f in files]}, image_shape=(8, 8, channels))
         images = open_examples(name, "train", data_dir=str(tmp_path)).images
-        assert images.shape == (4, 8, 8, channels)
+        assert images is not None and images.shape == (4, 8, 8, channels)
         for image in images[:3]:
             np.testing.assert_array_equal(
                 image[..., : min(channels, 3)], np.stack([gray] * min(channels, 3), -1)
@@ -71,15 +72,16 @@ def test_image_mode_follows_the_channels_of_the_dataset(tmp_path):
 
 def test_images_of_varying_size_become_central_squares(photos):
     examples = open_examples("photos", "test", data_dir=photos, image_size_px=16, crop_fraction=0.875)
-    assert examples.images.shape == (9, 16, 16, 3) and examples.cropped
     full = open_examples("photos", "test", data_dir=photos, image_size_px=16)
+    assert examples.images is not None and full.images is not None
+    assert examples.images.shape == (9, 16, 16, 3) and examples.cropped
     for index, (image, whole) in enumerate(zip(examples.images, full.images, strict=True)):
         if index not in (3, 4):
             # Red rises to the right and green downwards; a central crop leaves their means at 127.
             red, green = image[..., 0].mean(0), image[..., 1].mean(1)
             assert (np.diff(red) > 0).all() and (np.diff(green) > 0).all()
             assert abs(red.mean() - 127) < 4 and abs(green.mean() - 127) < 4
-            assert np.ptp(red) < np.ptp(whole[..., 0].mean(0))  # a smaller part of the gradient
+            assert np.ptp(red) < np.ptp(whole[..., 0].mean(0))  # shows a smaller part of the gradient
 
 
 def test_images_of_one_size_that_are_not_square_become_central_squares_too(tmp_path):
@@ -98,7 +100,7 @@ def test_central_square_is_resize_then_crop():
         (360, 240), Image.Resampling.BICUBIC
     )
     usual = smooth.resize((96, 64), Image.Resampling.BILINEAR).crop((20, 4, 76, 60))
-    box = central_box(360, 240, 56 / 64)
+    box = central_box(360, 240, crop_fraction=56 / 64)
     ours = smooth.resize((56, 56), Image.Resampling.BILINEAR, box)
     assert np.abs(np.asarray(usual, int) - np.asarray(ours, int)).max() <= 1
 
@@ -114,17 +116,17 @@ def test_interpolation_is_used(photos):
 def test_random_crops_are_random_and_a_function_of_seed_and_position(photos):
     options = {"data_dir": photos, "image_size_px": 16, "min_crop_area": 0.1}
     examples = open_examples("photos", "train", **options)
-    assert examples.images is None  # a crop to be drawn anew each epoch cannot be held in memory
+    assert examples.images is None  # crops are drawn again in each epoch, so they cannot be kept in memory
     batches = TrainBatches(examples, batch_size=40, seed=1)
     assert batches[0]["image"].shape == (40, 16, 16, 3)
     assert_same(
         batches[7], TrainBatches(open_examples("photos", "train", **options), batch_size=40, seed=1)[7]
     )
-    # The same crop whatever the batch size: the key is the position in the stream.
+    # The crop does not depend on the batch size, because its seed has the position in the stream.
     assert_same(
         {k: v[10:20] for k, v in batches[2].items()}, TrainBatches(examples, batch_size=10, seed=1)[9]
     )
-    # In a split of one image only the crop can differ from seed to seed.
+    # In a split of one image, only the crop can change with the seed.
     one = open_examples("photos", "train[:1]", **options)
     assert (
         TrainBatches(one, batch_size=1, seed=0)[0]["image"]
@@ -136,20 +138,20 @@ def test_random_crops_are_random_and_a_function_of_seed_and_position(photos):
     reds = images[..., 0].astype(float).mean(1)
     spans = np.ptp(reds, axis=1) / 255  # share of the width that the crop shows
     assert spans.min() < 0.5 and spans.max() > 0.75
-    assert np.std(images[..., 0].mean((1, 2))) > 10  # crops lie left and right
-    assert np.std(images[..., 1].mean((1, 2))) > 10  # and up and down
+    assert np.std(images[..., 0].mean((1, 2))) > 10  # crops are at the left and at the right
+    assert np.std(images[..., 1].mean((1, 2))) > 10  # and at the top and at the bottom
 
 
 def test_random_box_keeps_its_limits():
     for seed in range(300):
         width, height = 40 + seed % 50, 80 - seed % 30
-        box = random_box(width, height, 0.3, np.random.default_rng(seed))
+        box = random_box(width, height, min_crop_area=0.3, rng=np.random.default_rng(seed))
         if box is not None:
             left, top, right, bottom = box
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
             assert (right - left) * (bottom - top) >= 0.28 * width * height
             assert 0.7 < (right - left) / (bottom - top) < 1.43
-    assert random_box(1000, 10, 0.9, np.random.default_rng(0)) is None
+    assert random_box(1000, 10, min_crop_area=0.9, rng=np.random.default_rng(0)) is None
 
 
 def test_random_crops_do_not_touch_test_batches(photos):
@@ -178,9 +180,10 @@ def test_batch_is_a_function_of_seed_and_k():
 
 
 @pytest.mark.parametrize("batch_size", [1, 32, 1433, 2000])
-def test_every_example_once_an_epoch(batch_size):
+def test_every_example_once_per_epoch(batch_size):
     examples = open_examples("digits", "train[:50]") if batch_size == 1 else digits()
     n = len(examples)
+    assert examples.images is not None and examples.labels is not None
     expected = sorted(i.tobytes() + bytes([x]) for i, x in zip(examples.images, examples.labels, strict=True))
     stream = fingerprints(
         TrainBatches(examples, batch_size=batch_size, seed=0), range(-(-3 * n // batch_size))
@@ -194,6 +197,7 @@ def test_every_example_once_an_epoch(batch_size):
 def test_batch_may_be_larger_than_the_split():
     examples = open_examples("digits", "train[:7]")
     batch = TrainBatches(examples, batch_size=70, seed=0)[3]
+    assert examples.labels is not None
     assert (
         np.bincount(batch["label"], minlength=10).tolist()
         == (10 * np.bincount(examples.labels, minlength=10)).tolist()
@@ -205,7 +209,7 @@ def test_shards_are_the_rows_of_the_global_batch(kind):
     options = {"seed": 0} if kind is TrainBatches else {}
     whole = kind(digits(), batch_size=96, **options)
     shards = [kind(digits(), batch_size=96, shard_index=i, shard_count=3, **options) for i in range(3)]
-    for k in (0, 14):  # 14: the last test batch; over the end of the epoch in training
+    for k in (0, 14):  # 14: the last test batch; in training it crosses the end of the epoch
         parts = [shard[k] for shard in shards]
         assert_same(whole[k], {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
@@ -216,21 +220,21 @@ def test_impossible_shard_is_refused(index, count):
         lambda **k: TrainBatches(digits(), batch_size=8, seed=0, **k),
         lambda **k: TestBatches(digits(), batch_size=8, **k),
     ):
-        with pytest.raises(UserError, match=f"Shard {index} of {count}"):
+        with pytest.raises(UserError, match=f"^shard {index} of {count} does not exist: use 0"):
             make(shard_index=index, shard_count=count)
 
 
 def test_impossible_batch_size_or_seed_is_refused():
-    with pytest.raises(UserError, match="Batch size 10 .* 4 shards"):
+    with pytest.raises(UserError, match="^batch size 10 .* 4 shards: use a positive multiple of 4"):
         TrainBatches(digits(), batch_size=10, seed=0, shard_count=4)
-    with pytest.raises(UserError, match="Batch size 0"):
+    with pytest.raises(UserError, match="^batch size 0"):
         TestBatches(digits(), batch_size=0)
-    with pytest.raises(UserError, match="seed is -1"):
+    with pytest.raises(UserError, match="^seed is -1: use 0 or more"):
         TrainBatches(digits(), batch_size=10, seed=-1)
 
 
 @pytest.mark.parametrize(("batch_size", "shard_count"), [(364, 1), (50, 2), (128, 4), (1000, 2)])
-def test_test_batches_score_every_example_once_and_in_order(batch_size, shard_count):
+def test_test_batches_have_every_example_once_and_in_order(batch_size, shard_count):
     examples = open_examples("digits", "test")
     shards = [
         TestBatches(examples, batch_size=batch_size, shard_index=i, shard_count=shard_count)
@@ -249,7 +253,7 @@ def test_test_batches_score_every_example_once_and_in_order(batch_size, shard_co
             labels.append(batch["label"][batch["mask"]])
     np.testing.assert_array_equal(np.concatenate(images), examples.images)
     np.testing.assert_array_equal(np.concatenate(labels), examples.labels)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="does not exist: there are"):
         shards[0][len(shards[0])]
 
 
@@ -268,7 +272,7 @@ def test_streamed_batches_are_the_cached_ones_for_any_number_of_workers():
         assert len(got) == 8
         for a, b in zip(expected, got, strict=True):
             assert_same(a, b)
-    # Resumed in the middle, over the end of the epoch at batch 14.33.
+    # Starts in the middle and crosses the end of the epoch, which is in batch 14 (1433 / 100).
     for a, b in zip(expected[4:], iterate(streamed, 14, 18), strict=True):
         assert_same(a, b)
 
@@ -307,11 +311,13 @@ def test_workers_end_with_the_iterator():
     assert not set(multiprocessing.active_children()) - before
 
 
-def test_a_worker_ends_whose_parent_was_killed_before_it_came_up():
-    """As a worker's start takes a second, in which the parent may end; the test's own process is alive."""
+def test_a_worker_exits_if_its_parent_was_killed_before_it_started():
+    """A worker takes a second to start; the parent may end before. (The test's own process is alive.)"""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    code = f"import time, mlpmixer_flax.dataloader as d; d._live_as_long_as({gone.pid}, 0, 1); time.sleep(60)"
+    code = (
+        f"import time, mlpmixer_flax.dataloader as d; d._exit_with_parent({gone.pid}, 0, 1); time.sleep(60)"
+    )
     start = time.monotonic()
     assert run_python(code).returncode == 1 and time.monotonic() - start < 30
 
@@ -319,13 +325,13 @@ def test_a_worker_ends_whose_parent_was_killed_before_it_came_up():
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("cut", ["Image 4 (train-4)", "'train' of dataset 'bad'"]),
-        ("text", ["Image 4 (train-4)", "UnidentifiedImageError"]),
-        ("size", ["Image 4 (train-4)", "(7, 8, 3), not (8, 8, 3)"]),
-        ("label", ["Image 4 (train-4)", "label -1 is not in [0, 3)"]),
+        ("cut", ["image 4 (train-4)", "'train' of dataset 'bad'"]),
+        ("text", ["image 4 (train-4)", "UnidentifiedImageError"]),
+        ("size", ["image 4 (train-4)", "(7, 8, 3), not (8, 8, 3)"]),
+        ("label", ["image 4 (train-4)", "label -1 is not in [0, 3)"]),
     ],
 )
-def test_bad_example_is_named_whether_cached_or_streamed(tmp_path, damage, words):
+def test_a_bad_example_is_named_cached_or_streamed(tmp_path, damage, words):
     rng = np.random.default_rng(0)
     examples = [(encode(rng.integers(0, 255, (8, 8, 3), np.uint8)), i % 3) for i in range(6)]
     image, label = examples[4]
@@ -354,7 +360,7 @@ def test_bad_example_is_named_whether_cached_or_streamed(tmp_path, damage, words
         assert "\n" not in str(error.value)
 
 
-# --- what it imports
+# --- imports
 
 
 def run_python(code):
@@ -375,7 +381,7 @@ def test_import_is_light_and_loading_needs_no_tensorflow():
     assert result.stderr == ""
 
 
-def test_flags_of_a_program_stay_as_parsed():
+def test_flags_that_a_program_has_parsed_stay():
     result = run_python(
         "import sys; from absl import app, flags\n"
         "flags.DEFINE_integer('size', 1, '')\n"
@@ -389,7 +395,7 @@ def test_flags_of_a_program_stay_as_parsed():
     assert result.stdout.splitlines() == ["3"], result.stderr
 
 
-# --- real datasets, where there are any
+# --- real datasets, if TFDS_DATA_DIR has them
 
 
 @pytest.mark.parametrize(
@@ -402,6 +408,7 @@ def test_real_dataset(dataset, shape, train):
     info = get_dataset_info(dataset, "train")
     assert (info["num_examples"], info["num_classes"], info["image_shape"]) == (train, 10, shape)
     examples = open_examples(dataset, "test")
+    assert examples.images is not None and examples.labels is not None
     assert examples.images.shape == (10000, *shape)
     assert np.bincount(examples.labels).sum() == 10000
     streamed = TrainBatches(open_examples(dataset, "train", cache_bytes=0), batch_size=64, seed=0)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import open_examples
-from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.weights.catalog import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlpmixer_flax import sharding
 from mlpmixer_flax.config import get_config, resolve
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import open_examples
-from mlpmixer_flax.evaluate import evaluate, evaluate_classes, main, open_split, score_images
-from mlpmixer_flax.metrics import read_metrics
+from mlpmixer_flax.evaluate import main
+from mlpmixer_flax.inference.load import load_run
+from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.step import make_eval_step
 from mlpmixer_flax.train import train
-from mlpmixer_flax.trained import load_run
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.evaluation import evaluate, evaluate_classes, make_eval_step
+from mlpmixer_flax.training.report import read_metrics
 
 CLASSES = 8
 QUICK = {"xla_backend_optimization_level": 0}  # to compile, which takes nearly all of the time here

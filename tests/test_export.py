@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -18,14 +19,14 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors.numpy import load_file
 
 from mlpmixer_flax import UserError, pretrained
-from mlpmixer_flax.checkpoint import read_weights
-from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax.data.images import RESAMPLING, read_square
 from mlpmixer_flax.export import PLATFORMS, export, main
 from mlpmixer_flax.export import __doc__ as help_text
-from mlpmixer_flax.images import RESAMPLING, read_square
+from mlpmixer_flax.inference.load import load, load_run
+from mlpmixer_flax.rundir import read_weights
 from mlpmixer_flax.train import train
-from mlpmixer_flax.trained import load_run, load_weights, make_predict
-from mlpmixer_flax.weightfiles import open_weights
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.weights.files import open_weights
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_weights_of_a_file_go_into_the_other_format_and_keep_their_origin(run, t
     first, second = tmp_path / "first", tmp_path / "second"
     export(load_run(run, "best"), first, format=source)
     assert main([f"--weights={first}", f"--format={target}", f"--output={second}"]) == 0
-    before, after = load_weights(str(first)), load_weights(str(second))
+    before, after = load(str(first)), load(str(second))
     chex.assert_trees_all_equal(after.params, before.params)
     assert after.model == before.model
     assert (after.preprocess, after.class_names) == (before.preprocess, before.class_names)
@@ -176,7 +177,7 @@ def test_the_five_lines_of_the_help_predict_the_same_in_a_process_without_our_pa
 
     found, trained = np.load(tmp_path / "found.npz"), load_run(run, "best")
     assert tuple(found["class_names"]) == trained.class_names
-    predict = make_predict(trained)
+    predict = jax.jit(partial(trained.probabilities, trained.params))
     for size, images in given.items():
         assert found[size].dtype == np.float32
         np.testing.assert_allclose(found[size], predict(images), atol=1e-6)
@@ -205,7 +206,7 @@ def test_beside_a_stablehlo_file_stands_what_a_photo_needs(run, stablehlo, tmp_p
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     photo.save(tmp_path / "photo.jpg", exif=turned)
-    opening, fitting = re.search(r"Pillow's\n\n  (.*)\n  (.*)\n", help_text).groups()
+    opening, fitting = re.search(r"evaluation:\n\n  (.*)\n  (.*)\n", help_text).groups()
     assert fitting == "ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)"
     with contextlib.chdir(tmp_path):
         names = {}
@@ -233,7 +234,8 @@ def test_an_image_is_cropped_once_and_a_sigmoid_head_gives_sigmoids(run, tmp_pat
     export(cropping, tmp_path / "m", format="stablehlo")
     exported = jax.export.deserialize(bytearray((tmp_path / "m").read_bytes()))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
-    whole = make_predict(dataclasses.replace(trained, loss="sigmoid"))
+    sigmoid = dataclasses.replace(trained, loss="sigmoid")
+    whole = jax.jit(partial(sigmoid.probabilities, trained.params))
     np.testing.assert_allclose(exported.call(images), whole(images), atol=1e-6)
     assert json.loads((tmp_path / "m.json").read_text())["preprocess"]["crop_fraction"] == 0.5
 

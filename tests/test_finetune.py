@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from mlpmixer_flax.checkpoint import read_weights
 from mlpmixer_flax.config import get_finetuning_config
-from mlpmixer_flax.metrics import read_metrics
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.rundir import read_weights
 from mlpmixer_flax.train import main
-from mlpmixer_flax.weightfiles import write_npz, write_safetensors
+from mlpmixer_flax.training.report import read_metrics
+from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
 MODEL = {"patches": {"size": (2, 2)}, "hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8}
 MODEL["channels_mlp_dim"] = 32

@@ -11,9 +11,9 @@ from PIL import Image
 
 from mlpmixer_flax import predict, train
 from mlpmixer_flax.dataloader import open_examples
-from mlpmixer_flax.metrics import read_metrics
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.weightfiles import write_npz
+from mlpmixer_flax.training.report import read_metrics
+from mlpmixer_flax.weights.files import write_npz
 
 CLASSES = {"zero": 0, "six": 6, "seven": 7}
 MODEL = {"patches": {"size": (4, 4)}, "hidden_dim": 128, "num_blocks": 2, "tokens_mlp_dim": 16}

@@ -12,8 +12,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from mlpmixer_flax.configfile import load_config
-from mlpmixer_flax.validate import validate
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.validate import validate
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {file.stem: file for file in sorted((ROOT / "notebooks").glob("*.ipynb"))}

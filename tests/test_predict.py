@@ -19,20 +19,21 @@ import numpy as np
 import pytest
 from made_datasets import encode
 from PIL import Image
+from rich.cells import cell_len
 
-from mlpmixer_flax import UserError, download, export
-from mlpmixer_flax.checkpoint import read_class_names
-from mlpmixer_flax.configfile import load_config
+from mlpmixer_flax import UserError, export
 from mlpmixer_flax.dataloader import open_examples
-from mlpmixer_flax.evaluate import open_split, score_images
-from mlpmixer_flax.metrics import read_metrics
+from mlpmixer_flax.inference.load import load_run
+from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.predict import find_files, main, predict
-from mlpmixer_flax.published import PUBLISHED
-from mlpmixer_flax.terminal import width
+from mlpmixer_flax.rundir import read_class_names
 from mlpmixer_flax.train import train
-from mlpmixer_flax.trained import load_run
-from mlpmixer_flax.weightfiles import write_npz
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.report import read_metrics
+from mlpmixer_flax.weights import download
+from mlpmixer_flax.weights.catalog import PUBLISHED
+from mlpmixer_flax.weights.files import write_npz
 
 ACROSS, DOWN = np.meshgrid(np.linspace(0, 255, 60), np.linspace(40, 160, 40))
 PHOTO = Image.fromarray(np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype(np.uint8))
@@ -143,7 +144,7 @@ def test_published_weights_name_the_classes_of_imagenet(tmp_path, monkeypatch, c
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     params = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes)
     params["head"]["bias"][[281, 36, 2]] = 9, 8, 7
-    place = download._locate(weights.url)[2]
+    place = download.cache_file(weights.url)
     place.parent.mkdir(parents=True)
     write_npz(place, params, metadata={})
     photo = Path(write(tmp_path, "a" * 70 + ".png")) / ("a" * 70 + ".png")
@@ -225,7 +226,7 @@ def test_the_table_fits_80_columns_whatever_the_names(run, digits, tmp_path, cap
         assert main([f"--workdir={named}", "--top=3", str(folder), str(digits / "0")]) == 0
         _, *lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 3 * (2 + len(list((digits / "0").iterdir())))
-        assert max(map(width, lines)) <= 80
+        assert max(map(cell_len, lines)) <= 80
         files = [line.split("  ")[0] for line in lines[::3]]
         assert files[0].endswith("bad\\udcff\\n.png") and files[1].endswith("e\u0301 photo.png")
         assert all(line.startswith(" ") for i, line in enumerate(lines) if i % 3)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.training.configfile import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -40,14 +40,15 @@ def test_snippet_runs(code, tmp_path):
 
 CACHE = """
 import sys, jax, numpy as np
-from mlpmixer_flax import download, weightfiles
+from mlpmixer_flax.weights import download
+from mlpmixer_flax.weights import files as weightfiles
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.weights.catalog import PUBLISHED
 
 weights = PUBLISHED[sys.argv[1]]
 model = MlpMixer(num_classes=weights.num_classes, **weights.origin["model"])
 shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
-place = download._locate(weights.url)[2]
+place = download.cache_file(weights.url)
 place.parent.mkdir(parents=True)
 weightfiles.write_npz(place, jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes), metadata={})
 """

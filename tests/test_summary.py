@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import pytest
 
 from mlpmixer_flax import config
-from mlpmixer_flax.checkpoint import read_weights
 from mlpmixer_flax.config import get_config
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.step import make_optimizer
+from mlpmixer_flax.rundir import read_weights
 from mlpmixer_flax.summary import main
-from mlpmixer_flax.tabulate import summarize
 from mlpmixer_flax.train import train
-from mlpmixer_flax.weightfiles import write_npz
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.optimizer import make_optimizer
+from mlpmixer_flax.training.table import summarize
+from mlpmixer_flax.weights.files import write_npz
 
 TINY = {
     "patches": {"size": (4, 2)},

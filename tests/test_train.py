@@ -16,10 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from made_datasets import encode, write_dataset
-from test_metrics import events, scalars
+from written_events import events, scalars
 
-from mlpmixer_flax.configfile import load_config
 from mlpmixer_flax.train import main, train
+from mlpmixer_flax.training.configfile import load_config
 
 # Everything random is on, so that a resumed run has much to get wrong.
 SMALL = [

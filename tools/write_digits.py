@@ -1,4 +1,4 @@
-"""Writes the embedded dataset `mlpmixer_flax/digits/1.0.0/` from scikit-learn's copy of UCI's digits.
+"""Writes the embedded dataset `mlpmixer_flax/data/digits/1.0.0/` from scikit-learn's copy of UCI's digits.
 
     pip install scikit-learn tensorflow-datasets array_record Pillow
     python tools/write_digits.py
@@ -71,7 +71,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         builder = Digits(data_dir=folder, file_format="array_record")
         builder.download_and_prepare()
-        target = PACKAGE_DIR / "digits" / "1.0.0"
+        target = PACKAGE_DIR / "data" / "digits" / "1.0.0"
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(builder.data_path, target)
 

@@ -13,7 +13,7 @@ import tokenize
 from pathlib import Path
 
 from mlpmixer_flax import config
-from mlpmixer_flax.published import PUBLISHED
+from mlpmixer_flax.weights.catalog import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = "digits mnist nano4 tiny4 s8 s16 s32 b16 b32 l16 l32 h14".split()

@@ -1,0 +1,163 @@
+"""What the programs share: naming a model and a dataset, text of 80 columns, exit status."""
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rich.cells import cell_len, chop_cells, set_cell_size
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.inference.load import load, load_run
+from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.rundir import CHECKPOINTS
+
+# --- options
+
+
+def make_parser(
+    program: str, description: str, *, examples: str = "", usage: str | None = None
+) -> argparse.ArgumentParser:
+    """Returns a parser whose --help shows the description, usually the docstring of the program, and examples."""
+    return argparse.ArgumentParser(
+        prog=f"python -m mlpmixer_flax.{program}",
+        usage=usage,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=examples and f"examples:\n{examples}",
+    )
+
+
+def add_names(group: argparse._ActionsContainer) -> None:
+    """Adds the two options that name a model; a program takes one of them."""
+    group.add_argument("--workdir", type=Path, help="run directory")
+    group.add_argument(
+        "--weights",
+        help="published name, file or URL, as python -m mlpmixer_flax.pretrained --help explains",
+    )
+
+
+def add_model(
+    parser: argparse.ArgumentParser,
+    *,
+    default: str = "the weights last evaluated: the EMA if the run keeps one, else the newest",
+) -> None:
+    """Adds the options that name a model and choose its weights; `default` describes the program's choice."""
+    add_names(parser.add_mutually_exclusive_group(required=True))
+    parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, help=f"which weights of the run (default: {default})"
+    )
+
+
+def load_model(arguments: argparse.Namespace) -> Model:
+    """Returns the model that the options of `add_model` name; raises UserError as `load`."""
+    if arguments.workdir is not None:
+        return load_run(arguments.workdir, arguments.checkpoint)
+    if arguments.checkpoint:
+        raise UserError(
+            f"--checkpoint={arguments.checkpoint} goes with --workdir only: --weights has no checkpoints"
+        )
+    return load(arguments.weights)
+
+
+def add_dataset(group: argparse._ActionsContainer) -> None:
+    """Adds the options that name a dataset; a program adds its own options for splits."""
+    group.add_argument(
+        "--dataset", help='TFDS name, "digits" or folder:PATH (default: the dataset of the run)'
+    )
+    group.add_argument("--data_dir", help="TFDS directory (default: that of the run, else $TFDS_DATA_DIR)")
+    group.add_argument(
+        "--skip_bad_images", action="store_true", help="leave out images of a folder that cannot be used"
+    )
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """A dataset, as a config names it."""
+
+    dataset: str
+    data_dir: str = ""
+    skip_bad_images: bool = False
+    train_split: str = "train"
+    test_split: str = "test"
+
+
+def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
+    """Returns the dataset that the options of `add_dataset` name; what they leave out is as in the run's config.
+
+    The config is used only for the run's own dataset.
+
+    Raises:
+      UserError: neither the options nor the model name a dataset.
+    """
+    if not arguments.dataset and not model.config:
+        raise UserError(f"{model.name} is not a run and has no dataset of its own: give --dataset")
+    own = {} if arguments.dataset else model.config
+    keys = [field.name for field in fields(NamedDataset)]
+    given = {key: vars(arguments).get(key) or own.get(key) for key in keys}
+    return NamedDataset(**{key: value for key, value in given.items() if value})
+
+
+# --- exit status
+
+
+def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
+    """Runs a program, prints an error as one sentence, and returns the exit status.
+
+    The status is what the program returns (None = 0); 1 if the loss diverged or the reader of the output closed it;
+    2 for a UserError; 130 for Ctrl-C, after printing `interrupted`.
+    """
+    # Orbax and TFDS warn about normal things, the hub about every retry, Matplotlib about weights of fonts.
+    for name in ("absl", "huggingface_hub", "matplotlib.font_manager"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")  # about images, without their file names
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file name may be invalid text, or not exist in the terminal's encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return program() or 0
+    except (UserError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # the reader has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+# --- text in columns; a Chinese character takes two columns, a combining accent none
+
+
+def printable(text: str) -> str:
+    """Returns the text, escaped if it has characters that control the terminal."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def shorten(text: str, columns: int) -> str:
+    """Returns the text, or its start and "…" if it needs more columns."""
+    text = printable(text)
+    return text if cell_len(text) <= columns else chop_cells(text, columns - 1)[0] + "…"
+
+
+def shorten_start(text: str, columns: int) -> str:
+    """Returns the text, or "…" and its end if it needs more columns: the end of a path says most."""
+    text = printable(text)
+    if cell_len(text) <= columns:
+        return text
+    while cell_len(text) > columns - 1:
+        text = text[1:]
+    return "…" + text
+
+
+def pad(text: str, columns: int) -> str:
+    """Returns the text in exactly so many columns: shortened, or filled with spaces on the right."""
+    return set_cell_size(shorten(text, columns), columns)

@@ -1,0 +1,205 @@
+"""Opens a split of a dataset by name and reads its examples by index: decoded images and labels."""
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.data.folders import FolderRecords, folder_info
+from mlpmixer_flax.data.image_checks import open_folder
+from mlpmixer_flax.data.images import MODES, RESAMPLING, central_box, first_line, random_box, to_mode
+from mlpmixer_flax.data.source import DatasetInfo, Source
+from mlpmixer_flax.data.tfds import open_tfds, tfds_info
+
+_FOLDER = "folder:"  # the name of a dataset begins with this if it is a folder of images
+
+
+def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") -> DatasetInfo:
+    """Returns facts about a split, without decoding an image.
+
+    Args:
+      dataset: "digits" (embedded), a TFDS name: "cifar10", "cifar10:3.0.2", "name/config", or
+        "folder:PATH", a folder of images in the layout that `folders` describes.
+      split: in TFDS's syntax: "train", "train[:90%]", "train+test".
+      data_dir: TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Returns:
+      A dict: `num_examples`, `num_classes`, `class_names` (list of str), `int2str` (label -> name) and
+      `image_shape` (h, w, c), where h and w are None if the images vary in size.
+
+    Raises:
+      UserError: the dataset is unknown, not prepared or without images and labels; or the split is
+        unknown or empty.
+    """
+    if dataset.startswith(_FOLDER):
+        return folder_info(dataset.removeprefix(_FOLDER), split)
+    return tfds_info(dataset, split, data_dir=data_dir)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of a split by index: kept in memory if `images` is set, else decoded when read."""
+
+    name: str  # of the split and the dataset, for messages
+    source: Source
+    image_shape: tuple[int, int, int]  # of the images that read() returns
+    cropped: bool  # True: read() crops and resizes, because stored images vary in size or are not square
+    crop_fraction: float
+    min_crop_area: float
+    interpolation: str
+    images: np.ndarray | None = None  # uint8 (n, h, w, c); set together with labels
+    labels: np.ndarray | None = None  # int32 (n,)
+
+    def __len__(self) -> int:
+        return len(self.source.records)
+
+    @property
+    def num_classes(self) -> int:
+        return self.source.num_classes
+
+    @property
+    def files(self) -> list[str] | None:
+        """The file name of each example, relative to the folder; None if the dataset is not a folder."""
+        return self.source.records.files if isinstance(self.source.records, FolderRecords) else None
+
+    def read(
+        self, indices: np.ndarray, crop_seeds: Sequence[tuple[int, ...]] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns images uint8 (n, h, w, c) and labels int32 (n,).
+
+        Args:
+          indices: int (n,).
+          crop_seeds: one per image, for a random crop (if `min_crop_area` is below 1); without them, crops
+            are central.
+
+        Raises:
+          UserError: a record or image is damaged, an image has another shape than the dataset says, or a
+            label does not belong to any class.
+        """
+        if self.images is not None and self.labels is not None:
+            return self.images[indices], self.labels[indices]
+        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        try:
+            records = self.source.records.__getitems__(indices.tolist())
+        except Exception as error:
+            raise UserError(
+                f"records of {self.name} are damaged ({first_line(error)}): restore them or prepare the "
+                "dataset again"
+            ) from error
+        for row, record in enumerate(records):
+            try:
+                crop_seed = None if crop_seeds is None else crop_seeds[row]
+                image = self._decode(record[self.source.image_key], crop_seed)
+                if image.shape != self.image_shape:
+                    raise ValueError(f"its shape is {image.shape}, not {self.image_shape}")
+                label = int(record[self.source.label_key])
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"its label {label} is not in [0, {self.num_classes})")
+            except Exception as error:
+                identity = record.get("id", record.get("file_name", b""))
+                identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
+                raise UserError(
+                    f"image {indices[row]}{identity and f' ({identity})'} of {self.name} cannot be used "
+                    f"({first_line(error)}): repair it or leave it out of the split"
+                ) from error
+            images[row], labels[row] = image, label
+        return images, labels
+
+    def _decode(self, encoded: bytes, crop_seed: tuple[int, ...] | None) -> np.ndarray:
+        height, width, channels = self.image_shape
+        with Image.open(io.BytesIO(encoded)) as image:
+            image = to_mode(image, MODES[channels])
+            if self.cropped:
+                box = central_box(*image.size, crop_fraction=self.crop_fraction)
+                if crop_seed is not None and self.min_crop_area < 1:
+                    rng = np.random.default_rng(crop_seed)
+                    box = random_box(*image.size, min_crop_area=self.min_crop_area, rng=rng) or box
+                image = image.resize((width, height), RESAMPLING[self.interpolation], box)
+            pixels = np.asarray(image)
+        return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def open_examples(
+    dataset: str,
+    split: str,
+    *,
+    data_dir: str = "",
+    cache_bytes: int = 4 * 1024**3,
+    image_size_px: int = 224,
+    crop_fraction: float = 1.0,
+    min_crop_area: float = 1.0,
+    interpolation: str = "bilinear",
+    skip_bad_images: bool = False,
+    for_training: bool = False,
+) -> Examples:
+    """Opens a split; decodes it into memory if its decoded images fit in `cache_bytes`.
+
+    A split with random crops is never kept in memory.
+
+    Args:
+      dataset, split, data_dir: as in `get_dataset_info`.
+      cache_bytes: the largest size of a split that is kept in memory.
+      image_size_px, crop_fraction, min_crop_area, interpolation: used only if images vary in size or are not
+        square. Such images become squares of `image_size_px`. In `TrainBatches` each is a random box of at
+        least `min_crop_area` of the image, resized. In `TestBatches`, or with `min_crop_area` 1, it is the
+        central square with a side of `crop_fraction` of the short side, resized.
+      skip_bad_images: leaves out the images of a folder that cannot be used, instead of raising an error.
+      for_training: checks the images of all splits of a folder, not only of this one, so that one error lists
+        all bad images.
+
+    Raises:
+      UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; the dataset is
+        prepared in a format without random access; a folder has bad images (the message lists all of them);
+        or a folder to train on has only one class.
+    """
+    if dataset.startswith(_FOLDER):
+        path = dataset.removeprefix(_FOLDER)
+        source = open_folder(path, split, skip_bad_images=skip_bad_images, for_training=for_training)
+    else:
+        source = open_tfds(dataset, split, data_dir=data_dir)
+    height, width, channels = source.image_shape
+    # Whether the host or the device crops is decided only here; all other code follows `cropped`.
+    if height is None or width is None or height != width:
+        cropped, image_shape = True, (image_size_px, image_size_px, channels)
+    else:
+        cropped, image_shape = False, (height, width, channels)
+    examples = Examples(
+        name=f"split {split!r} of dataset {dataset!r}",
+        source=source,
+        image_shape=image_shape,
+        cropped=cropped,
+        crop_fraction=crop_fraction,
+        min_crop_area=min_crop_area,
+        interpolation=interpolation,
+    )
+    if len(examples) * math.prod(image_shape) > cache_bytes or (cropped and min_crop_area < 1):
+        return examples
+    images, labels = _decode_all(examples)
+    return dataclasses.replace(examples, images=images, labels=labels)
+
+
+def _decode_all(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    images = np.empty((len(examples), *examples.image_shape), np.uint8)
+    labels = np.empty(len(examples), np.int32)
+
+    def decode(chunk: np.ndarray) -> int:
+        images[chunk], labels[chunk] = examples.read(chunk)
+        return len(chunk)
+
+    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
+    # Threads are enough: Pillow decodes without holding the interpreter's lock.
+    with tqdm(
+        desc=f"decoding {examples.name}", total=len(examples), unit="img", delay=2, leave=False, disable=None
+    ) as bar:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for count in pool.map(decode, chunks):
+                bar.update(count)
+    return images, labels

@@ -1,0 +1,171 @@
+"""Reads TFDS datasets: from a name to encoded images, from prepared directories and without TensorFlow."""
+
+import difflib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.data.images import MODES, first_line
+from mlpmixer_flax.data.source import DatasetInfo, ImageShape, Source
+
+Builder = (
+    Any  # tfds.core.DatasetBuilder; TFDS types its features so widely that nothing can be read from them
+)
+
+
+def tfds_info(dataset: str, split: str, *, data_dir: str) -> DatasetInfo:
+    """Returns the facts about a split; the arguments are those of `examples.get_dataset_info`.
+
+    Raises:
+      UserError: as `examples.get_dataset_info`.
+    """
+    builder = load_builder(dataset, data_dir)
+    image, label = (builder.info.features[key] for key in image_and_label_keys(builder))
+    return {
+        "num_examples": count_examples(builder, split),
+        "num_classes": label.num_classes,
+        "class_names": list(label.names),
+        "int2str": label.int2str,
+        "image_shape": tuple(image.shape),
+    }
+
+
+def open_tfds(dataset: str, split: str, *, data_dir: str) -> Source:
+    """Opens a split for reading by index.
+
+    Raises:
+      UserError: as `tfds_info`; or the dataset is prepared in a format without random access.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = load_builder(dataset, data_dir)
+    image_key, label_key = image_and_label_keys(builder)
+    count_examples(builder, split)
+    try:
+        records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except Exception as error:
+        form = getattr(builder.info.file_format, "value", "nothing")
+        raise UserError(
+            f"dataset {dataset!r}, prepared as {form} in {builder.data_dir}, cannot be read "
+            f"({first_line(error)}): prepare it again with file_format='array_record'"
+        ) from error
+    image, label = builder.info.features[image_key], builder.info.features[label_key]
+    return Source(
+        records=records,
+        image_key=image_key,
+        label_key=label_key,
+        num_classes=label.num_classes,
+        image_shape=tuple(image.shape),
+    )
+
+
+def load_builder(dataset: str, data_dir: str) -> Builder:
+    """Returns the TFDS builder of a dataset.
+
+    A dataset that is not prepared yet is prepared first, if TensorFlow is installed.
+
+    Raises:
+      UserError: the dataset is unknown, or not prepared and cannot be prepared here.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    name = re.split("[:/]", dataset)[0]
+    if name == "digits":
+        data_dir = str(Path(__file__).parent)  # embedded in the package
+    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    try:
+        # Prepared files first: TFDS's code for a dataset may import TensorFlow and knows only one version.
+        return builder_from_files(dataset, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        pass
+    except Exception as error:
+        _suggest_folder(dataset)
+        raise UserError(
+            f"dataset {dataset!r} cannot be read from {data_dir} ({first_line(error)}): "
+            "restore the directory or prepare the dataset again"
+        ) from error
+
+    # <name>/<version>/ or <name>/<config>/<version>/
+    depths = ("*/*/dataset_info.json", "*/*/*/dataset_info.json")
+    found = [path.parent.relative_to(data_dir) for depth in depths for path in Path(data_dir).glob(depth)]
+    official = tfds.list_builders(with_community_datasets=False)
+    names = {"digits", *official, *(path.parts[0] for path in found)}
+    if name not in names:
+        _suggest_folder(dataset)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or ["digits", "cifar10"]
+        raise UserError(f"dataset {dataset!r} is unknown: did you mean {' or '.join(map(repr, near))}?")
+    if importlib.util.find_spec("tensorflow") is None or name not in official:
+        others = ", ".join(sorted(str(path) for path in found if path.parts[0] == name))
+        raise UserError(
+            f"dataset {dataset!r} is not prepared in {data_dir}{others and f' ({others} is)'}: "
+            'run pip install "mlpmixer-flax[prepare]" so that it can be prepared, or set data_dir or '
+            "TFDS_DATA_DIR to a directory that contains the dataset"
+        )
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    except Exception as error:
+        raise UserError(
+            f"dataset {dataset!r} cannot be prepared in {data_dir} ({first_line(error)}): "
+            "remove the cause, or set data_dir to a directory that contains the dataset"
+        ) from error
+    return builder
+
+
+def _suggest_folder(dataset: str) -> None:
+    if os.path.isdir(os.path.expanduser(dataset)) or dataset.startswith((".", "/", "~")):
+        raise UserError(f"dataset {dataset!r} is not a TFDS name: did you mean 'folder:{dataset}'?")
+
+
+def image_and_label_keys(builder: Builder) -> tuple[str, str]:
+    """Returns the names of the image and the label in a record.
+
+    Raises:
+      UserError: the dataset has no uint8 image or no class label.
+    """
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features if isinstance(builder.info.features, tfds.features.FeaturesDict) else {}
+    keys = builder.info.supervised_keys
+    image_key, label_key = keys if keys is not None and len(keys) == 2 else ("image", "label")
+    image, label = (features[key] if key in features else None for key in (image_key, label_key))
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.np_dtype != np.uint8
+        or cast(ImageShape, image.shape)[2] not in MODES  # TFDS types the shape as an object
+        or not isinstance(label, tfds.features.ClassLabel)
+    ):
+        raise UserError(
+            f"dataset {builder.info.name!r} cannot be used for image classification: its features are "
+            f"{', '.join(sorted(features)) or 'not named'}; choose a dataset with an 8-bit "
+            "image of 1, 3 or 4 channels and a class label"
+        )
+    return image_key, label_key
+
+
+def count_examples(builder: Builder, split: str) -> int:
+    """Returns the number of examples in a split.
+
+    Raises:
+      UserError: the split is unknown or empty.
+    """
+    known = ", ".join(map(repr, builder.info.splits))
+    try:
+        # Each part alone: in a sum, TFDS subtracts the negative length of "train[50%:40%]" from other parts.
+        counts = [builder.info.splits[part].num_examples for part in split.split("+")]
+    except Exception as error:
+        raise UserError(
+            f"split {split!r} of dataset {builder.info.name!r} cannot be read ({first_line(error)}): use "
+            f"{known} or a slice such as 'train[:90%]'"
+        ) from error
+    if min(counts) <= 0:
+        raise UserError(
+            f"split {split!r} of dataset {builder.info.name!r} has no examples: use {known} or another slice"
+        )
+    return sum(counts)

@@ -1,0 +1,54 @@
+"""The one batched forward pass: batches from the host through a function on all devices, row by row back."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import numpy as np
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.dataloader import Batch
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.evaluation import one_batch_late
+from mlpmixer_flax.training.optimizer import Params
+
+Rows = dict[str, np.ndarray]  # name -> array with one row per image
+RowFunction = Callable[[Params, Mapping[str, jax.Array]], dict[str, jax.Array]]  # (params, batch) -> rows
+
+
+def on_all_devices(function: RowFunction) -> RowFunction:
+    """Returns the function compiled for `forward`: the rows of a batch are divided over all devices."""
+
+    def with_mask(params, batch):
+        return {**function(params, batch), "mask": batch["mask"]}
+
+    return jax.jit(with_mask, out_shardings=sharding.replicated(sharding.make_mesh()))
+
+
+def forward(function: RowFunction, params: Params, batches: Iterable[Batch]) -> Iterator[Rows]:
+    """Yields the rows of each batch, except those of padding, while the devices work on the next batch.
+
+    `function` is one from `on_all_devices`. Every batch has the same number of rows, from `rows_per_batch`.
+    """
+    mesh = sharding.make_mesh()
+    params = jax.device_put(params, sharding.replicated(mesh))
+    for rows in one_batch_late(function, params, batches, mesh=mesh):
+        mask = rows.pop("mask")
+        yield {name: values[mask] for name, values in rows.items()}
+
+
+def rows_per_batch(batch_size: int) -> int:
+    """Returns the batch size, rounded up to a multiple of the number of devices."""
+    return -(-batch_size // jax.device_count()) * jax.device_count()
+
+
+def concatenate(parts: Iterable[Rows]) -> Rows:
+    """Returns the rows of all batches as one."""
+    parts = list(parts)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_positive(**counts: int) -> None:
+    """Raises UserError if a count, given by its name, is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={count} must be at least 1")

@@ -1,0 +1,101 @@
+"""From a name to a trained model: a published name, file, URL, hub name or run directory."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.inference.classes import imagenet_names, numbers
+from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.rundir import open_run
+from mlpmixer_flax.training.losses import LOSSES
+from mlpmixer_flax.weights import source as weight_source
+from mlpmixer_flax.weights.adapt import sizes_of
+from mlpmixer_flax.weights.files import Weights
+
+
+def load(source: str | Path, *, checkpoint: str | None = None) -> Model:
+    """Returns a trained model, ready to use.
+
+        model = load("imagenet21k/Mixer-B_16")
+        model.predict(["cat.jpg"])
+
+    Args:
+      source: a published name (`python -m mlpmixer_flax.pretrained` lists them), an npz or safetensors file, its
+        URL, "hf-hub:OWNER/NAME", or a run directory.
+      checkpoint: for a run directory: "last", "best" or "ema". None: the weights that the run's last test
+        accuracy belongs to, which is "ema" if the run keeps an EMA, else "last".
+
+    Raises:
+      UserError: the weights cannot be found, downloaded or read, or have no head.
+    """
+    if Path(source).is_dir():
+        return load_run(Path(source), checkpoint)
+    if checkpoint:
+        raise UserError(f"checkpoint={checkpoint!r} is for a run directory: {source} has no checkpoints")
+    return _load_weights(str(source))
+
+
+def load_run(workdir: Path, checkpoint: str | None = None) -> Model:
+    """Returns the model of a run directory; arguments and errors are those of `load`."""
+    run = open_run(workdir, checkpoint)
+    return Model(
+        name=str(workdir),
+        module=MlpMixer(num_classes=len(run.class_names), **run.config["model"]),
+        params=run.params,
+        preprocess=run.config["preprocess"],
+        class_names=tuple(run.class_names),
+        loss=run.config["loss"],
+        config=run.config,
+        step=run.step,
+    )
+
+
+def _load_weights(source: str) -> Model:
+    weights = weight_source.find(source)
+    module, image_shape = module_of(weights, source)
+    origin = weights.metadata
+    loss, class_names = origin.get("loss", "softmax"), origin.get("class_names", ())
+    if loss not in LOSSES or len(class_names) not in (0, module.num_classes):
+        raise UserError(
+            f"the metadata of {source} contradicts itself (loss {loss!r}, {len(class_names)} names for "
+            f"{module.num_classes} classes): write the file again"
+        )
+    if not class_names:  # a file of ours without room for the names says how many there are
+        numbered = "num_classes" in origin
+        class_names = numbers(module.num_classes) if numbered else imagenet_names(module.num_classes)
+    like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
+    return Model(
+        name=source,
+        module=module,
+        params=weight_source.load(source, like, head="keep"),
+        preprocess={"image_size_px": image_shape[0], "crop_fraction": 0.875, **origin["preprocess"]},
+        class_names=tuple(class_names),
+        loss=loss,
+        config={},
+    )
+
+
+def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, int]]:
+    """Returns the Linen module of weights and the (height, width, channels) of its images, read from array shapes.
+
+    Raises:
+      UserError: the weights have no head or are not those of a Mixer; the message contains `name`.
+    """
+    sizes = sizes_of(weights.shapes)
+    if "classes" not in sizes or "tokens" not in sizes:
+        raise UserError(
+            f"{name} has no {'head' if 'tokens' in sizes else 'Mixer blocks'}: give other weights"
+        )
+    module = MlpMixer(
+        num_classes=sizes["classes"],
+        patches={"size": sizes["patches.size"]},
+        **{key: sizes[key] for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")},
+        **{key: value for key, value in weights.metadata["model"].items() if key in ("gelu", "dtype")},
+    )
+    area_px = sizes["tokens"] * math.prod(sizes["patches.size"])
+    side_px = weights.metadata["preprocess"].get("image_size_px", math.isqrt(area_px))
+    return module, (side_px, side_px, sizes["channels"])

@@ -1,0 +1,149 @@
+"""Scores of a split: what the model predicts for each image, and measures over all images.
+
+`rows` is a dict of arrays with one row per image: `label` int (n,), `best` int (n, up to 5), the most probable
+classes in descending order, `confidence` float (n,), the probability of the first of them, and `loss` float (n,).
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
+from mlpmixer_flax.inference.classes import in_words, match_classes
+from mlpmixer_flax.inference.forward import concatenate, forward, on_all_devices, rows_per_batch
+from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.training.losses import LOSSES
+
+Rows = Mapping[str, np.ndarray]
+
+
+def open_split(
+    model: Model, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
+) -> tuple[Examples, np.ndarray]:
+    """Returns a split for `score_images`, and the model's class of each class of the dataset, int32 (classes,).
+
+    Raises:
+      UserError: as `Model.open` and `classes.match_classes`.
+    """
+    info = get_dataset_info(dataset, split, data_dir=data_dir)
+    classes = match_classes(
+        in_words(info["class_names"]),
+        in_words(model.class_names),
+        numbered=not dataset.startswith("folder:"),
+    )
+    return model.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
+
+
+def score_images(
+    model: Model, examples: Examples, *, classes: np.ndarray, batch_size: int = 64
+) -> dict[str, np.ndarray]:
+    """Returns the `rows` of a split, in its order; labels are numbers of the model's classes.
+
+    `examples` and `classes` come from `open_split`; `batch_size` is rounded up to a multiple of the devices.
+    """
+    num_classes, loss = len(model.class_names), LOSSES[model.loss]
+
+    def score(params, batch):
+        logits = model.logits(params, batch["image"], cropped=examples.cropped)
+        return {
+            "label": batch["label"],
+            "best": jax.lax.top_k(logits, min(5, num_classes))[1],
+            "confidence": loss.probabilities(logits).max(axis=-1),
+            "loss": loss.per_image(logits, jax.nn.one_hot(batch["label"], num_classes)),
+        }
+
+    batches = TestBatches(examples, batch_size=rows_per_batch(batch_size))
+    parts = []
+    with (
+        contextlib.closing(iterate(batches, 0, len(batches))) as stream,
+        tqdm(desc="scoring", total=len(examples), unit="img", delay=2, leave=False, disable=None) as bar,
+    ):
+        relabelled = ({**batch, "label": classes[batch["label"]]} for batch in stream)
+        for rows in forward(on_all_devices(score), model.params, relabelled):
+            parts.append(rows)
+            bar.update(len(rows["label"]))
+    return concatenate(parts)
+
+
+def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns all wrong predictions, highest confidence first; `file` is set if the dataset is a folder."""
+    return [
+        {
+            "image": i,
+            "file": examples.files and examples.files[i],
+            "is": names[rows["label"][i]],
+            "said": names[rows["best"][i, 0]],
+            "confidence": float(rows["confidence"][i]),
+        }
+        for i in confident_mistakes(rows, len(examples)).tolist()
+    ]
+
+
+def measure(rows: Rows) -> dict[str, float]:
+    """Returns `accuracy`, `accuracy_top5` and `calibration_error` in [0, 1], and `loss`, over all images."""
+    right = rows["best"] == rows["label"][:, None]
+    return {
+        "accuracy": float(right[:, 0].mean()),
+        "accuracy_top5": float(right.any(axis=1).mean()),
+        "loss": float(rows["loss"].mean(dtype=np.float64)),
+        "calibration_error": calibration_error(rows["confidence"], right[:, 0]),
+    }
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Returns the expected calibration error, 0 to 1, over 15 bins of equal width (arXiv 1706.04599, eq. 3)."""
+    counts, expected, right = confidence_bins(confidence, correct)
+    return float(abs(expected - right).sum() / counts.sum())
+
+
+def confidence_bins(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns per bin the number of images, the sum of confidences and the number of correct images.
+
+    The 15 bins are (0, 1/15] to (14/15, 1].
+    """
+    edges = np.linspace(0, 1, 16)
+    # A rounded softmax may be 0 or just above 1.
+    confidence = np.clip(np.asarray(confidence, np.float64), np.finfo(np.float64).tiny, 1)
+    bins = np.digitize(confidence, edges, right=True) - 1
+    return tuple(np.bincount(bins, weights, minlength=15) for weights in (None, confidence, correct))
+
+
+def confusions(rows: Rows) -> list[tuple[int, int, int]]:
+    """Returns (true class, predicted class, number of images) of all pairs that occur, most images first."""
+    pairs, counts = np.unique(np.stack([rows["label"], rows["best"][:, 0]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return list(zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True))
+
+
+def per_class(rows: Rows, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns per class its number, name, images, accuracy and the class it is most often mistaken for.
+
+    `accuracy` is None for a class without images. `taken_for` is None, and `times` is 0, for a class without
+    mistakes.
+    """
+    classes = [
+        {"class": number, "name": name, "images": 0, "accuracy": None, "taken_for": None, "times": 0}
+        for number, name in enumerate(class_names)
+    ]
+    right = [0] * len(classes)
+    for true, predicted, images in confusions(rows):
+        row = classes[true]
+        row["images"] += images
+        if true == predicted:
+            right[true] = images
+        elif not row["times"]:  # the most images come first
+            row |= {"taken_for": class_names[predicted], "times": images}
+    for row in classes:
+        if row["images"]:
+            row["accuracy"] = right[row["class"]] / row["images"]
+    return classes
+
+
+def confident_mistakes(rows: Rows, count: int = 30) -> np.ndarray:
+    """Returns the indices of wrong predictions, highest confidence first."""
+    wrong = np.flatnonzero(rows["best"][:, 0] != rows["label"])
+    return wrong[np.argsort(-rows["confidence"][wrong], kind="stable")[:count]]

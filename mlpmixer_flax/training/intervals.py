@@ -1,0 +1,42 @@
+"""When the training loop logs, evaluates and saves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlpmixer_flax.rundir import BEST_BY
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Intervals in steps; 0 = only at the last step. At the last step, everything is due."""
+
+    total_steps: int
+    log_every: int
+    evaluate_every: int
+    save_every: int
+
+    def log(self, step: int) -> bool:
+        return self._due(self.log_every, step)
+
+    def evaluate(self, step: int) -> bool:
+        return self._due(self.evaluate_every, step)
+
+    def save(self, step: int) -> bool:
+        return self._due(self.save_every, step)
+
+    def _due(self, every: int, step: int) -> bool:
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+
+class Best:
+    """Remembers the best test accuracy so far."""
+
+    def __init__(self, accuracy: float = 0.0):
+        self.accuracy = accuracy
+
+    def improves(self, scores: Mapping[str, float] | None) -> bool:
+        """Returns whether these scores are the best so far, and remembers them; None = not evaluated."""
+        if scores is None or scores[BEST_BY] < self.accuracy:
+            return False
+        self.accuracy = scores[BEST_BY]
+        return True

@@ -1,0 +1,81 @@
+"""The optimizer of a run: learning rate schedule, update rule, weight decay, and which layers learn."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mlpmixer_flax import UserError
+
+Params = Any  # a tree of arrays, as flax.linen's init returns it under "params"
+
+
+def _scale_by_adam(o: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(o.b1, o.b2, mu_dtype=o.accumulator_dtype)
+
+
+# The values of config.optimizer.name -> how a gradient becomes a direction, from config.optimizer
+DIRECTIONS = {
+    "adam": _scale_by_adam,
+    "adamw": _scale_by_adam,
+    "sgd": lambda o: optax.trace(o.momentum, accumulator_dtype=o.accumulator_dtype),
+}
+
+# The values of config.schedule.name -> the schedule after warmup, from the highest learning rate, the fraction of
+# it at the end, the number of steps after warmup and the number of warmup steps
+SCHEDULES = {
+    "cosine": lambda peak, final, steps, warmup: optax.cosine_decay_schedule(peak, steps, alpha=final),
+    "linear": lambda peak, final, steps, warmup: optax.linear_schedule(peak, peak * final, steps),
+    "constant": lambda peak, final, steps, warmup: optax.constant_schedule(peak),
+    "rsqrt": lambda peak, final, steps, warmup: lambda step: peak * jnp.sqrt(warmup / (warmup + step)),
+}
+
+
+def make_schedule(config: ConfigDict, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step: linear warmup from 0, then config.schedule.name."""
+    peak = config.optimizer.learning_rate
+    steps = max(total_steps - warmup_steps, 1)
+    after_warmup = SCHEDULES[config.schedule.name](peak, config.schedule.final_fraction, steps, warmup_steps)
+    if not warmup_steps:
+        return after_warmup
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup_steps), after_warmup], [warmup_steps]
+    )
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the chain: clip by global norm, direction of config.optimizer.name, decoupled weight decay, rate."""
+    o = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        DIRECTIONS[o.name](o),
+        optax.add_decayed_weights(o.weight_decay, mask=kernels_only) if o.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def kernels_only(params: Params) -> Params:
+    """Returns a tree of booleans: True for kernels, False for biases and the scales of LayerNorm."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
+    """Splits parameters by layer into (layers that learn, frozen layers); `freeze` is config.freeze.
+
+    Raises:
+      UserError: `freeze` names a layer that does not exist, or all layers.
+    """
+    frozen = set(filter(None, (name.strip() for name in freeze.split(","))))
+    if freeze == "all_but_head":
+        frozen = params.keys() - {"head"}
+    if frozen - params.keys() or frozen == params.keys():
+        raise UserError(
+            f"freeze={freeze!r} must be 'all_but_head' or some, but not all, of the layers {', '.join(params)}, "
+            "separated by commas"
+        )
+    return (
+        {name: layer for name, layer in params.items() if name not in frozen},
+        {name: layer for name, layer in params.items() if name in frozen},
+    )

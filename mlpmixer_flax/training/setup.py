@@ -1,0 +1,204 @@
+"""Setup of a run: from a config to data, model and step functions, before anything is written."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.config import LEFT_OPEN, flatten, in_steps, is_left_open, resolve
+from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.evaluation import make_eval_step
+from mlpmixer_flax.training.intervals import Intervals
+from mlpmixer_flax.training.optimizer import Params, make_optimizer, make_schedule
+from mlpmixer_flax.training.step import TrainState, init_state, make_preview_step, make_train_step
+from mlpmixer_flax.training.validate import validate
+from mlpmixer_flax.weights import source
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run consists of, before its first update."""
+
+    config: ConfigDict
+    class_names: list[str]
+    train_batches: TrainBatches
+    test_batches: TestBatches
+    model: MlpMixer
+    input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
+    mesh: jax.sharding.Mesh
+    intervals: Intervals
+    init: Callable[[Params | None], TrainState]  # from these parameters, or from random ones
+    update: Callable  # (state, batch) -> (state, metrics)
+    score: Callable  # (parameters, batch) -> sums over the batch
+    preview: Callable  # batch -> images as the first update sees them
+
+
+def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
+    """Fills unset keys: from this run's stored config, else from the init_from weights, else from LEFT_OPEN.
+
+    Prints which keys follow the weights and which differ from them.
+
+    Raises:
+      UserError: the result is not a valid config, or the weights cannot be found.
+    """
+    origin = stored or (source.describe(config.init_from) if config.init_from else {})
+    origin = {key: _as_in_config(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
+    settled = resolve(config, origin)
+    validate(settled)  # only now: a file of weights may claim anything about itself
+    for key in LEFT_OPEN if config.init_from and not stored else ():
+        value = flatten(settled)[key]
+        if is_left_open(config, key) and key in origin:
+            print(f"{key}={value}, as {config.init_from} was trained")
+        elif origin.get(key, value) not in (value, _as_in_config(value)):
+            print(f"{key}={value}, although {config.init_from} was trained with {origin[key]}")
+    return settled
+
+
+def to_store(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config as a run stores it: with the absolute path of a folder, valid from any directory."""
+    dataset = config.dataset
+    if dataset.startswith("folder:"):
+        dataset = f"folder:{os.path.abspath(os.path.expanduser(dataset.removeprefix('folder:')))}"
+    return {**config.to_dict(), "dataset": dataset}
+
+
+def _as_in_config(value: Any) -> Any:
+    """Returns JSON's lists as tuples, and equal values for all channels as one, which suits any number of channels."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(value[:1] if len(value) > 1 and all(element == value[0] for element in value) else value)
+
+
+def make_setup(config: ConfigDict) -> Setup:
+    """Opens the data and builds the model and the step functions for a config from `settle`.
+
+    Raises:
+      UserError: the data cannot be used, or does not go with the config.
+    """
+    mesh = sharding.make_mesh()
+    _check_devices(config, num_devices=mesh.size)
+    info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
+    channels = info["image_shape"][2]
+    _check_channels(config, channels)
+    train_batches, test_batches = _open_batches(config)
+    steps_per_epoch = len(train_batches.examples) / config.batch_size
+    total_steps = in_steps(config, "total", steps_per_epoch)
+
+    model = MlpMixer(num_classes=info["num_classes"], **config.model.to_dict())
+    input_shape = (config.preprocess.image_size_px, config.preprocess.image_size_px, channels)
+    warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)
+    schedule = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
+    optimizer = make_optimizer(config, schedule)
+    cropped = train_batches.examples.cropped
+    return Setup(
+        config=config,
+        class_names=info["class_names"],
+        train_batches=train_batches,
+        test_batches=test_batches,
+        model=model,
+        input_shape=input_shape,
+        mesh=mesh,
+        intervals=Intervals(
+            total_steps=total_steps,
+            log_every=config.log_every_steps,
+            evaluate_every=in_steps(config, "eval_every", steps_per_epoch),
+            save_every=in_steps(config, "save_every", steps_per_epoch),
+        ),
+        init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
+        update=make_train_step(model, optimizer, schedule, config, cropped=cropped),
+        score=make_eval_step(model, config, cropped=test_batches.examples.cropped),
+        preview=make_preview_step(config, num_classes=info["num_classes"], cropped=cropped),
+    )
+
+
+def load_init_weights(setup: Setup, like: Params) -> Params:
+    """Returns the weights of config.init_from, adapted to the model, on the host; `like` has shapes only."""
+    config, patch = setup.config, setup.model.patches["size"]
+    # A new head starts exactly as in a run from random weights.
+    like = {**like, "head": jax.jit(lambda: setup.init(None).params["head"])()}
+    return source.load(
+        config.init_from,
+        like,
+        grid=(setup.input_shape[0] // patch[0], setup.input_shape[1] // patch[1]),
+        head=config.init_head,
+        class_names=setup.class_names,
+    )
+
+
+def compile_steps(setup: Setup, state: TrainState) -> tuple[Callable, Callable]:
+    """Compiles update and evaluation at the same time, for the shapes of this run; returns both."""
+    started = time.monotonic()
+    everywhere, rows = sharding.replicated(setup.mesh), sharding.split_by_rows(setup.mesh)
+    n = setup.config.batch_size
+
+    def batch_of(examples: Examples):
+        return {
+            "image": jax.ShapeDtypeStruct((n, *examples.image_shape), jnp.uint8, sharding=rows),
+            "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
+            "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
+        }
+
+    update = jax.jit(setup.update, donate_argnums=0, out_shardings=everywhere)
+    score = jax.jit(setup.score, out_shardings=everywhere)
+    jobs = [
+        (update, state, batch_of(setup.train_batches.examples)),
+        (score, state.eval_params, batch_of(setup.test_batches.examples)),
+    ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        update, score = pool.map(lambda job: job[0].lower(*job[1:]).compile(), jobs)
+    print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
+    return update, score
+
+
+def _check_devices(config: ConfigDict, *, num_devices: int) -> None:
+    parts = num_devices * config.accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by {num_devices} devices x "
+            f"accumulation_steps={config.accumulation_steps}: choose a multiple of {parts}"
+        )
+
+
+def _check_channels(config: ConfigDict, channels: int) -> None:
+    for key in ("mean", "std"):
+        values = config.preprocess[key]
+        if len(values) not in (1, channels):
+            raise UserError(
+                f"preprocess.{key}={values} has {len(values)} values, but images of {config.dataset!r} have "
+                f"{channels} channels: give one value, or one per channel"
+            )
+
+
+def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
+    def open_split(split, min_crop_area):
+        return open_examples(
+            config.dataset,
+            split,
+            data_dir=config.data_dir,
+            cache_bytes=config.cache_bytes,
+            image_size_px=config.preprocess.image_size_px,
+            crop_fraction=config.preprocess.crop_fraction,
+            interpolation=config.preprocess.interpolation,
+            min_crop_area=min_crop_area,
+            skip_bad_images=config.skip_bad_images,
+            for_training=True,
+        )
+
+    shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    train_examples = open_split(config.train_split, config.augment.min_crop_area)
+    test_examples = open_split(config.test_split, 1.0)
+    return (
+        TrainBatches(train_examples, batch_size=config.batch_size, seed=config.seed, **shard),
+        TestBatches(test_examples, batch_size=config.batch_size, **shard),
+    )

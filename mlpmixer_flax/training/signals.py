@@ -1,0 +1,39 @@
+"""SIGTERM and SIGINT, as requests to save and stop after the present step."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and the run has saved a checkpoint."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number, step)
+        self.number = number  # of the signal
+        self.step = step  # that was saved
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Yields a list to which SIGTERM and SIGINT are appended; a second signal acts as usual."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # only the main thread may set handlers
+        return
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+        # Not print: the signal may arrive in the middle of one.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping after this step; a second {name} stops at once\n".encode())
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

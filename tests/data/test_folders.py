@@ -1,0 +1,403 @@
+"""Folders of images: splits and classes, notes and errors, bad images, and training on a folder."""
+
+import json
+import os
+import struct
+import time
+import unicodedata
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_datasets import encode
+from PIL import Image
+
+from mlpmixer_flax import UserError, get_dataset_info
+from mlpmixer_flax.data.folders import FolderRecords, read_folder, select_split
+from mlpmixer_flax.data.image_checks import open_folder
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
+from mlpmixer_flax.train import main
+
+
+def write(root, *files, data=None):
+    """Writes one small image per name, or `data` to each file."""
+    for file in files:
+        path = Path(root, file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.full((6, 6), len(file), np.uint8), "PNG") if data is None else data)
+    return str(root)
+
+
+def names(folder, count, start=0):
+    return [f"{folder}/{i}.png" for i in range(start, start + count)]
+
+
+def files_of(path, split):
+    return select_split(read_folder(str(path)), split).files
+
+
+def open_split(path, split, *, skip_bad_images=False, for_training=False):
+    source = open_folder(str(path), split, skip_bad_images=skip_bad_images, for_training=for_training)
+    assert isinstance(source.records, FolderRecords)
+    return source.records
+
+
+# --- which image is in which split
+
+
+def test_names_in_any_script_and_digits_enlarged_reach_the_batches(tmp_path):
+    digits = open_examples("digits", "test")
+    assert digits.images is not None
+    classes = {"кот": 0, "猫": 1, "ñandú": 2, "a b'c": 3}
+    for name, digit in classes.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(digits.images[digits.labels == digit][:10]):
+            large = Image.fromarray(image[..., 0]).resize((40, 30 + i), Image.Resampling.NEAREST)
+            large.save(tmp_path / name / f"{name} {i}.{('JPG', 'png', 'Gif', 'WebP', 'bmp')[i % 5]}")
+    dataset = f"folder:{tmp_path}"
+    info = get_dataset_info(dataset, "train")
+    assert info["class_names"] == sorted(classes) and info["num_classes"] == 4
+    assert info["image_shape"] == (None, None, 3) and info["num_examples"] == 32
+    assert info["int2str"](np.int32(3)) == info["class_names"][3]
+
+    examples = open_examples(dataset, "train", image_size_px=16)
+    assert examples.images is not None and examples.labels is not None
+    assert examples.cropped and examples.images.shape == (32, 16, 16, 3)
+    for index, record in enumerate(examples.source.records.__getitems__(list(range(32)))):
+        label, name = record["label"], record["file_name"].split("/")[0]
+        assert info["class_names"][label] == name and examples.labels[index] == label
+        image = Image.open(tmp_path / record["file_name"]).convert("RGB")
+        box = ((40 - min(image.size)) / 2, (image.height - min(image.size)) / 2)
+        box = (*box, box[0] + min(image.size), box[1] + min(image.size))
+        np.testing.assert_array_equal(
+            examples.images[index], image.resize((16, 16), Image.Resampling.BILINEAR, box)
+        )
+
+    # Processes that stream random crops give the same batches.
+    streamed = open_examples(dataset, "train", image_size_px=16, min_crop_area=0.5)
+    batches = TrainBatches(streamed, batch_size=8, seed=0)
+    for k, batch in enumerate(iterate(batches, 0, 3, num_workers=1)):
+        np.testing.assert_array_equal(batch["image"], batches[k]["image"])
+        np.testing.assert_array_equal(batch["label"], batches[k]["label"])
+    test = TestBatches(open_examples(dataset, "test", image_size_px=16), batch_size=8)
+    assert sorted(test[0]["label"]) == [0, 0, 1, 1, 2, 2, 3, 3] and len(test) == 1
+
+
+def test_missing_validation_split_is_a_fifth_of_each_class_and_the_same_everywhere(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "elsewhere" / "x"
+    for root, order in [(here, 1), (there, -1)]:
+        write(root, *names("a", 40)[::order], *names("b", 10)[::order], *names("c", 2), "d/only.png")
+    train, validation = files_of(here, "train"), files_of(here, "validation")
+    assert train == files_of(there, "train") and validation == files_of(there, "validation")
+    assert validation == files_of(here, "test") == files_of(here, "val")
+    everything = {*names("a", 40), *names("b", 10), *names("c", 2), "d/only.png"}
+    assert set(train) | set(validation) == everything and not set(train) & set(validation)
+    counts = {name: sum(file.startswith(name) for file in validation) for name in "abcd"}
+    assert counts == {"a": 8, "b": 2, "c": 1, "d": 0}
+    # Fixed here, so that no machine and no version splits differently: a run that continues there would train
+    # on its test images.
+    assert sorted(file for file in validation if file[0] == "b") == ["b/7.png", "b/8.png"]
+
+
+def test_slices_and_sums_have_their_share_of_each_class(tmp_path):
+    write(tmp_path, *names("train/a", 60), *names("train/b", 20), *names("test/a", 5))
+    whole, first, rest = (files_of(tmp_path, split) for split in ("train", "train[:75%]", "train[75%:]"))
+    assert first + rest == whole and len(first) == 48  # of 64, because 16 are for validation
+    assert sum(file.startswith("train/b") for file in first) == 12
+    assert files_of(tmp_path, "train[:3]+test") == whole[:3] + files_of(tmp_path, "test")
+    assert files_of(tmp_path, "train[-10%:]") == whole[-6:]
+
+
+@pytest.mark.parametrize(
+    ("folders", "counts"),
+    [
+        (["train", "val"], {"train": 4, "val": 2, "valid": 2, "validation": 2, "test": 2}),
+        (["Train", "VALID"], {"train": 4, "validation": 2, "test": 2}),
+        (["train", "validation", "test"], {"train": 4, "val": 2, "test": 2}),
+        (["train", "test"], {"train": 2, "validation": 2, "test": 2}),
+        (["train"], {"train": 2, "validation": 2, "test": 2}),
+    ],
+)
+def test_split_folders_may_have_their_usual_names(tmp_path, folders, counts):
+    for folder in folders:
+        count = 2 if folder.lower() == "train" else 1
+        write(tmp_path, *names(f"{folder}/a", count), *names(f"{folder}/b", count))
+    for split, count in counts.items():
+        files = files_of(tmp_path, split)
+        assert len(files) == count
+        assert {file.split("/")[1] for file in files} == {"a", "b"}
+    if "test" in folders:
+        assert all(file.startswith("test/") for file in files_of(tmp_path, "test"))
+
+
+def test_test_images_without_classes_are_left_out_with_a_note(tmp_path):
+    write(tmp_path, *names("train/a", 5), *names("train/b", 5), *names("test", 5), "extra/boxes.json")
+    folder = read_folder(str(tmp_path))
+    assert "folder 'extra' beside the splits (1), folder 'test' beside the splits (1)" in folder.notes[0]
+    assert {file.split("/")[0] for file in select_split(folder, "test").files} == {"train"}
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write(tmp_path, *names("train", 5), *names("bus", 5))
+    assert read_folder(str(tmp_path)).class_names == ["bus", "train"]
+
+
+def test_two_unicode_spellings_of_a_name_give_one_class_and_the_same_splits(tmp_path):
+    for form in ("NFC", "NFD"):
+        cat, emu = (unicodedata.normalize(form, name) for name in ("кошка й", "ñandú"))
+        write(tmp_path / form, *names(f"train/{cat}", 9), *names(f"train/{emu}", 9))
+    splits = [
+        [unicodedata.normalize("NFC", f) for f in files_of(tmp_path / form, "val")] for form in ("NFC", "NFD")
+    ]
+    assert splits[0] == splits[1]
+    assert read_folder(str(tmp_path / "NFD")).class_names == ["ñandú", "кошка й"]
+
+
+def test_nested_hidden_linked_and_foreign_files(tmp_path, capsys):
+    root = tmp_path / "photos"
+    write(root, "cat/1.png", "cat/deep/er/2.PnG", "dog/3.png", "dog/4.png", "cover.png")
+    write(tmp_path, "elsewhere/5.png", "elsewhere/6.png")
+    # Hidden files and those that operating systems create are not mentioned.
+    write(root, "cat/.DS_Store", "cat/._1.png", ".git/7.png", "__MACOSX/cat/8.png", "dog/@eaDir/9.png")
+    write(root, "cat/notes.txt", "cat/boxes.json", "dog/more.json", "dog/README", data=b"text")
+    (root / "empty").mkdir()
+    (root / "cat" / "circle").symlink_to(root / "cat", target_is_directory=True)
+    (root / "cat" / "linked.png").symlink_to(tmp_path / "elsewhere" / "5.png")
+    (root / "dog" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    os.mkfifo(root / "dog" / "pipe.png")
+    records = open_split(root, "train+val")
+    expected = ["cat/1.png", "cat/deep/er/2.PnG", "cat/linked.png"]
+    expected += ["dog/3.png", "dog/4.png", "dog/linked/5.png", "dog/linked/6.png"]
+    assert sorted(records.files) == expected
+    out = capsys.readouterr().out
+    for words in [
+        "images outside of class folders (1)",
+        "'.txt' files (1)",
+        "'.json' files (2)",
+        "'' files (1)",
+        "folder 'empty' without images (1)",
+        "a fifth of each class, 2 images",
+        "split 'test' is 'validation'",
+    ]:
+        assert words in out
+    assert "git" not in out and "MACOSX" not in out and "DS_Store" not in out
+    open_split(root, "test")
+    assert capsys.readouterr().out == ""  # each note is printed only once
+
+
+def test_a_class_may_be_missing_in_test_but_none_may_be_new(tmp_path):
+    write(tmp_path, *names("train/a", 2), *names("train/b", 2), *names("val/b", 2), *names("test/c", 2))
+    assert select_split(read_folder(str(tmp_path)), "val").labels == [1, 1]
+    for function in (get_dataset_info, open_examples):
+        with pytest.raises(
+            UserError, match="split 'test' .*the training images do not have: 'c'; rename or remove"
+        ):
+            function(f"folder:{tmp_path}", "test")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], ["does not exist", "folder:PATH", "PATH/<class>"]),
+        (["readme.txt"], ["has no class folders", "PATH/train/<class>"]),
+        (
+            ["1.png", "2.png"],
+            ["has images but no class", "use its parent, folder:{parent}, if", "PATH/<class>"],
+        ),
+        (["a/1.heic"], ["no images in class folders", "'.heic' files (1)", "folder 'a' without images (1)"]),
+        (["train/1.png", "test/2.png"], ["'test', 'train', but no 'train' that contains class folders"]),
+        (
+            ["train/a/1.png", "Train/b/2.png"],
+            ["has 'Train', 'train', and two of these are the same split: rename one"],
+        ),
+        (
+            ["train/a/1.png", "val/a/2.png", "valid/a/3.png"],
+            ["'val', 'valid', and two of these are the same split"],
+        ),
+    ],
+)
+def test_a_folder_with_another_layout_is_refused_with_the_expected_one(tmp_path, files, words):
+    path = tmp_path / "photos"
+    write(path, *files)
+    for function in (get_dataset_info, open_examples):
+        with pytest.raises(UserError) as error:
+            function(f"folder:{path}", "train")
+        for word in words:
+            assert word.format(parent=tmp_path) in str(error.value)
+        assert repr(str(path)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_class_is_enough_for_evaluation_but_not_for_training(tmp_path):
+    write(tmp_path, "a/1.png", "a/2.png", "b/1.heic")
+    assert len(open_examples(f"folder:{tmp_path}", "train+val", image_size_px=4)) == 2
+    with pytest.raises(
+        UserError, match=r"one class only: two or more are needed.*'\.heic' files \(1\), folder 'b' without"
+    ):
+        open_examples(f"folder:{tmp_path}", "train", image_size_px=4, for_training=True)
+
+
+def test_a_folder_may_have_only_test_images(tmp_path):
+    write(tmp_path, *names("test/b", 2), *names("test/a", 2))
+    info = get_dataset_info(f"folder:{tmp_path}", "test")
+    assert (info["class_names"], info["num_examples"]) == (["a", "b"], 4)
+    with pytest.raises(UserError, match="split 'train' .*is unknown: use 'test'"):
+        get_dataset_info(f"folder:{tmp_path}", "train")
+
+
+def test_a_class_name_that_is_not_utf_8_is_escaped(tmp_path):
+    root = os.fsencode(tmp_path)
+    for name in (b"caf\xe9", b"caf\xe8"):
+        os.makedirs(root + b"/" + name)
+        for number in range(2):
+            with open(root + b"/" + name + b"/%d.png" % number, "wb") as file:
+                file.write(encode(np.zeros((6, 6), np.uint8)))
+    examples = open_examples(f"folder:{tmp_path}", "train+val", image_size_px=4)
+    assert examples.images is not None and len(examples.images) == 4
+    assert get_dataset_info(f"folder:{tmp_path}")["class_names"] == ["caf\\xe8", "caf\\xe9"]
+
+
+@pytest.mark.parametrize("split", ["tset", "", "train[", "train[::2]", "valid ation", "train[5:5]", "all"])
+def test_an_unknown_or_empty_split_is_refused_with_the_known_ones(tmp_path, split):
+    write(tmp_path, *names("train/a", 3), *names("train/b", 3), *names("test/a", 3))
+    with pytest.raises(UserError, match="is unknown: use 'test', 'train'|has no images") as error:
+        get_dataset_info(f"folder:{tmp_path}", split)
+    assert repr(split) in str(error.value)
+
+
+def test_50_000_files_are_indexed_in_under_10_seconds(tmp_path):
+    (tmp_path / "class 0").mkdir()
+    for i in range(1000):
+        (tmp_path / "class 0" / f"{i:04}.jpg").touch()
+    for c in range(1, 50):  # links, because making 50,000 files takes longer than the test may
+        (tmp_path / f"class {c}").symlink_to("class 0", target_is_directory=True)
+    start = time.perf_counter()
+    info = get_dataset_info(f"folder:{tmp_path}", "train")
+    assert time.perf_counter() - start < 10
+    assert (info["num_examples"], info["num_classes"]) == (40_000, 50)
+
+
+# --- images that cannot be used
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """A folder of 22 good images and one image with each flaw."""
+    path = tmp_path / "photos"
+    write(path, *names("train/a", 8), *names("train/b", 8), *names("test/a", 2), *names("test/b", 2))
+    write(path, *names("val/a", 1), *names("val/b", 1))
+    write(path, "train/a/cut.jpg", data=encode(np.full((16, 24), 90, np.uint8), "JPEG")[:-60])
+    write(path, "train/a/empty.png", data=b"")
+    write(path, "train/b/text.gif", data=b"no image")
+    bomb = bytearray(encode(np.zeros((1, 1), np.uint8)))
+    bomb[16:24] = struct.pack(">II", 20_000, 20_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    write(path, "test/b/bomb.png", data=bytes(bomb))
+    (path / "test" / "a" / "broken link.png").symlink_to(path / "gone.png")
+    return path
+
+
+FLAWS = {
+    "train/a/cut.jpg": "OSError: ",
+    "train/a/empty.png": "empty, cut short or not an image that Pillow can read",
+    "train/b/text.gif": "empty, cut short or not an image that Pillow can read",
+    "test/b/bomb.png": "DecompressionBombError: Image size (400000000 pixels)",
+    "test/a/broken link.png": "FileNotFoundError",
+}
+
+
+def test_all_bad_images_of_all_splits_are_in_one_report(flawed):
+    assert get_dataset_info(f"folder:{flawed}", "train")["num_examples"] == 19  # no image is opened for this
+    for split in ("train", "test"):
+        with pytest.raises(UserError) as error:
+            open_split(flawed, split, for_training=True)
+        first, *lines = str(error.value).splitlines()
+        assert first.startswith(f"5 of 27 images in '{flawed}' cannot be used")
+        assert "--config.skip_bad_images=true" in first and len(lines) == 5
+        for file, reason in FLAWS.items():
+            assert any(line.startswith(f"  '{file}': {reason}") for line in lines)
+
+
+def test_outside_training_only_the_images_of_one_split_are_checked(flawed):
+    with pytest.raises(UserError, match="2 of 6 images .*cannot be used"):
+        open_split(flawed, "test")
+    assert len(open_split(flawed, "val")) == 2
+
+
+def test_a_long_report_names_every_file_too(tmp_path):
+    write(tmp_path, *names("a", 9), *names("b", 9))
+    write(tmp_path, *names("a/bad", 31), data=b"")
+    with pytest.raises(UserError, match="31 of 49 images") as error:
+        open_split(tmp_path, "train", for_training=True)
+    _, *lines = str(error.value).splitlines()
+    assert [line.split("'")[1] for line in lines] == sorted(names("a/bad", 31))
+
+
+def test_bad_images_are_skipped_on_request_and_the_others_stay_in_their_splits(flawed, capsys):
+    whole = files_of(flawed, "train")
+    records = open_split(flawed, "train", skip_bad_images=True)
+    assert records.files == [file for file in whole if file not in FLAWS] and len(records) == 16
+    assert [file.split("/")[1] for file in records.files] == ["ab"[label] for label in records.labels]
+    first, *lines = capsys.readouterr().out.rstrip().splitlines()[-4:]
+    assert first == "left out 3 of the 19 images of split 'train', because they cannot be used:"
+    out = "\n".join(lines)
+    assert all(file in out for file in FLAWS if file.startswith("train/"))
+    assert "bomb" not in out
+    examples = open_examples(f"folder:{flawed}", "test", image_size_px=4, skip_bad_images=True)
+    assert examples.images is not None
+    assert len(examples) == 4 and examples.images.shape == (4, 4, 4, 3)
+    with pytest.raises(UserError, match="no image of split 'train.*can be used"):
+        bad = [whole.index(file) for file in whole if file in FLAWS][0]
+        open_split(flawed, f"train[{bad}:{bad + 1}]", skip_bad_images=True)
+
+
+def test_a_repaired_folder_is_read_again(flawed):
+    with pytest.raises(UserError):
+        open_split(flawed, "train")
+    for file in FLAWS:
+        (flawed / file).unlink()
+        write(flawed, file)
+    assert len(open_split(flawed, "train")) == 19
+
+
+def test_an_image_that_goes_missing_later_is_named(tmp_path):
+    write(tmp_path, *names("a", 4), *names("b", 4))
+    examples = open_examples(f"folder:{tmp_path}", "train", image_size_px=4, cache_bytes=0)
+    assert examples.files is not None
+    (tmp_path / examples.files[2]).unlink()
+    with pytest.raises(UserError, match=f"No such file.*{examples.files[2]}.*: restore them"):
+        examples.read(np.arange(4))
+
+
+# --- the program
+
+TINY = ["--config.total_steps=2", "--config.batch_size=8", "--config.preprocess.image_size_px=8"]
+TINY += [f"--config.model.{key}=8" for key in ("hidden_dim", "channels_mlp_dim", "tokens_mlp_dim")]
+TINY += ["--config.model.num_blocks=1", "--config.augment.min_crop_area=0.5"]
+
+
+def test_a_folder_trains(tmp_path, capsys):
+    path = tmp_path / "photos"
+    write(path, *names("猫", 10), *names("кот", 10))
+    arguments = [f"--config.dataset=folder:{path}", f"--workdir={tmp_path / 'run'}", *TINY]
+    assert main(["--config=digits.py", *arguments]) == 0
+    assert json.loads((tmp_path / "run" / "class_names.json").read_text()) == ["кот", "猫"]
+    out = capsys.readouterr().out
+    assert "16 training images, 4 test images, 2 classes" in out
+    assert "a fifth of each class, 4 images" in out and "test accuracy" in out
+
+
+def test_bad_images_stop_the_program_before_anything_is_written(flawed, capsys):
+    workdir = flawed.parent / "run"
+    assert (
+        main(["--config=digits.py", f"--config.dataset=folder:{flawed}", f"--workdir={workdir}", *TINY]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("error: 5 of 27 images") and all(repr(file) in error for file in FLAWS)
+    assert "Traceback" not in error and not workdir.exists()
+
+
+def test_the_program_skips_bad_images_when_asked(flawed, capsys):
+    arguments = [f"--config.dataset=folder:{flawed}", f"--workdir={flawed.parent / 'run'}", *TINY]
+    assert main(["--config=digits.py", "--config.skip_bad_images=True", *arguments]) == 0
+    assert "16 training images, 4 test images, 2 classes" in capsys.readouterr().out

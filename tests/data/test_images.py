@@ -1,0 +1,190 @@
+"""Decoding of image files: formats, orientation, alpha, bit depth, and files that are refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from made_datasets import encode
+from PIL import Image, features
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.data.images import find_flaw, open_image, to_mode
+
+# Smooth, so that JPEG hardly changes it; looks different in each of the eight orientations.
+ACROSS, DOWN = np.meshgrid(np.linspace(0, 255, 24), np.linspace(40, 160, 16))
+PICTURE = np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype(np.uint8)
+GRAY = PICTURE[..., 0]
+
+
+def decode_image(file):
+    return np.asarray(open_image(file, "RGB"))
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("PPM", {}, 0),
+        ("TGA", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 6),
+        ("JPEG2000", {}, 0),
+        ("AVIF", {"quality": 95}, 12),
+        ("GIF", {}, 40),  # only 256 colours
+    ],
+)
+def test_every_format_is_decoded_from_file_and_bytes(tmp_path, file_format, options, tolerance):
+    if file_format in ("WEBP", "JPEG2000", "AVIF"):
+        if not features.check({"JPEG2000": "jpg_2000"}.get(file_format, file_format.lower())):
+            pytest.skip(f"Pillow is built without {file_format}")
+    encoded = encode(PICTURE, file_format, **options)
+    path = tmp_path / "image"
+    path.write_bytes(encoded)
+    for file in (encoded, path, str(path)):
+        image = decode_image(file)
+        assert image.shape == (16, 24, 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - PICTURE).max() <= tolerance
+
+
+# EXIF orientation -> how the upright image is changed before it is stored.
+STORED = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 1),
+    7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_turned_photo_is_upright(file_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(STORED[orientation](PICTURE))
+    image = decode_image(encode(stored, file_format, exif=exif, quality=95))
+    assert image.shape == PICTURE.shape
+    assert np.abs(image.astype(int) - PICTURE).mean() < (1 if file_format in ("PNG", "TIFF") else 4)
+
+
+def test_white_shows_through_alpha_of_any_kind():
+    left_half = np.where(np.arange(24) < 12, 0, 255).astype(np.uint8) * np.ones((16, 1), np.uint8)
+    half = np.full((16, 24), 128, np.uint8)
+    rgba = np.concatenate([PICTURE, left_half[..., None]], -1)
+    palette = Image.fromarray(np.where(left_half == 0, 7, 9).astype(np.uint8), "P")
+    palette.putpalette([0, 0, 0] * 9 + [200, 100, 50])
+    expected = np.where(left_half[..., None] == 0, 255, PICTURE)
+    for encoded, pixels in [
+        (encode(rgba), expected),
+        (encode(rgba, "WEBP", lossless=True), expected),
+        (encode(Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(left_half)])), expected[..., :1]),
+        (encode(palette, transparency=7), np.where(left_half[..., None] == 0, 255, [200, 100, 50])),
+        (encode(palette, "GIF", transparency=7), np.where(left_half[..., None] == 0, 255, [200, 100, 50])),
+        (encode(Image.fromarray(PICTURE * 0), transparency=(0, 0, 0)), np.uint8(255)),
+        (encode(np.concatenate([PICTURE * 0, half[..., None]], -1)), np.uint8(127)),
+    ]:
+        np.testing.assert_array_equal(decode_image(encoded), np.broadcast_to(pixels, PICTURE.shape))
+    with Image.open(io.BytesIO(encode(rgba))) as image:
+        np.testing.assert_array_equal(np.asarray(to_mode(image, "RGBA")), rgba)
+    with Image.open(io.BytesIO(encode(rgba))) as image:
+        assert np.asarray(to_mode(image, "L"))[0, 0] == 255
+
+
+def png_of_16_bits(color_type, channels):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 1, 16, color_type, 0, 0, 0)
+    rows = b"\0" + np.repeat(DEEP.astype(">u2"), channels).tobytes()
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*part) for part in [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    )
+
+
+DEEP = np.array([[0, 256, 32768, 65535]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        png_of_16_bits(0, 1),
+        png_of_16_bits(2, 3),
+        encode(DEEP, "TIFF"),
+        encode(DEEP.astype(">u2"), "TIFF"),
+        encode(DEEP.astype(np.int32), "TIFF"),
+        b"P5 4 1 65535\n" + DEEP.astype(">u2").tobytes(),
+    ],
+    ids=["PNG gray", "PNG RGB", "TIFF", "TIFF big-endian", "TIFF 32 bits", "PGM"],
+)
+def test_16_bits_are_scaled_not_clipped(encoded):
+    expected = np.repeat(np.array([[0, 1, 128, 255]])[..., None], 3, -1)
+    np.testing.assert_array_equal(decode_image(encoded), expected)
+
+
+def test_values_with_an_unknown_white_are_refused():
+    for pixels, words in [
+        (DEEP.astype(np.float32) / 65535, r"float32 from 0.0 to 1.0, not 8 or 16 bits per channel"),
+        (DEEP.astype(np.int32) * 2, r"int32 from 0 to 131070, not 8 or 16 bits per channel"),
+        (-DEEP.astype(np.int32), r"int32 from -65535 to 0, not 8 or 16 bits per channel"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            decode_image(encode(pixels, "TIFF"))
+
+
+def test_cmyk_bits_and_gray_become_rgb():
+    cmyk = decode_image(encode(Image.fromarray(PICTURE).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(cmyk.astype(int) - PICTURE).mean() < 4
+    np.testing.assert_array_equal(decode_image(encode(GRAY)), np.stack([GRAY] * 3, -1))
+    np.testing.assert_array_equal(
+        decode_image(encode(Image.fromarray(GRAY > 99))), np.stack([np.where(GRAY > 99, 255, 0)] * 3, -1)
+    )
+
+
+def test_an_image_that_cannot_be_used_is_refused_by_name(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_bytes(b"no image")
+    (tmp_path / "cut.bmp").write_bytes(encode(PICTURE, "BMP")[:-100])
+    for name, words in [
+        ("missing.jpg", "FileNotFoundError"),
+        ("empty.jpg", "empty, cut short or not an image"),
+        ("text.jpg", "empty, cut short or not an image"),
+        ("cut.bmp", "truncated"),
+    ]:
+        with pytest.raises(UserError, match=f"^image '.*{name}' cannot be used .*{words}.*: repair it"):
+            decode_image(tmp_path / name)
+    with pytest.raises(UserError, match="^the image of 8 bytes cannot be used"):
+        decode_image(b"no image")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("JPEG", {"mode": "CMYK"}),
+        ("PNG", {}),
+        ("GIF", {}),
+        ("WEBP", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_an_image_cut_short_anywhere_is_found(tmp_path, file_format, options):
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC)
+    encoded = encode(image.convert(options.pop("mode", "RGB")), file_format, **options)
+    path = tmp_path / "image"
+    path.write_bytes(encoded)
+    assert find_flaw(str(path)) is None
+    for share in (0, 0.001, 0.03, 0.25, 0.5, 0.75, 0.9, 0.98):
+        path.write_bytes(encoded[: int(len(encoded) * share)])
+        assert find_flaw(str(path)), f"{share:.1%} of a {file_format} file are taken for an image"

@@ -1,0 +1,215 @@
+"""One way of naming a model: runs, published weights and files give the same thing."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mlpmixer_flax import UserError, export
+from mlpmixer_flax.cli import add_model, load_model
+from mlpmixer_flax.config import resolve
+from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.inference.classes import IMAGENET21K_NAMES, imagenet_names, in_words
+from mlpmixer_flax.inference.load import load, load_run
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.rundir import read_weights, write_run
+from mlpmixer_flax.training.checkpoints import Checkpoints
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.evaluation import make_eval_step
+from mlpmixer_flax.training.step import TrainState
+from mlpmixer_flax.weights import download
+from mlpmixer_flax.weights.files import write_npz
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SIZES = ("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that keeps an average and whose best checkpoint is not its last; of random weights."""
+    values = {"hidden_dim": 16, "num_blocks": 1, "gelu": "erf"}
+    overrides = [f"--config.model.{key}={value}" for key, value in values.items()]
+    config = resolve(
+        load_config("digits.py", ["--config.loss=sigmoid", "--config.ema_decay=0.9", *overrides]), {}
+    )
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    write_run(workdir, config.to_dict(), class_names=list("0123456789"))
+    model, rng = MlpMixer(num_classes=10, **config.model.to_dict()), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+    checkpoints = Checkpoints(workdir, keep=2)
+    for step, accuracy in [(10, 0.9), (20, 0.8)]:
+        params, ema = (
+            jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.3, jnp.float32), shapes)
+            for _ in range(2)
+        )
+        checkpoints.save(step, TrainState(jnp.asarray(step), params, (), ema), {"test/accuracy": accuracy})
+    checkpoints.close()
+    return workdir
+
+
+def probabilities_of(model, images):
+    return np.asarray(jax.jit(model.probabilities)(model.params, images))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_examples("digits", "test")
+
+
+def named(*arguments):
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    return load_model(parser.parse_args(arguments))
+
+
+def copy_with(run, copy, **changes):
+    shutil.copytree(run, copy)
+    config = json.loads((run / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+def test_a_run_gives_the_weights_that_its_last_accuracy_is_of(run, tmp_path):
+    for options, which in [((), "ema"), (["--checkpoint=last"], "last"), (["--checkpoint=best"], "best")]:
+        step, params = read_weights(run, which)
+        trained = named(f"--workdir={run}", *options)
+        chex.assert_trees_all_equal(trained.params, params)
+        assert trained.step == step
+    chex.assert_trees_all_equal(
+        load_run(copy_with(run, tmp_path / "copy", ema_decay=0.0)).params, read_weights(run, "last")[1]
+    )
+
+
+def test_probabilities_are_those_that_evaluation_scores(run, digits):
+    trained = load_run(run)
+    probabilities = np.float64(probabilities_of(trained, digits.images))
+    assert probabilities.shape == (364, 10) and trained.channels == 1
+    batch = {"image": digits.images, "label": digits.labels, "mask": np.ones(364, bool)}
+    sums = jax.jit(make_eval_step(trained.module, ConfigDict(trained.config)))(trained.params, batch)
+    right = np.arange(10) == digits.labels[:, None]
+    loss = -np.log(np.where(right, probabilities, 1 - probabilities)).sum()
+    assert loss == pytest.approx(float(sums["loss"]), rel=1e-4)
+    assert np.sum(probabilities.argmax(axis=1) == digits.labels) == sums["accuracy"]
+
+
+def test_probabilities_sum_to_one_with_the_softmax_loss(run, digits, tmp_path):
+    softmax = probabilities_of(load_run(copy_with(run, tmp_path / "copy", loss="softmax")), digits.images[:9])
+    np.testing.assert_allclose(softmax.sum(axis=1), 1, rtol=1e-6)
+    sigmoid = probabilities_of(load_run(run), digits.images[:9])
+    assert (abs(sigmoid.sum(axis=1) - 1) > 1e-3).all()
+    np.testing.assert_array_equal(softmax.argsort(axis=1), sigmoid.argsort(axis=1))
+
+
+@pytest.mark.parametrize("format", ["npz", "safetensors"])
+def test_an_exported_file_is_the_same_model_as_its_run(run, tmp_path, format):
+    file = tmp_path / "weights"
+    options = [f"--format={format}", f"--output={file}", "--checkpoint=ema"]
+    assert export.main([f"--workdir={run}", *options]) == 0
+    ours, theirs = load_run(run), named(f"--weights={file}")
+    chex.assert_trees_all_equal(theirs.params, ours.params)
+    assert theirs.class_names == ours.class_names == tuple("0123456789")
+    assert theirs.model.gelu == "erf" and theirs.model.patches["size"] == (2, 2)
+    assert {**theirs.preprocess} == {**ours.preprocess}
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
+    np.testing.assert_array_equal(probabilities_of(theirs, images), probabilities_of(ours, images))
+
+
+def test_a_run_is_the_same_model_by_either_option(run):
+    one, other = named(f"--workdir={run}"), named(f"--weights={run}")
+    chex.assert_trees_all_equal(one.params, other.params)
+    assert (one.loss, one.class_names, one.model) == (other.loss, other.class_names, other.model)
+
+
+def test_a_file_keeps_the_precision_and_the_loss_that_its_run_computes_with(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    copy = copy_with(run, tmp_path / "copy", model={**config["model"], "dtype": "bfloat16"})
+    export.export(load_run(copy), tmp_path / "w.npz", format="npz")
+    theirs = load(str(tmp_path / "w.npz"))
+    assert (theirs.model.dtype, theirs.loss) == ("bfloat16", "sigmoid")
+    write_npz(tmp_path / "w.npz", theirs.params, metadata={"loss": "hinge", "model": {}, "preprocess": {}})
+    with pytest.raises(UserError, match="loss 'hinge'"):
+        load(str(tmp_path / "w.npz"))
+
+
+def test_a_thousand_classes_of_ones_own_are_not_imagenets(tmp_path):
+    model = MlpMixer(num_classes=1000, patches={"size": (4, 4)}, **dict.fromkeys(SIZES, 8), num_blocks=1)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    own = {"model": {"gelu": "tanh"}, "preprocess": {}, "num_classes": 1000}
+    for metadata, first in [({}, "tench, Tinca tinca"), (own, "0")]:
+        write_npz(tmp_path / "w.npz", jax.device_get(params), metadata=metadata)
+        assert load(str(tmp_path / "w.npz")).class_names[0] == first
+    write_npz(tmp_path / "w.npz", jax.device_get(params), metadata={**own, "class_names": ["a", "b"]})
+    with pytest.raises(UserError, match="2 names of 1000 classes"):
+        load(str(tmp_path / "w.npz"))
+
+
+@pytest.mark.parametrize("file", ["google_tiny.npz", "timm_tiny.safetensors"])
+def test_a_file_that_says_nothing_of_itself_is_read_off_its_shapes(file):
+    trained = load(str(GOLDEN / file))
+    assert trained.preprocess["image_size_px"] == 32 and trained.preprocess["crop_fraction"] == 0.875
+    assert trained.class_names == tuple("0123456789") and trained.channels == 3
+    assert trained.module.gelu == ("erf" if file.startswith("timm") else "tanh")
+
+
+def test_weights_that_name_no_classes_are_refused(run, tmp_path):
+    params = load_run(run).params
+    write_npz(tmp_path / "w.npz", {k: v for k, v in params.items() if k != "head"}, metadata={})
+    with pytest.raises(UserError, match="w.npz has no head: give other weights"):
+        load(str(tmp_path / "w.npz"))
+    write_npz(tmp_path / "x.npz", {"head": params["head"], "stem": params["stem"]}, metadata={})
+    with pytest.raises(UserError, match="x.npz has no Mixer blocks"):
+        load(str(tmp_path / "x.npz"))
+
+
+def test_a_model_is_named_once(run, capsys):
+    for arguments in ([], [f"--workdir={run}", "--weights=w.npz"]):
+        with pytest.raises(SystemExit):
+            named(*arguments)
+    assert "--weights" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--checkpoint=best is for --workdir"):
+        named("--weights=w.npz", "--checkpoint=best")
+    with pytest.raises(UserError, match="no run in nowhere"):
+        named("--workdir=nowhere")
+
+
+def test_a_config_of_something_else_makes_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "mixer_b16_224"}')
+    with pytest.raises(UserError, match=f"no run in {tmp_path}"):
+        load_run(tmp_path)
+
+
+def test_the_names_of_imagenet_are_in_the_order_of_its_classes():
+    names = imagenet_names(1000)
+    assert len(names) == 1000 and all(name.isascii() and name == name.strip() for name in names)
+    known = {
+        0: "tench, Tinca tinca",
+        281: "tabby, tabby cat",
+        999: "toilet tissue, toilet paper, bathroom tissue",
+    }
+    assert {label: names[label] for label in known} == known
+    assert in_words(["n02123045", "n9", "cat"]) == ["tabby, tabby cat", "n9", "cat"]
+    assert imagenet_names(3) == ["0", "1", "2"]
+
+
+def test_the_names_of_imagenet_21k_are_fetched_and_are_numbers_without_a_network(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    numbers = [str(number) for number in range(21843)]
+    assert imagenet_names(21843) == numbers
+    assert "cannot be fetched: https://storage.googleapis.com" in capsys.readouterr().err
+    names = [f"name {number}, épée" for number in numbers]
+    file = download.cache_file(IMAGENET21K_NAMES)
+    file.write_text("\n".join(names) + "\n", encoding="utf-8")
+    assert imagenet_names(21843) == names
+    file.write_text("\n".join(names[1:]))
+    assert imagenet_names(21843) == numbers
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,134 @@
+"""Scores by hand, classes matched by name, and a table that stays in its columns."""
+
+import numpy as np
+import pytest
+from rich.cells import cell_len
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.cli import pad
+from mlpmixer_flax.inference import scores
+from mlpmixer_flax.inference.classes import imagenet_names, in_words
+
+ROWS = {
+    "label": np.array([0, 0, 0, 0, 1, 3]),
+    "best": np.array([(0, 1, 2), (2, 0, 1), (1, 2, 3), (1, 2, 3), (1, 0, 2), (0, 2, 1)]),
+    "confidence": np.array([0.9, 0.8, 0.7, 0.4, 0.6, 0.95]),
+    "loss": np.array([0.1, 1.6, 2.0, 3.0, 0.5, 4.8]),
+}
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+def test_measures_are_means_over_the_images():
+    found = scores.measure(ROWS)
+    # Each confidence is in a bin of its own.
+    error = ((1 - 0.9) + 0.8 + 0.7 + 0.4 + (1 - 0.6) + 0.95) / 6
+    expected = {"accuracy": 2 / 6, "accuracy_top5": 3 / 6, "loss": 2.0, "calibration_error": error}
+    assert found == pytest.approx(expected)
+    assert all(type(value) is float for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([0.9, 0.9], [True, True], 0.1),
+        ([0.9, 0.9], [True, False], 0.4),
+        ([0.95, 0.95, 0.55, 0.55], [True, True, True, False], 0.05),  # 0.05 in either bin
+        ([0.95, 0.95, 0.95, 0.55], [True, True, True, False], 0.175),  # (3 · 0.05 + 0.55) / 4
+        ([0.61, 0.65], [True, False], 0.13),  # one bin, (9/15, 10/15]: the errors cancel in part
+        ([0.59, 0.61], [True, False], 0.51),  # 9/15 parts them: (0.41 + 0.61) / 2
+        ([0.6, 0.61], [True, False], 0.505),  # which belongs to the bin below
+        ([0.0, 1.0, 1.0000001], [False, True, True], 0.0),  # float32 rounds past 1
+    ],
+)
+def test_calibration_error_is_that_by_hand(confidence, correct, expected):
+    error = scores.calibration_error(np.array(confidence), np.array(correct))
+    assert error == pytest.approx(expected, abs=1e-7)
+
+
+def test_each_class_has_its_accuracy_and_what_it_is_most_often_taken_for():
+    keys = ("class", "name", "images", "accuracy", "taken_for", "times")
+    rows = [
+        (0, "ant", 4, 0.25, "bee", 2),
+        (1, "bee", 1, 1.0, None, 0),
+        (2, "cat", 0, None, None, 0),
+        (3, "dog", 1, 0.0, "ant", 1),
+    ]
+    assert scores.per_class(ROWS, NAMES) == [dict(zip(keys, row, strict=True)) for row in rows]
+    assert scores.confusions(ROWS)[0] == (0, 1, 2)
+    assert sorted(scores.confusions(ROWS)) == [(0, 0, 1), (0, 1, 2), (0, 2, 1), (1, 1, 1), (3, 0, 1)]
+
+
+def test_the_most_confident_mistakes_come_first():
+    assert scores.confident_mistakes(ROWS).tolist() == [5, 1, 2, 3]
+    assert scores.confident_mistakes(ROWS, 2).tolist() == [5, 1]
+    right = {name: values[[0, 4]] for name, values in ROWS.items()}
+    assert scores.confident_mistakes(right).tolist() == []
+
+
+def test_classes_are_matched_by_name_and_without_names_by_number_which_is_said(capsys):
+    assert scores.match_classes(["dog", "ant", "cat", "bee"], NAMES).tolist() == [3, 0, 2, 1]
+    assert scores.match_classes(["cat", "ant"], NAMES).tolist() == [2, 0]
+    assert capsys.readouterr().out == ""
+    numbers = ["0", "1", "2", "3"]
+    for theirs, ours in [(numbers, NAMES), (NAMES, numbers)]:
+        assert scores.match_classes(theirs, ours).tolist() == [0, 1, 2, 3]
+        assert "matched by number" in capsys.readouterr().out
+        with pytest.raises(
+            UserError, match="which name none of the model's 4"
+        ):  # a folder's are in any order
+            scores.match_classes(theirs, ours, numbered=False)
+    # As a folder sorts them, against a dataset's numbers: these are names.
+    theirs = sorted(str(i) for i in range(12))
+    assert scores.match_classes(theirs, [str(i) for i in range(12)]).tolist() == [
+        int(name) for name in theirs
+    ]
+
+
+def test_imagenets_classes_are_known_by_their_wordnet_numbers():
+    names = imagenet_names(1000)
+    assert len(set(names)) == 1000  # though a crane is a bird and a machine
+    cranes = ["crane (n02012849)", "crane (n03126707)"]
+    assert in_words(["n01440764", "n02012849", "n03126707", "cat"]) == [names[0], *cranes, "cat"]
+    assert scores.match_classes(names, names).tolist() == list(range(1000))
+    assert scores.match_classes(in_words(["n03126707", "n01440764"]), names).tolist() == [517, 0]
+
+
+def test_other_classes_are_refused():
+    with pytest.raises(
+        UserError, match="of 10 classes, with '0', '1', '2', which name none of the model's 4, such"
+    ):
+        scores.match_classes([str(i) for i in range(10)], NAMES)
+    twice = ["crane", "crane", "tench"]
+    assert scores.match_classes(twice, twice).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="with 'crane'"):
+        scores.match_classes(["crane", "tench"], twice)
+    with pytest.raises(UserError, match="of 4 classes, with 'eel', which name none"):
+        scores.match_classes(["ant", "bee", "cat", "eel"], NAMES)
+
+
+def test_few_classes_are_listed_in_order_and_of_many_the_worst_and_best():
+    few = scores.as_table(scores.per_class(ROWS, NAMES)).splitlines()
+    assert [line.split() for line in few[1:]] == [
+        ["ant", "4", "25.00%", "bee", "(2)"],
+        ["bee", "1", "100.00%"],
+        ["dog", "1", "0.00%", "ant", "(1)"],
+    ]
+    many = [
+        {"name": f"{i:03}", "images": 1000, "accuracy": (i * 7 % 100) / 100, "taken_for": "x", "times": 1}
+        for i in range(100)
+    ]
+    table = scores.as_table(many).splitlines()
+    ends = [line.split()[2] for line in table if "1,000" in line]
+    assert ends == [f"{i}.00%" for i in [*range(10), *range(99, 89, -1)]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["杜鹃花" * 12, "Ka\u0308fer " * 9, "great white shark, white shark, man-eater", "\x1b[31mred\n" * 9],
+)
+def test_a_name_in_any_script_keeps_the_table_in_its_columns(name):
+    row = {"name": name, "images": 12345, "accuracy": 1 / 3, "taken_for": name, "times": 1234}
+    head, line = scores.as_table([row]).split("\n")
+    assert cell_len(head) <= 80 and cell_len(line) <= 80 and "\x1b" not in line
+    assert cell_len(pad(name, 28)) == 28 and line.startswith(pad(name, 28) + "  12,345")
+    assert line.endswith(" (1,234)")

@@ -1,0 +1,308 @@
+"""What a run reports: the file, TensorBoard, the terminal, and the means in between."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import SessionLog
+from written_events import events, scalars
+
+from mlpmixer_flax.training import report as metrics
+from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
+
+TRAINING = {"train/loss": 1.23456, "train/accuracy": 0.5, "images_per_second": 1234.5}
+TEST = {"test/loss": 2.5, "test/accuracy": 0.25, "test/accuracy_top5": 0.75}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time stands still but for `clock.now += seconds`."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def open_reporter(workdir, start_step=0, total_steps=100):
+    return contextlib.closing(Reporter(workdir, start_step=start_step, total_steps=total_steps))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+# The file and TensorBoard
+
+
+def test_file_and_tensorboard_hold_the_scalars_by_their_names(tmp_path):
+    with open_reporter(tmp_path) as reporter:
+        reporter.training(50, TRAINING)
+        # Each line is on disk at once: a killed run keeps it.
+        assert lines(tmp_path) == [{"step": 50, **TRAINING}]
+        reporter.evaluation(50, TEST)
+        reporter.training(100, {**TRAINING, "train/loss": 0.5})
+    rows = lines(tmp_path)
+    assert rows == [
+        {"step": 50, **TRAINING},
+        {"step": 50, **TEST},
+        {"step": 100, **TRAINING, "train/loss": 0.5},
+    ]
+    assert all(next(iter(row)) == "step" for row in rows)
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows
+    expected = [
+        (row["step"], name, np.float32(v)) for row in rows for name, v in row.items() if name != "step"
+    ]
+    assert scalars(events(tmp_path)) == expected
+
+
+def test_tensorboard_holds_the_config_and_a_sheet_of_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+    with open_reporter(tmp_path) as reporter:
+        reporter.beginning({"seed": 0, "preprocess.mean": (0.5,), "dataset": "folder:a|b"}, images)
+    text, sheet = ((event.step, value) for event in events(tmp_path) for value in event.summary.value)
+    assert (text[0], text[1].tag, text[1].metadata.plugin_data.plugin_name) == (
+        1,
+        "config/text_summary",
+        "text",
+    )
+    (markdown,) = text[1].tensor.string_val
+    assert markdown.decode().splitlines() == [
+        "    seed = 0",
+        "    preprocess.mean = (0.5,)",
+        "    dataset = 'folder:a|b'",
+    ]
+    assert (sheet[0], sheet[1].tag) == (1, "training_images")
+    pixels = np.asarray(Image.open(io.BytesIO(sheet[1].image.encoded_image_string)))
+    assert pixels.shape == (2 * 42, 3 * 42, 3)
+    for i, image in enumerate(images):
+        top, left = 42 * (i // 3), 42 * (i % 3)
+        np.testing.assert_array_equal(pixels[top : top + 40, left : left + 40], image)
+    assert (pixels[42:, 84:] == 255).all() and (pixels[40:42] == 255).all()
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (66, 66, 3)), (64, (528, 528, 3))])
+def test_small_grey_images_are_enlarged(tmp_path, count, shape):
+    images = np.arange(64 * count, dtype=np.uint8).reshape(count, 8, 8, 1)
+    with open_reporter(tmp_path) as reporter:
+        reporter.beginning({}, images)
+    (sheet,) = (value for event in events(tmp_path) for value in event.summary.value if value.image.height)
+    pixels = np.asarray(Image.open(io.BytesIO(sheet.image.encoded_image_string)))
+    assert pixels.shape == shape
+    np.testing.assert_array_equal(pixels[4:64:8, 4:64:8, 0], images[0, :, :, 0])
+
+
+def test_few_classes_have_a_curve_each_and_many_a_histogram_and_none_a_line_in_the_file(tmp_path):
+    few = {"cat": 0.5, "great auk": np.nan, "кот": 1.0}
+    many = {f"class {i}": i / 40 for i in range(40)} | {"unseen": np.nan}
+    with open_reporter(tmp_path) as reporter:
+        reporter.class_accuracy(10, few)
+        reporter.class_accuracy(20, many)
+    found = events(tmp_path)
+    *curves, (step, tag, _) = scalars(found)
+    assert curves == [(10, "test_class_accuracy/cat", 0.5), (10, "test_class_accuracy/кот", 1.0)]
+    (histogram,) = (value.histo for event in found for value in event.summary.value if value.histo.num)
+    assert (step, tag, histogram.num) == (20, "test_class_accuracy", 40)
+    assert sum(histogram.bucket) == 40 and max(histogram.bucket) <= 3
+    assert not lines(tmp_path)
+
+
+def test_resuming_drops_later_lines_and_keeps_earlier_ones(tmp_path):
+    with open_reporter(tmp_path) as reporter:
+        for step in (10, 20, 30):
+            reporter.training(step, TRAINING)
+            reporter.evaluation(step, TEST)
+    for file in tmp_path.glob("*tfevents*"):
+        file.rename(tmp_path / f"0.{file.name}")  # within a second, tensorboardX would write the same file
+    with open_reporter(tmp_path, start_step=20) as reporter:
+        reporter.training(30, {**TRAINING, "train/loss": 9.0})
+    assert [(row["step"], row.get("train/loss")) for row in lines(tmp_path)] == [
+        (10, 1.23456),
+        (10, None),
+        (20, 1.23456),
+        (20, None),
+        (30, 9.0),
+    ]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("start_step", [0, 20])  # 0: killed before its first checkpoint
+def test_resuming_has_tensorboard_drop_the_later_steps(tmp_path, start_step):
+    """TensorBoard forgets what is at or after the step of a start event."""
+    with open_reporter(tmp_path) as reporter:
+        for step in (10, 20, 30):
+            reporter.training(step, TRAINING)
+    for file in tmp_path.glob("*tfevents*"):
+        file.unlink()
+    with open_reporter(tmp_path, start_step=start_step) as reporter:
+        reporter.training(start_step + 10, TRAINING)
+    starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
+    assert starts == [start_step + 1]
+
+
+def test_a_line_that_a_kill_cut_short_is_survived(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 10, "train/loss": 1.0}\n{"step": 20, "train/lo')
+    assert read_metrics(file) == [{"step": 10, "train/loss": 1.0}]
+    with open_reporter(tmp_path, start_step=20) as reporter:
+        reporter.training(30, TRAINING)
+    assert lines(tmp_path) == [{"step": 10, "train/loss": 1.0}, {"step": 30, **TRAINING}]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}')
+    with open_reporter(tmp_path, start_step=10) as reporter:
+        reporter.training(20, TRAINING)
+    assert [row["step"] for row in lines(tmp_path)] == [10, 20]
+
+
+def test_no_file_is_no_lines(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+# The terminal
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, clock):
+    with open_reporter(tmp_path, start_step=100, total_steps=200) as reporter:
+        for _ in range(50):
+            reporter.advance()
+        clock.now += 90  # 50 steps in 90 s: as long again for the other 50
+        reporter.training(150, TRAINING)
+        reporter.evaluation(150, TEST)
+        reporter.say("stopped")
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "step 150/200: loss 1.2346, accuracy 0.5000, 1,234 img/s, ETA 01:30",
+        "step 150: test/loss 2.5000, test/accuracy 0.2500, test/accuracy_top5 0.7500",
+        "stopped",
+    ]
+    assert err == ""
+    assert max(map(len, out.splitlines())) <= 80
+
+
+BAR = """
+import pathlib, sys, time
+from mlpmixer_flax.training.report import Reporter
+start, total, speed = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+reporter = Reporter(pathlib.Path(sys.argv[1]), start_step=start, total_steps=total)
+for step in range(start + 1, start + 5):
+    time.sleep(0.15)  # longer than the 0.1 s between two looks of the bar
+    reporter.advance()
+    if step == start + 2:
+        scalars = {"train/loss": 11.234, "train/accuracy": 0.4567, "images_per_second": speed}
+        reporter.training(step, scalars)
+        reporter.evaluation(step, {"test/loss": 2.5, "test/accuracy": 0.25})
+reporter.close()
+"""
+
+
+def on_a_terminal(*arguments, columns=80):
+    """What the program writes to a pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", BAR, *map(str, arguments)],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not piece:
+            break
+        written += piece
+    os.close(ours)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err.decode()
+    return written.decode()
+
+
+@pytest.mark.parametrize(
+    ("start", "total", "speed", "shown"),
+    [(0, 8, 1234.5, "1,234 img/s"), (0, 1_000_000, 123456.0, "123,456 img/s")],
+)
+def test_progress_bar_on_a_terminal(tmp_path, start, total, speed, shown):
+    written = on_a_terminal(tmp_path, start, total, speed)
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", written)
+    frames = [frame.strip("\n") for frame in re.split(r"[\r\n]+", text)]
+    assert max(map(len, frames)) <= 80
+    bars = [frame for frame in frames if "|" in frame]
+    full = bars[-1]
+    assert re.match(rf" *\d+%\|.*\| {start + 4}/{total}, ", full), full
+    for part in ("loss 11.234", "acc 0.457", shown):
+        assert part in full
+    assert re.search(r", ETA (\d+:)?\d\d:\d\d *$", full), full  # not cut off at the edge
+    # The evaluation has a line for itself above the bar; nothing else is a line.
+    others = [frame.strip() for frame in frames if frame.strip() and "|" not in frame]
+    assert others == ["step 2: test/loss 2.5000, test/accuracy 0.2500"]
+
+
+# Means between two reports
+
+
+def values(loss, accuracy=0.5):
+    return {"loss": np.float32(loss), "accuracy": np.float32(accuracy)}
+
+
+def test_recent_gives_means_and_speed_and_starts_anew(clock):
+    recent = Recent(batch_size=32)
+    for step, loss in enumerate([1.0, 2.0, 6.0], 1):
+        recent.add(step, values(loss, loss / 10))
+    clock.now += 4
+    summary = recent.summary()
+    assert summary == pytest.approx(
+        {"train/loss": 3.0, "train/accuracy": 0.3, "images_per_second": 3 * 32 / 4}
+    )
+    assert all(type(value) is float for value in summary.values())
+    recent.add(4, values(10.0))
+    clock.now += 2
+    assert recent.summary() == {"train/loss": 10.0, "train/accuracy": 0.5, "images_per_second": 16.0}
+
+
+def test_a_pause_counts_for_no_speed(clock):
+    recent = Recent(batch_size=10)
+    clock.now += 1
+    recent.add(1, values(1.0))
+    with recent.paused():
+        clock.now += 100
+    with recent.paused():
+        clock.now += 50
+    clock.now += 1
+    recent.add(2, values(2.0))
+    assert recent.summary()["images_per_second"] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_what_is_not_finite_stops_the_run_with_name_and_step(name, value, shown):
+    recent = Recent(batch_size=1)
+    bad = {**values(1.0), "gradient_norm": np.float32(1.0), name: np.float32(value)}
+    recent.add(7, bad)  # fetched when the next step is under way
+    with pytest.raises(FloatingPointError, match=rf"^{name} is {shown} at step 7: .*learning_rate"):
+        recent.add(8, values(1.0))
+
+
+def test_what_is_not_finite_is_seen_before_a_summary_and_before_a_pause():
+    recent = Recent(batch_size=1)
+    recent.add(3, values(np.nan))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
+        recent.summary()
+    recent.add(4, values(np.inf))
+    with pytest.raises(FloatingPointError, match="loss is inf at step 4"), recent.paused():
+        pytest.fail("a checkpoint would be saved here")

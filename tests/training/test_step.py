@@ -1,0 +1,513 @@
+"""The update against NumPy: schedules, optimizers, losses, accumulation, average, randomness; the scoring."""
+
+import math
+from functools import cache, partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.config import get_config, resolve
+from mlpmixer_flax.data import augment
+from mlpmixer_flax.models import GELU, MlpMixer
+from mlpmixer_flax.training.evaluation import make_eval_step
+from mlpmixer_flax.training.losses import LOSSES
+from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
+from mlpmixer_flax.training.step import TrainState, init_state, make_preview_step, make_train_step
+from mlpmixer_flax.training.validate import CHOICES
+
+CLASSES = 3
+QUICK = {"xla_backend_optimization_level": 0}  # to compile, which takes nearly all of the time here
+TINY = {
+    "model.patches.size": (4, 4),
+    "model.hidden_dim": 8,
+    "model.num_blocks": 1,
+    "model.tokens_mlp_dim": 6,
+    "model.channels_mlp_dim": 10,
+}
+# Plain gradient descent: what is wrong with a gradient shows in the parameters at its size.
+DESCENT = {
+    "optimizer.name": "sgd",
+    "optimizer.momentum": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.learning_rate": 0.1,
+    "schedule.name": "constant",
+}
+SHIFTED = {"augment.crop_padding_px": 1, "augment.flip": True}
+MIXED = {"augment.mixup_alpha": 0.5, "augment.cutmix_alpha": 1.0, "augment.label_smoothing": 0.1}
+
+
+def config_with(**values):
+    config = get_config()
+    config.update_from_flattened_dict({**TINY, **values})
+    return resolve(config, {})
+
+
+def tiny_model(config):
+    return MlpMixer(num_classes=CLASSES, **config.model.to_dict())
+
+
+def tiny_batch(n=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8),
+        "label": rng.integers(0, CLASSES, n, dtype=np.int32),
+        "mask": np.ones(n, bool),
+    }
+
+
+def make_run(**values):
+    """A jitted update and a state whose parameters are all away from zero, head and biases too."""
+    return _make_run(tuple(sorted(values.items())))
+
+
+@cache  # tests share compiled updates
+def _make_run(values):
+    values = dict(values)
+    warmup_steps = values.get("schedule.warmup_steps", 0)
+    config = config_with(**values)
+    model = tiny_model(config)
+    schedule = make_schedule(config, total_steps=10, warmup_steps=warmup_steps)
+    optimizer = make_optimizer(config, schedule)
+    state = jax.eval_shape(lambda: start(model, optimizer, config))
+    update = make_train_step(model, optimizer, schedule, config)
+    return jax.jit(update, compiler_options=QUICK), fill(state)
+
+
+def start(model, optimizer, config):
+    return init_state(None, model=model, optimizer=optimizer, config=config, image_shape=(8, 8, 1))
+
+
+def fill(state):
+    """Shapes of a state -> random parameters, the average equal to them, the optimizer at zero."""
+    rng = np.random.default_rng(7)
+
+    def zeros(tree):
+        return jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), tree)
+
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 0.3, p.shape).astype(p.dtype) + np.float32(p.ndim == 1), state.params
+    )
+    ema = None if state.ema is None else params
+    return TrainState(zeros(state.step), params, zeros(state.opt_state), ema)
+
+
+# Losses, and the names in the config
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def loss_by_hand(name, logits, labels):
+    if name == "softmax":
+        return -(labels * log_softmax(logits)).sum(-1)
+    p = 1 / (1 + np.exp(-logits))
+    return -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).sum(-1)
+
+
+@pytest.mark.parametrize("name", CHOICES["loss"])
+def test_loss_equals_its_formula_with_soft_labels(name):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 3, (6, 5)), rng.dirichlet(np.ones(5), 6)
+    loss = jax.jit(LOSSES[name])(np.float32(logits), np.float32(labels))
+    np.testing.assert_allclose(loss, loss_by_hand(name, logits, labels), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CHOICES["loss"])
+def test_loss_is_finite_and_exact_for_confident_wrong_logits(name):
+    logits, labels = np.float32([[200.0, -200.0]]), np.float32([[0.0, 1.0]])
+    np.testing.assert_allclose(
+        jax.jit(LOSSES[name])(logits, labels), {"softmax": [400.0], "sigmoid": [400.0]}[name]
+    )
+
+
+def test_names_in_the_config_are_those_of_the_tables():
+    assert set(CHOICES["loss"]) == set(LOSSES)
+    assert set(CHOICES["model.gelu"]) == set(GELU)
+
+
+def build(config):
+    """Everything that reads a name, traced and not compiled."""
+    schedule = make_schedule(config, total_steps=10, warmup_steps=2)
+    optimizer = make_optimizer(config, schedule)
+    model = tiny_model(config)
+    state = jax.eval_shape(lambda: start(model, optimizer, config))
+    batch = {**tiny_batch(), "image": np.zeros((8, 6, 6, 1), np.uint8)}  # resized to 8 px
+    jax.eval_shape(make_train_step(model, optimizer, schedule, config), state, batch)
+    jax.eval_shape(make_eval_step(model, config), state.params, batch)
+
+
+@pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in CHOICES.items() for name in names])
+def test_every_name_in_the_config_builds_a_run(key, name):
+    build(config_with(**{key: name}))
+
+
+@pytest.mark.parametrize("key", sorted(CHOICES.keys() - {"init_head"}))  # fit.py's
+def test_another_name_builds_none(key):
+    with pytest.raises((ValueError, KeyError, TypeError), match="lamb"):
+        build(config_with(**{key: "lamb"}))
+
+
+# The update
+
+
+@pytest.mark.parametrize("loss", CHOICES["loss"])
+def test_one_update_is_a_step_down_the_gradient_of_the_loss(loss):
+    update, state = make_run(**DESCENT, loss=loss)
+    batch = tiny_batch()
+    model = tiny_model(config_with())
+    images = np.float32(batch["image"]) / 127.5 - 1  # mean and std 0.5
+    one_hot = np.eye(CLASSES, dtype=np.float32)[batch["label"]]
+
+    @jax.jit
+    def forward(params):
+        def mean_loss(params):
+            logits = model.apply({"params": params}, images)
+            if loss == "softmax":
+                return -jnp.sum(one_hot * jax.nn.log_softmax(logits)) / 8, logits
+            return -jnp.sum(jax.nn.log_sigmoid((2 * one_hot - 1) * logits)) / 8, logits
+
+        return jax.grad(mean_loss, has_aux=True)(params)
+
+    grads, logits = forward(state.params)
+    after, metrics = update(state, batch)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, jax.device_get(grads))
+    chex.assert_trees_all_close(after.params, expected, rtol=1e-5, atol=1e-6)
+
+    def norm(t):
+        return math.sqrt(sum((np.float64(x) ** 2).sum() for x in jax.tree.leaves(t)))
+
+    by_hand = {
+        "loss": loss_by_hand(loss, np.float64(logits), one_hot).mean(),
+        "accuracy": (np.argmax(logits, -1) == batch["label"]).mean(),
+        "gradient_norm": norm(grads),
+        "parameter_norm": norm(expected),
+        "learning_rate": 0.1,
+    }
+    assert metrics.keys() == by_hand.keys()
+    for name, value in by_hand.items():
+        assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    assert 0 < by_hand["accuracy"] < 1  # a constant would not pass
+
+
+def test_sharpness_aware_update_takes_the_gradient_uphill_of_the_parameters():
+    """SAM by its formula (arXiv 2010.01412, eq. 2), with the gradient function of the plain update's test."""
+    update, state = make_run(**DESCENT, **{"optimizer.sam_rho": 0.3})
+    plain_update, _ = make_run(**DESCENT)
+    batch = tiny_batch()
+
+    def gradient(params):  # from a plain update with learning rate 0.1
+        after, _ = plain_update(state.replace(params=params), batch)
+        return jax.tree.map(lambda p, q: (np.float64(p) - np.float64(q)) / 0.1, params, after.params)
+
+    first = gradient(state.params)
+    norm = math.sqrt(sum((x**2).sum() for x in jax.tree.leaves(first)))
+    uphill = jax.tree.map(lambda p, g: np.float32(p + 0.3 * g / norm), state.params, first)
+    second = gradient(uphill)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, second)
+    after, metrics = update(state, batch)
+    chex.assert_trees_all_close(after.params, jax.tree.map(np.float32, expected), rtol=0, atol=2e-5)
+    plain, plain_metrics = plain_update(state, batch)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, plain.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3  # not the plain update
+    np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-6)  # where the parameters are
+
+
+@pytest.mark.parametrize(
+    ("freeze", "learning"),
+    [
+        ("all_but_head", {"head"}),
+        ("stem, MixerBlock_0", {"pre_head_layer_norm", "head"}),
+        ("head", {"stem", "MixerBlock_0", "pre_head_layer_norm"}),
+    ],
+)
+def test_frozen_layers_stay_and_the_others_move_as_ever(freeze, learning):
+    decay = {"optimizer.name": "adamw", "optimizer.weight_decay": 0.1, "ema_decay": 0.9}
+    update, state = make_run(**{**DESCENT, **decay}, freeze=freeze)
+    free_update, free_state = make_run(**{**DESCENT, **decay})
+    after, free = state, free_state
+    for _ in range(2):
+        after, _ = update(after, tiny_batch())
+    free, _ = free_update(free, tiny_batch())
+    once, _ = update(state, tiny_batch())
+    assert set(state.params) == {"stem", "MixerBlock_0", "pre_head_layer_norm", "head"}
+    for name, layer in state.params.items():
+        if name in learning:
+            assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), layer, after.params[name])))
+            chex.assert_trees_all_close(once.params[name], free.params[name], rtol=1e-5, atol=1e-6)
+        else:  # not by weight decay either
+            chex.assert_trees_all_equal(after.params[name], layer)
+            chex.assert_trees_all_close(after.ema[name], layer, rtol=1e-6)
+    held = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
+    assert ((4, 4, 1, 8) in held) == ("stem" in learning)  # no moments of what doesn't learn
+
+
+@pytest.mark.parametrize("freeze", ["haed", "stem,MixerBlock_0,pre_head_layer_norm,head"])
+def test_what_cannot_be_frozen_is_said(freeze):
+    with pytest.raises(UserError, match=f"freeze='{freeze}' must be 'all_but_head' or some, not all, of"):
+        make_run(**DESCENT, freeze=freeze)
+
+
+def test_average_follows_its_formula_and_steps_count_up():
+    values = {"ema_decay": 0.2, "optimizer.learning_rate": 1.0, "schedule.warmup_steps": 2}
+    update, state = make_run(**{**DESCENT, **values, "optimizer.clip_norm": 0.2})
+    expected, decays = state.params, []
+    for step in range(4):
+        before = state
+        state, metrics = update(state, tiny_batch(seed=step))
+        assert int(state.step) == step + 1 and state.step.dtype == jnp.int32
+        np.testing.assert_allclose(metrics["learning_rate"], [0.0, 0.5, 1.0, 1.0][step])
+        if step == 0:  # the warmup starts at 0
+            chex.assert_trees_all_equal(state.params, before.params)
+            # The norm reported is that before clipping.
+            unclipped, start = make_run(**DESCENT)
+            norm = unclipped(start, tiny_batch())[1]["gradient_norm"]
+            assert norm > 0.2
+            np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+        decays.append(min(0.2, (1 + step) / (10 + step)))
+        expected = jax.tree.map(
+            lambda e, p, d=decays[-1]: d * e + (1 - d) * np.float64(p),
+            expected,
+            jax.device_get(state.params),
+        )
+        chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
+    assert decays[1] < decays[2] == 0.2  # both sides of the minimum were met
+    assert state.eval_params is state.ema
+    gap = jax.tree.map(lambda e, p: np.abs(e - p).max(), state.ema, state.params)
+    assert max(jax.tree.leaves(gap)) > 1e-3
+
+
+def test_without_average_the_parameters_are_evaluated():
+    update, state = make_run(**DESCENT)
+    assert state.ema is None
+    state, _ = update(state, tiny_batch())
+    assert state.ema is None and state.eval_params is state.params
+
+
+@cache
+def initial_state(seed):
+    config = config_with(**{"seed": seed, "ema_decay": 0.9, "model.head_bias_init": -6.9})
+    optimizer, model = make_optimizer(config, lambda step: 0.1), tiny_model(config)
+    return jax.jit(lambda: start(model, optimizer, config), compiler_options=QUICK)()
+
+
+def test_initial_average_equals_the_parameters_in_buffers_of_its_own():
+    state = initial_state(1)
+    chex.assert_trees_all_equal(state.ema, state.params)
+    assert int(state.step) == 0
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)  # or the update could not be donated the state
+
+
+def test_initial_weights_derive_from_the_seed():
+    one, other = (initial_state(seed).params["stem"]["kernel"] for seed in (1, 2))
+    initial_state.cache_clear()
+    np.testing.assert_array_equal(one, initial_state(1).params["stem"]["kernel"])
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_head_bias_starts_the_sigmoid_loss_low():
+    params = initial_state(1).params
+    np.testing.assert_array_equal(params["head"]["bias"], np.float32([-6.9] * CLASSES))
+    update, state = make_run(**DESCENT, loss="sigmoid")
+    _, metrics = update(state.replace(params=params), tiny_batch())
+    p = 1 / (1 + math.exp(6.9))
+    np.testing.assert_allclose(metrics["loss"], -math.log(p) - 2 * math.log(1 - p), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("values", "passes"), [({}, (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
+def test_accumulated_parts_equal_the_whole_batch(values, passes):
+    """Also with mixup and CutMix, which take their partners from the whole batch, not from the part."""
+    (whole, by_whole), *others = (
+        update(state, tiny_batch())
+        for update, state in [
+            make_run(**DESCENT, **values),
+            *(make_run(**DESCENT, **values, accumulation_steps=n) for n in passes),
+        ]
+    )
+    for parts, by_parts in others:
+        # Sums in another order: float32 rounding.
+        chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(by_parts, by_whole, rtol=1e-5)
+    assert by_whole["gradient_norm"] > 0.1
+
+
+def test_parts_of_a_batch_drop_different_units():
+    """Both parts are the same images: with one mask for both, their losses would be equal."""
+    values = {**DESCENT, "model.dropout_rate": 0.5}
+    two, state = make_run(**values, accumulation_steps=2)
+    half = tiny_batch(4)
+    double = {name: np.repeat(rows, 2, axis=0) for name, rows in half.items()}  # parts: every second row
+    _, by_two = two(state, double)
+    model = tiny_model(config_with(**values))
+    images = np.float32(half["image"]) / 127.5 - 1
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def part_losses(params):
+        def loss(key):
+            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), half["label"]])
+
+        _, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
+        return jnp.stack([loss(key) for key in jax.random.split(dropout_key, 2)])
+
+    losses = part_losses(state.params)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    np.testing.assert_allclose(by_two["loss"], np.mean(losses), rtol=1e-5)
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("values", [SHIFTED, {"model.dropout_rate": 0.5}], ids=["augment", "dropout"])
+def test_randomness_is_a_function_of_seed_and_step(values):
+    update, state = make_run(**DESCENT, **values)
+    batch = tiny_batch()
+    first, by_first = update(state, batch)
+    again, by_again = update(state, batch)
+    chex.assert_trees_all_equal((first, by_first), (again, by_again))
+
+    def at_step(update, step):
+        return float(update(state.replace(step=np.int32(step)), batch)[1]["loss"])
+
+    losses = [at_step(update, step) for step in (0, 1, 2, 1_000_000)]
+    if values is SHIFTED:  # both get their keys from the same one: one recompilation tells
+        losses.append(at_step(make_run(**DESCENT, **values, seed=1)[0], 0))
+    assert losses[0] == float(by_first["loss"])
+    gaps = [abs(a - b) for i, a in enumerate(losses) for b in losses[:i]]
+    assert min(gaps) > 1e-4
+
+
+def test_what_is_looked_at_is_what_the_first_update_sees():
+    """Its loss, before the update, is that of these images."""
+    update, state = make_run(**DESCENT, **SHIFTED)
+    config, batch = config_with(**DESCENT, **SHIFTED), tiny_batch()
+    images = jax.jit(make_preview_step(config, num_classes=CLASSES), compiler_options=QUICK)(batch)
+    assert images.dtype == np.uint8 and not np.array_equal(images, batch["image"])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def loss(images):
+        logits = tiny_model(config).apply({"params": state.params}, images)
+        return LOSSES["softmax"](logits, jax.nn.one_hot(batch["label"], CLASSES)).mean()
+
+    seen, unaugmented = (loss(np.float32(x) / 127.5 - 1) for x in (images, batch["image"]))
+    np.testing.assert_allclose(update(state, batch)[1]["loss"], seen, rtol=1e-5)
+    assert abs(seen - unaugmented) > 1e-3
+
+
+def test_nothing_is_random_where_augmentation_and_dropout_are_off():
+    update, state = make_run(**DESCENT)
+    (a, by_a), (b, by_b) = (update(state.replace(step=np.int32(s)), tiny_batch()) for s in (0, 5))
+    chex.assert_trees_all_equal((a.params, by_a), (b.params, by_b))
+
+
+def test_mixed_precision_keeps_parameters_and_optimizer_in_float32():
+    update, state = make_run(**{"model.dtype": "bfloat16", "ema_decay": 0.9, "accumulation_steps": 2})
+    exact, start = make_run(**DESCENT)
+    after, metrics = update(state, tiny_batch())
+    for leaf in jax.tree.leaves((after.params, after.ema, after.opt_state, metrics)):
+        assert leaf.dtype == (jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32)
+    gap = abs(float(metrics["loss"]) - float(exact(start, tiny_batch())[1]["loss"]))
+    assert 1e-5 < gap < 0.05  # it does compute in bfloat16, whose rounding is 0.4 %
+
+
+# Scoring
+
+
+class FirstPixels(nn.Module):
+    """Logits are the first pixels of the image: what comes out can be worked out by hand."""
+
+    num_classes: int
+
+    def __call__(self, images, *, train=False):
+        return images.reshape(images.shape[0], -1)[:, : self.num_classes]
+
+
+def score(logits, labels, mask, *, loss="softmax"):
+    """eval_step of images that hold these logits, whole numbers from 0 to 255 times 1/255 x 255 = 1."""
+    n, classes = np.shape(logits)
+    config = config_with(
+        **{
+            "preprocess.image_size_px": 3,
+            "preprocess.mean": (0.0,),
+            "preprocess.std": (1 / 255,),
+            "loss": loss,
+        }
+    )
+    images = np.full((n, 9), 255, np.uint8)
+    images[:, :classes] = logits
+    batch = {"image": images.reshape(n, 3, 3, 1), "label": np.int32(labels), "mask": np.array(mask)}
+    return jax.device_get(jax.jit(make_eval_step(FirstPixels(classes), config))({}, batch))
+
+
+def test_scores_are_sums_over_unmasked_rows_top1_and_top5_by_hand():
+    logits = [
+        [9, 1, 2, 3, 4, 5, 6],  # label 0: best
+        [9, 1, 2, 3, 4, 5, 6],  # label 3: fifth
+        [9, 1, 2, 3, 4, 5, 6],  # label 2: sixth
+        [1, 8, 2, 3, 4, 5, 6],  # label 1: best
+        [9, 1, 2, 3, 4, 5, 6],  # label 0, masked
+        [0, 0, 0, 0, 0, 0, 200],  # label 0, masked: a loss of 200 to be left out
+    ]
+    labels, mask = [0, 3, 2, 1, 0, 0], [True] * 4 + [False] * 2
+    sums = score(logits, labels, mask)
+    losses = -log_softmax(np.float64(logits))[np.arange(6), labels]
+    assert sums.keys() == {"loss", "accuracy", "accuracy_top5", "count", "class_accuracy", "class_count"}
+    np.testing.assert_array_equal(sums.pop("class_accuracy"), [1, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(sums.pop("class_count"), [1, 1, 1, 1, 0, 0, 0])
+    assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (2, 3, 4)
+    np.testing.assert_allclose(sums["loss"], losses[:4].sum(), rtol=1e-5)
+    assert all(value.dtype == np.float32 and value.shape == () for value in sums.values())
+
+
+def test_scores_use_the_loss_of_the_config():
+    logits, labels = [[3, 1, 2], [0, 4, 1]], [0, 2]
+    one_hot = np.eye(3)[labels]
+    sums = score(logits, labels, [True, True], loss="sigmoid")
+    expected = loss_by_hand("sigmoid", np.float64(logits), one_hot).sum()
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+def test_top5_of_five_classes_or_fewer_is_everything(classes):
+    logits = np.tile(np.arange(classes), (classes, 1))
+    sums = score(logits, np.arange(classes), [True] * classes)
+    assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (1, classes, classes)
+
+
+def test_a_batch_of_padding_alone_counts_nothing():
+    sums = score([[1, 2], [3, 4]], [0, 0], [False, False])
+    assert len(sums) == 6 and not any(value.any() for value in sums.values())
+
+
+def test_scoring_takes_the_test_time_path_without_dropout_or_augmentation():
+    values = {
+        **SHIFTED,
+        "preprocess.crop_fraction": 0.5,
+        "preprocess.mean": (0.2,),
+        "model.dropout_rate": 0.5,
+        "model.stochastic_depth_rate": 0.5,
+    }
+    config = config_with(**values)
+    model, batch = tiny_model(config), tiny_batch()
+    params = make_run(**DESCENT)[1].params
+
+    @jax.jit
+    def by_hand(params):
+        middle = np.float32(batch["image"][:, 2:6, 2:6])
+        images = (augment.resize(middle, 8, "bilinear") / 255 - 0.2) / 0.5
+        return model.apply({"params": params}, images)
+
+    sums = jax.jit(make_eval_step(model, config))(params, batch)
+    logits = np.float64(by_hand(params))
+    np.testing.assert_allclose(
+        sums["loss"], -log_softmax(logits)[np.arange(8), batch["label"]].sum(), rtol=1e-5
+    )
+    assert sums["accuracy"] == (logits.argmax(-1) == batch["label"]).sum()

@@ -1,0 +1,58 @@
+"""What no run could use is refused with a sentence."""
+
+import pytest
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.config import get_config, resolve
+from mlpmixer_flax.training.validate import validate
+
+
+def changed(**values):
+    config = get_config()
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in values.items()})
+    return config
+
+
+def test_base_config_is_valid_open_or_settled():
+    validate(get_config())
+    validate(resolve(get_config(), {}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"batch_size": -3}, "batch_size=-3 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"model__hidden_dim": 0}, "model.hidden_dim=0 must be at least 1"),
+        ({"model__patches": {"size": (0, 2)}}, r"model.patches.size=\(0, 2\) must be at least 1"),
+        ({"model__patches": {"size": (3, 3)}}, "patch of 3x3 px does not divide an image of 8x8 px"),
+        ({"preprocess__image_size_px": 0}, "preprocess.image_size_px=0 must be at least 1"),
+        ({"preprocess__std": (0.5, 0.0, 0.5)}, "preprocess.std=.* must be above 0"),
+        ({"preprocess__interpolation": "nearest"}, "unknown preprocess.interpolation 'nearest': .*bicubic"),
+        ({"augment__mixup_alpha": -0.1}, "augment.mixup_alpha=-0.1 must be 0 or more"),
+        ({"augment__erase_probability": 1.5}, "augment.erase_probability=1.5 must be at most 1"),
+        ({"augment__randaugment_magnitude": 31.0}, "randaugment_magnitude=31.0 must be at most 30"),
+        ({"augment__randaugment_ops": ("rotat",)}, "unknown augmentation 'rotat': .*rotate"),
+        ({"optimizer__name": "lamb"}, "unknown optimizer.name 'lamb': choose one of adam, adamw, sgd"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan must be a finite number"),
+        ({"optimizer__name": "adam", "optimizer__weight_decay": 0.1}, "'adamw'"),
+        ({"schedule__name": "step"}, "unknown schedule.name 'step': .*cosine"),
+        ({"schedule__name": "rsqrt"}, "schedule.name='rsqrt' .*schedule.warmup_steps"),
+        ({"loss": "hinge"}, "unknown loss 'hinge'"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be below 1"),
+        ({"total_epochs": 0.0}, "total_steps and total_epochs are both 0"),
+        ({"batch_size": None}, "batch_size=None is of the wrong type"),
+        ({"total_steps": True}, "total_steps=True is of the wrong type"),
+        ({"model__gelu": "relu"}, "unknown model.gelu 'relu': choose one of tanh, erf"),
+        ({"init_head": "drop"}, "unknown init_head 'drop': choose one of auto, keep, reset"),
+        ({"optimizer__sam_rho": -0.1}, "optimizer.sam_rho=-0.1 must be 0 or more"),
+        ({"preprocess__mean": ("a",)}, "preprocess.mean=.* is of the wrong type"),
+        ({"model__patches": {"size": (2.0, 2.0)}}, "model.patches.size=.* is of the wrong type"),
+        ({"augment__randaugment_layers": 1, "augment__randaugment_ops": ()}, "randaugment_ops is empty"),
+    ],
+)
+def test_unusable_value_is_named_with_the_remedy(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        validate(changed(**values))
+    assert "\n" not in str(error.value)
