@@ -1,6 +1,7 @@
 # Build:  docker build -t mlpmixer-flax .      (GPU: add --build-arg EXTRAS=[cuda])
 # Train:  mkdir -p runs && docker run --user "$(id -u)" -v "$PWD/runs:/data/runs" mlpmixer-flax
-# Arguments after the image's name replace the last line: mlpmixer_flax.train --help      (GPU: add --gpus all)
+#         (GPU: add --gpus all)
+# Arguments after the image name replace the CMD line below, for example: mlpmixer_flax.train --help
 # Your photos: add -v "$PWD/photos:/data/photos", and train with --config=configs/finetune_folder.py
 FROM python:3.12-slim
 
@@ -11,11 +12,11 @@ COPY mlpmixer_flax mlpmixer_flax
 COPY configs configs
 RUN pip install --no-cache-dir ".$EXTRAS"
 
-# The installed package carries the configs and the digits: nothing below needs the source.
+# The installed package contains the configs and the digits. Nothing below needs the source.
 RUN useradd mixer && install --directory --owner mixer /data
 USER mixer
 WORKDIR /data
-# Writable for any --user; what is downloaded outlives the container there.
+# Any --user can write here. Downloads stay after the container has ended.
 ENV HOME=/data/runs
 ENTRYPOINT ["python", "-m"]
 CMD ["mlpmixer_flax.train", "--config=configs/digits.py", "--workdir=runs/digits"]

@@ -1,94 +1,100 @@
-"""What a change of resolution costs before any fine-tuning: accuracy of a run on test images of other sizes.
+"""Measures how much accuracy a change of resolution costs before any fine-tuning.
 
     python benchmarks/resolutions.py --workdir=RUN
 
-The run's test images are resized from what is stored to each size, on the device, and scored by the run's weights
-fitted to that many tokens: token mixing as tiles (exact, Appendix C of the paper; where the size is a multiple),
-resampled (approximate), and random, as it would be if it were left out of what is loaded.
-About a quarter of an hour for mixer_nano4 and 5,000 images on 2 CPU cores.
+Resizes the stored test images of the run to each size, on the device, and scores them with the run's weights adapted to
+that number of tokens. There are three ways to get the token-mixing weights: as tiles (exact, Appendix C of the paper;
+only for whole multiples of the run's size), resampled (approximate), and random, as if they had not been loaded.
+Takes about a quarter of an hour for mixer_nano4 and 5,000 images on 2 CPU cores. Results: docs/weights.md
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tqdm import tqdm
 
-from mlpmixer_flax.data import augment
-from mlpmixer_flax.dataloader import TestBatches, open_examples
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.inference.scores import score_images
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.weights.adapt import adapt
 
-SCALES = (1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2, 3)  # of the side the run was trained with
+SCALES = (1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2, 3)  # of the side of the run's images
 BATCH_SIZE = 250
 
 
-def fitted(trained: Model, size_px: int, *, widened: bool):
-    """(model, parameters) for images of another size; None where it has no whole number of tiles to widen for."""
-    factor = (size_px / trained.preprocess["image_size_px"]) ** 2
-    if widened and (factor <= 1 or factor**0.5 % 1):
+def resampled(model: Model, size_px: int) -> Model:
+    """Returns the model for images of another size, with resampled token mixing."""
+    return _adapted(model, size_px, tokens_mlp_dim=model.module.tokens_mlp_dim)
+
+
+def tiled(model: Model, size_px: int) -> Model | None:
+    """Returns the model for larger images, with token mixing per tile; None if the tiles are not whole."""
+    tiles, rest = divmod(size_px, model.preprocess["image_size_px"])
+    if tiles <= 1 or rest:
         return None
-    width = trained.module.tokens_mlp_dim
-    model = trained.module.clone(tokens_mlp_dim=round(width * factor) if widened else width)
-    shape = (1, size_px, size_px, trained.channels)
-    like = jax.eval_shape(model.init, jax.random.key(0), np.zeros(shape, np.float32))["params"]
-    flat = flatten_dict(trained.params, sep="/")
+    return _adapted(model, size_px, tokens_mlp_dim=model.module.tokens_mlp_dim * tiles**2)
+
+
+def with_random_token_mixing(model: Model) -> Model:
+    """Returns the model with new random weights in its token-mixing MLPs."""
+    random = flatten_dict(_init(model.module, jax.random.key(0), model))
+    params = {
+        name: random[name] if "token_mixing" in name else array
+        for name, array in flatten_dict(model.params).items()
+    }
+    return dataclasses.replace(model, params=unflatten_dict(params))
+
+
+def _adapted(model: Model, size_px: int, *, tokens_mlp_dim: int) -> Model:
+    sized = dataclasses.replace(
+        model,
+        module=model.module.clone(tokens_mlp_dim=tokens_mlp_dim),
+        preprocess={**model.preprocess, "image_size_px": size_px},
+    )
+    like = jax.eval_shape(lambda key: _init(sized.module, key, sized), jax.random.key(0))
+    flat = flatten_dict(model.params, sep="/")
     shapes = {name: array.shape for name, array in flat.items()}
     params, _ = adapt(shapes, flat.__getitem__, like, head="keep")
-    return model, params
+    return dataclasses.replace(sized, params=params)
 
 
-def with_random_token_mixing(model, params, size_px: int):
-    images = np.zeros((1, size_px, size_px, params["stem"]["kernel"].shape[2]), np.float32)
-    random = flatten_dict(model.init(jax.random.key(0), images)["params"])
-    flat = {
-        name: random[name] if "token_mixing" in name else leaf for name, leaf in flatten_dict(params).items()
-    }
-    return unflatten_dict(flat)
+def _init(module: MlpMixer, key: jax.Array, model: Model) -> Params:
+    size_px = model.preprocess["image_size_px"]
+    return module.init(key, np.zeros((1, size_px, size_px, model.channels), np.float32))["params"]
 
 
-def accuracy(trained: Model, model, params, examples, size_px: int) -> float:
-    preprocess = {**trained.preprocess, "image_size_px": size_px}
-
-    @jax.jit
-    def correct(params, batch):
-        logits = model.apply({"params": params}, augment.prepare(batch["image"], **preprocess))
-        return ((logits.argmax(-1) == batch["label"]) & batch["mask"]).sum()
-
-    batches = TestBatches(examples, batch_size=BATCH_SIZE)
-    counts = [correct(params, batches[k]) for k in tqdm(range(len(batches)), f"{size_px} px", leave=False)]
-    return 100 * int(sum(counts)) / len(examples)
+def accuracy(model: Model) -> float:
+    """Returns the accuracy of a model on the test split of its run, in per cent."""
+    examples = model.open(
+        model.config["dataset"], model.config["test_split"], data_dir=model.config["data_dir"]
+    )
+    classes = np.arange(len(model.class_names), dtype=np.int32)
+    rows = score_images(model, examples, classes=classes, batch_size=BATCH_SIZE)
+    return 100 * float(np.mean(rows["label"] == rows["best"][:, 0]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of a run")
-    trained = load_run(parser.parse_args().workdir)
-    examples = open_examples(
-        trained.config["dataset"], trained.config["test_split"], data_dir=trained.config["data_dir"]
-    )
-    patch = trained.module.patches["size"][0]
-    print(f"{len(examples):,} test images, no fine-tuning; accuracy in %")
-    print(
-        "| size | tokens | resampled | tiles (exact) | random token mixing |",
-        "|---|---|---|---|---|",
-        sep="\n",
-    )
+    parser.add_argument("--workdir", type=Path, required=True, help="run directory")
+    model = load_run(parser.parse_args().workdir)
+    patch_px = model.module.patches["size"][0]
+    print("test accuracy in %, without fine-tuning")
+    print("| size | tokens | resampled | tiles (exact) | random token mixing |", "|---|---|---|---|---|", sep="\n")
     for scale in SCALES:
-        size_px = round(trained.preprocess["image_size_px"] * scale)
-        if size_px % patch:
+        size_px = round(model.preprocess["image_size_px"] * scale)
+        if size_px % patch_px:
             continue
-        resampled, tiled = (fitted(trained, size_px, widened=widened) for widened in (False, True))
-        scores = [
-            f"{accuracy(trained, *found, examples, size_px):.1f}" if found else "–"
-            for found in (resampled, tiled, (resampled[0], with_random_token_mixing(*resampled, size_px)))
-        ]
-        side = size_px // patch
+        sized = resampled(model, size_px)
+        models = (sized, tiled(model, size_px), with_random_token_mixing(sized))
+        scores = [f"{accuracy(found):.1f}" if found else "–" for found in models]
+        side = size_px // patch_px
         print(f"| {size_px} px | {side}x{side} | {' | '.join(scores)} |", flush=True)
 
 

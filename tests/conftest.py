@@ -1,13 +1,25 @@
-"""What several files of tests start from."""
+"""Fixtures of several files of tests, and one compilation cache for all processes of a test run."""
 
 import os
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
 from made_datasets import encode, write_dataset
 
-# Tests run in two processes and start others: on a GPU none may take most of its memory.
+# Set before anything imports JAX, and inherited by the processes that run tests and by those that tests start.
+# On a GPU, none of these processes may take most of the memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Whatever one of them has compiled, the others read from here.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mlpmixer-flax-compiled-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # the process that started the others
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""Who may import whom, and that importing does nothing (the rules are explained in CONTRIBUTING.md)."""
+"""Who may import whom (the rule is a line of CONTRIBUTING.md), and that importing does nothing."""
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -13,72 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlpmixer_flax"
 
-LAYER_0 = "config models dataloader augment sharding pretrained checkpoint metrics tabulate".split()
-PROGRAMS = "train predict export analyze summary benchmark".split()
-# module -> modules of ours that it may import
-ALLOWED = {
-    "__init__": set(),
-    "atomic": set(),  # how layer 0 writes files
-    "randaugment": set(),  # a part of augment
-    "images": set(),
-    "folders": set(),  # a part of datasets
-    "datasets": {"folders", "images"},  # a part of dataloader
-    "weightfiles": {"atomic"},
-    "fit": set(),
-    "download": set(),
-    "figures": {"atomic", "scores"},
-    "fewshot": set(),
-    "terminal": set(),
-    "scores": {"terminal"},
-    **{module: set() for module in LAYER_0},
-    "checkpoint": {"atomic"},
-    "metrics": {"atomic"},
-    "augment": {"randaugment"},
-    "dataloader": {"datasets", "images"},
-    "configfile": {"config", "validate"},
-    "validate": {"config"},
-    "step": {"augment"},
-    "published": {"config"},
-    "pretrained": {"checkpoint", "download", "fit", "published", "terminal", "weightfiles"},
-    "plan": {"config", "dataloader", "models", "pretrained", "sharding", "step"},
-    # what every program after training starts from
-    "trained": {
-        "augment",
-        "checkpoint",
-        "dataloader",
-        "download",
-        "fit",
-        "models",
-        "pretrained",
-        "step",
-        "weightfiles",
-    },
-    "shuffling": {"dataloader", "evaluate", "metrics", "plan", "sharding", "trained"},
-    "evaluate": {
-        "atomic",
-        "dataloader",
-        "figures",
-        "folders",
-        "scores",
-        "sharding",
-        "step",
-        "terminal",
-        "trained",
-    },
-    **{
-        program: {
-            *LAYER_0,
-            *"atomic configfile evaluate fewshot figures folders images plan published shuffling step terminal trained validate weightfiles".split(),
-        }
-        for program in PROGRAMS
-    },
-}
-# What the package root itself defines; its other names are other modules' under a shorter name.
-ROOT_NAMES = {"UserError", "__version__"}
+# The rule is the line of CONTRIBUTING.md that has this form: "a < b < programs".
+RULE = re.search(r"^    (atomic < .*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1].split(" < ")
 
 LIBRARY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py"))
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.py"))
-MODULES = [Path(file).stem for file in LIBRARY if Path(file).stem != "__init__"]
+MODULES = [file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in LIBRARY]
 
 
 def imports(file: str) -> set[str]:
@@ -99,14 +40,38 @@ def run_python(code: str, *args: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file", LIBRARY)
-def test_module_imports_only_what_its_layer_may(file):
-    module = Path(file).stem
-    assert file == f"{PACKAGE}/{module}.py", f"{file}: modules lie side by side in {PACKAGE}/."
-    assert module in ALLOWED, f"{file} has no layer yet: add it to ALLOWED in tests/test_imports.py."
-    ours = {name.split(".")[1] for name in imports(file) if name.startswith(f"{PACKAGE}.")}
-    forbidden = ours - ROOT_NAMES - ALLOWED[module]
-    assert not forbidden, f"{file} may not import {sorted(forbidden)}."
+def ours(file: str) -> set[str]:
+    """Returns the modules of the package that a file imports: {"config", "data.images"}."""
+    found = {name.removeprefix(f"{PACKAGE}.") for name in imports(file) if name.startswith(f"{PACKAGE}.")}
+    modules = {module.partition(".")[2] for module in MODULES} - {""}
+    longest = ({module for module in modules if f"{name}.".startswith(f"{module}.")} for name in found)
+    return {max(matches, key=len) for matches in longest if matches}
+
+
+def place(module: str) -> int:
+    """Returns the position of a module's room in the rule; a module that the rule does not name is a program."""
+    room = module.split(".")[0]
+    return RULE.index(room if room in RULE else "programs")
+
+
+@pytest.mark.parametrize("file", [file for file in LIBRARY if file != f"{PACKAGE}/__init__.py"])
+def test_a_module_imports_only_rooms_that_come_before_its_own(file):
+    module = file.removeprefix(f"{PACKAGE}/").removesuffix(".py").replace("/", ".")
+    for other in ours(file):
+        in_its_room = "." in module and module.split(".")[0] == other.split(".")[0]
+        assert in_its_room or place(other) < place(module), f"{file} may not import {other}: see CONTRIBUTING.md"
+
+
+def test_there_is_no_cycle():
+    graphlib.TopologicalSorter(
+        {file.removeprefix(f"{PACKAGE}/").removesuffix(".py").replace("/", "."): ours(file) for file in LIBRARY[1:]}
+    ).prepare()
+
+
+def test_what_the_rule_does_not_name_is_a_program():
+    for file in (ROOT / PACKAGE).glob("*.py"):
+        if place(file.stem) == RULE.index("programs") and file.stem != "__init__":
+            assert "def main(" in file.read_text(), f"{file.name} is not a program: give it a room"
 
 
 @pytest.mark.parametrize("file", CONFIGS)
@@ -164,7 +129,7 @@ from jax._src import xla_bridge
 
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 for name in sys.argv[1:]:
-    importlib.import_module("{PACKAGE}." + name)
+    importlib.import_module(name)
     ours = [module for module in flags.FLAGS.flags_by_module_dict() if module.startswith("{PACKAGE}")]
     assert not ours, f"{{name}} defines flags when imported"
     assert not xla_bridge.backends_are_initialized(), f"{{name}} starts a JAX backend when imported"

@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING say is run, or at least understood, by what they speak of."""
+"""Code and commands of the README and CONTRIBUTING are run or parsed; links and file names must exist."""
 
 import os
 import re
@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.dataloader import get_dataset_info
@@ -25,23 +26,29 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 TRAINING = [line for _, block in BLOCKS for line in block.splitlines() if "mlpmixer_flax.train" in line]
 
 
-@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+SNIPPETS = [block for language, block in BLOCKS if language == "python"]
+SNIPPETS += re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet_runs(code, tmp_path):
     try:
         get_dataset_info("cifar10")
     except UserError:
-        code = code.replace('"cifar10"', '"digits"')  # where CIFAR-10 isn't, all but its name can be tried
-    environment = os.environ | {"MLPMIXER_CACHE": str(tmp_path)}
-    for source in re.findall(r'pretrained.load\("(.*?)"', code):
+        code = code.replace('"cifar10"', '"digits"')  # if CIFAR-10 is missing, everything but its name is tried
+    environment = os.environ | {"MLPMIXER_CACHE": str(tmp_path / "cache")}
+    for source in re.findall(r'(?:pretrained|mf)\.load\("(.*?)"', code):
         put_into_cache(source, environment)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    Image.new("RGB", (40, 30)).save(tmp_path / "cat.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
 
 CACHE = """
 import sys, jax, numpy as np
-from mlpmixer_flax.weights import download
-from mlpmixer_flax.weights import files as weightfiles
+from mlpmixer_flax.weights import download, files
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
@@ -49,13 +56,13 @@ weights = PUBLISHED[sys.argv[1]]
 model = MlpMixer(num_classes=weights.num_classes, **weights.origin["model"])
 shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))["params"]
 place = download.cache_file(weights.url)
-place.parent.mkdir(parents=True)
-weightfiles.write_npz(place, jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes), metadata={})
+place.parent.mkdir(parents=True, exist_ok=True)
+files.write_npz(place, jax.tree.map(lambda p: np.zeros(p.shape, np.float32), shapes), metadata={})
 """
 
 
 def put_into_cache(source, environment):
-    """A file of the published one's size, for machines that can't download."""
+    """Writes a file with the sizes of the published one, for machines without a network."""
     subprocess.run([sys.executable, "-c", CACHE, source], env=environment, check=True)
 
 
@@ -94,7 +101,7 @@ def test_links_and_files_named_are_there(page):
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
     for name in re.findall(r"`([\w/.]+\.(?:py|md|toml))`", text):
-        homes = [ROOT, ROOT / "configs", ROOT / "mlpmixer_flax", ROOT / "tests"]
+        homes = [ROOT, ROOT / "configs", ROOT / "mlpmixer_flax", ROOT / "tests", ROOT / "docs"]
         assert any((home / name).exists() for home in homes), name
 
 

@@ -1,8 +1,9 @@
-"""Writes what docs/ says of the config's keys and of the published weights, from the code that defines them.
+"""Writes the tables of config keys and of published weights in docs/, from the code that defines them.
 
     python tools/write_docs.py
 
-docs/configuration.md is written whole, docs/weights.md between its marks; tests/test_docs.py compares.
+Writes all of docs/configuration.md, and the part of docs/weights.md between two marks. tests/test_docs.py checks that
+both pages are up to date.
 """
 
 import ast
@@ -11,6 +12,7 @@ import re
 import textwrap
 import tokenize
 from pathlib import Path
+from typing import NamedTuple
 
 from mlpmixer_flax import config
 from mlpmixer_flax.weights.catalog import PUBLISHED
@@ -22,47 +24,60 @@ MARKS = "<!-- published weights, written by tools/write_docs.py -->\n", "<!-- en
 CONFIGURATION = """\
 # Configuration
 
-<!-- Written by tools/write_docs.py from mlpmixer_flax/config.py; edit that. -->
+<!-- tools/write_docs.py writes this page from mlpmixer_flax/config.py: edit that file, not this page. -->
 
-A config file is a short diff over `get_config()` of [config.py](../mlpmixer_flax/config.py), whose keys and defaults
-are these. On the command line any of them is `--config.KEY=VALUE`, a value written as below:
+A config file calls `get_config()` of [config.py](../mlpmixer_flax/config.py) and changes some values. This page lists all
+keys with their defaults. On the command line, `--config.KEY=VALUE` changes any key. Write values as in this example:
 
 ```
 python -m mlpmixer_flax.train --config=configs/mnist.py --config.optimizer.learning_rate=1e-3 \\
     --config.model.patches.size=4,4 --config.augment.flip=true
 ```
 
-A duration has a `_steps` key (completed updates) and an `_epochs` key (passes over the training split); `_steps` counts
-where it is above 0. Four keys are left open and follow the weights of `init_from`; without any they are
+In Python, give the changes to `load_config`: `mlpmixer_flax.load_config("mnist.py", {{"optimizer.learning_rate": 1e-3}})`
+([python.md](python.md)).
+
+Most durations have two keys: one ends in `_steps` (completed updates), the other in `_epochs` (passes over the training
+split). If the `_steps` key is above 0, it is used; otherwise the `_epochs` key is used.
+
+Four keys are empty by default. While they are empty, they follow the weights of `init_from`. Without such weights they are
 {left_open}.
 {sections}
 ## Sizes
 
-`config.model.update(mixer_b16_config)` in a config file sets these keys. The first four sizes are for small images, the
-others for 224 px: the paper's (Table 1), and S/8, which is published without standing there.
+`config.model.update(mixer_b16_config)` in a config file sets these keys. The first four sizes are for small images. The
+others are for 224 px: the sizes of the paper (Table 1), and S/8, which is published but is not in that table.
 
 {sizes}
 """
 
 
-def read_comments(file: str) -> tuple[str, dict[int, str], dict[int, str]]:
-    """A module's source, the comments behind code and those that head a paragraph, by line."""
+class Comments(NamedTuple):
+    """The source of a module and its comments, each by its line number."""
+
+    source: str
+    after_code: dict[int, str]
+    headings: dict[int, str]  # on a line of their own, after an empty line
+
+
+def read_comments(file: str) -> Comments:
+    """Returns the source and comments of a file in mlpmixer_flax/."""
     source = (ROOT / "mlpmixer_flax" / file).read_text()
     lines = source.splitlines()
-    behind, heading = {}, {}
+    after_code, headings = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             text = token.string.removeprefix("# ")
             if lines[row - 1][:column].strip():
-                behind[row] = text
+                after_code[row] = text
             elif not lines[row - 2].strip():
-                heading[row] = text
-    return source, behind, heading
+                headings[row] = text
+    return Comments(source, after_code, headings)
 
 
 def find_assignments(source: str, name: str) -> dict[str, range]:
-    """Of a function or class: target as it is written -> the lines of the statement that assigns it."""
+    """Returns the assignments in a function or class: target as written -> the lines of the statement."""
     (home,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == name)
     return {
         ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target): range(
@@ -74,28 +89,28 @@ def find_assignments(source: str, name: str) -> dict[str, range]:
 
 
 def write_configuration() -> str:
-    """docs/configuration.md."""
-    source, behind, headings = read_comments("config.py")
-    assigned = find_assignments(source, "get_config")
-    model_source, behind_field, _ = read_comments("models.py")
-    fields = find_assignments(model_source, "MlpMixer")
+    """Returns the text of docs/configuration.md."""
+    base, model = read_comments("config.py"), read_comments("models.py")
+    assigned = find_assignments(base.source, "get_config")
+    fields = find_assignments(model.source, "MlpMixer")
     start = assigned["config"][0]
 
-    def rank(key):
-        # The sizes of the model, set at once, come in the order of its fields.
+    def rank(key: str) -> tuple[int, int]:
+        # One statement sets all sizes of the model: they come in the order of the fields of MlpMixer.
         rows = assigned.get(f"config.{key}", assigned["config.model"])
         return rows[0], fields[key.split(".")[1]][0] if key.startswith("model.") else 0
 
-    def meaning(key):
+    def meaning(key: str) -> str:
         if f"config.{key}" in assigned:
-            return next((behind[row] for row in assigned[f"config.{key}"] if row in behind), "")
-        return behind_field.get(fields[key.split(".")[1]][0], "")
+            rows = assigned[f"config.{key}"]
+            return next((base.after_code[row] for row in rows if row in base.after_code), "")
+        return model.after_code.get(fields[key.split(".")[1]][0], "")
 
     values = config.flatten(config.get_config())
     sections: dict[str, list[str]] = {}
     for key in sorted(values, key=rank):
-        above = [row for row in headings if start < row < rank(key)[0]]
-        heading = headings[max(above)] if above else "Randomness"
+        above = [row for row in base.headings if start < row < rank(key)[0]]
+        heading = base.headings[max(above)] if above else "Randomness"
         sections.setdefault(heading, []).append(f"| `{key}` | {as_typed(values[key])} | {meaning(key)} |")
     parts = []
     for heading, rows in sections.items():
@@ -113,7 +128,7 @@ def write_configuration() -> str:
 
 
 def as_typed(value: object, name: str = "") -> str:
-    """A value as --config.KEY= takes it, as code."""
+    """Returns a value in Markdown, as --config.KEY= accepts it, with `name` before it."""
     if isinstance(value, tuple) and value:
         value = ",".join(map(str, value))
     if isinstance(value, bool):
@@ -122,6 +137,7 @@ def as_typed(value: object, name: str = "") -> str:
 
 
 def write_sizes() -> str:
+    """Returns the table of sizes."""
     keys = "patches.size hidden_dim num_blocks tokens_mlp_dim channels_mlp_dim".split()
     lines = [f"| size | {' | '.join(f'`model.{key}`' for key in keys)} |", "|---" * (len(keys) + 1) + "|"]
     for name in SIZES:
@@ -131,7 +147,7 @@ def write_sizes() -> str:
 
 
 def write_weights(page: str) -> str:
-    """docs/weights.md with the table of published weights between its marks."""
+    """Returns the text of docs/weights.md, given as `page`, with a new table of published weights."""
     start, end = MARKS
     before, rest = page.split(start)
     _, after = rest.split(end)

@@ -1,25 +1,24 @@
-"""Weights fitted to a model: to its head, channels and resolution; what cannot be is all said at once."""
+"""Adapts weights to the head, channels and resolution of a model; lists everything that does not fit at once."""
 
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.config import INIT_HEADS
+from mlpmixer_flax.weights.tokens import Grid, Transform, resampled, tiled
 
 Params = Any  # a nested dict of arrays
 Shapes = Mapping[str, tuple[int, ...]]
-Transform = Callable[[np.ndarray], np.ndarray]
-Changes = dict[str, tuple[tuple[int, ...], Transform]]  # shape in the weights, and what is done to it
-Grid = tuple[int, int]  # rows and columns of tokens
+Sizes = Mapping[str, Any]  # as `sizes_of` returns them
 
-HEADS = ("auto", "keep", "reset")
-
-# Where a tree of shapes says how large its model is: parameter, number of axes, the axes that say it.
+# Where a tree of shapes tells the sizes of its model: parameter, number of axes, the axes that tell it.
 _SIZES = {
     "patches.size": ("stem/kernel", 4, slice(2)),
     "channels": ("stem/kernel", 4, 2),
@@ -29,8 +28,25 @@ _SIZES = {
     "channels_mlp_dim": ("MixerBlock_0/channel_mixing/Dense_0/kernel", 2, 1),
     "classes": ("head/kernel", 2, 1),
 }
-_TO_BE_EQUAL = ("patches.size", "hidden_dim", "num_blocks", "channels_mlp_dim")
-_MAX_COMPLAINTS = 12  # lines about parameters; with those about causes an error fits a screen
+_MUST_BE_EQUAL = ("patches.size", "hidden_dim", "num_blocks", "channels_mlp_dim")
+_MAX_MISMATCHES = 12  # lines about parameters; together with the lines about causes an error fits on a screen
+
+
+class Change(NamedTuple):
+    """How one parameter of the weights becomes the model's."""
+
+    shape: tuple[int, ...]  # that the parameter must have in the weights
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether and how one part of the weights (head, stem, token mixing) fits the model."""
+
+    changes: Mapping[str, Change] = field(default_factory=dict)  # by name, without the block; else unchanged
+    note: str = ""  # what is changed, for the user
+    problem: str = ""  # why it does not fit, and what to do
+    used: bool = True  # False: the model's own parameters are used instead
 
 
 def adapt(
@@ -44,49 +60,64 @@ def adapt(
     same_classes: bool | None = None,
     name: str = "the weights",
 ) -> tuple[Params, list[str]]:
-    """Weights as the parameters of a model, and sentences about what was changed on the way.
+    """Returns weights as the parameters of a model, and sentences that say what was changed.
 
-    `shapes` has the shape of every name in the weights ("MixerBlock_0/token_mixing/Dense_0/kernel"). `read`
-    takes a name to its float32 array; it is called once for each parameter that is used. `like` is the
-    model's tree, of arrays or jax.ShapeDtypeStruct; the result is its like in float32 numpy arrays.
-
-    `grid` and `source_grid` are the tokens of the model and of the weights; None = those of a square image.
     With K times the tokens and K times the tokens_mlp_dim, the model computes exactly the mean over K tiles
-    (paper, Appendix C); with the same tokens_mlp_dim, token mixing is resampled. Stem kernels for 3 channels
-    are summed for grayscale images. `head` "keep" or "reset" the weights' head; "auto" = keep it if it has as
-    many classes, unless `same_classes` is False. A reset head is that of `like`, where this has arrays, or 0.
+    (paper, Appendix C); with the same tokens_mlp_dim, token mixing is resampled. For grayscale images, stem
+    kernels for 3 channels are summed.
 
-    Raises UserError, before anything is read, with all that doesn't fit; it calls the weights by `name`.
+    Args:
+      shapes: the shape of every parameter in the weights ("MixerBlock_0/token_mixing/Dense_0/kernel").
+      read: takes a name and returns its float32 array; called once per parameter that is used.
+      like: the model's parameters, arrays or jax.ShapeDtypeStruct.
+      grid: the model's tokens; None = those of a square image.
+      source_grid: the same for the weights.
+      head: "keep" or "reset" the head of the weights; "auto" = keep it if it has as many classes as the
+        model, unless `same_classes` is False. A reset head is the head of `like` if that has arrays, else 0.
+      same_classes: whether both have the same class names; None = unknown.
+      name: what an error calls the weights.
+
+    Returns:
+      A tree like `like`, of float32 numpy arrays; and the sentences.
+
+    Raises:
+      UserError: the weights do not fit; raised before anything is read, with every reason.
     """
     if "stem" not in like:
         raise UserError(
             "like has no layer 'stem': give the model's parameters, the tree under variables['params']"
         )
-    if head not in HEADS:
-        raise UserError(f"unknown init_head {head!r}: choose one of {', '.join(HEADS)}")
-    leaves = flatten_dict(like, sep="/")
+    if head not in INIT_HEADS:
+        raise UserError(f"unknown init_head {head!r}: choose one of {', '.join(INIT_HEADS)}")
+    leaves: dict[str, Any] = flatten_dict(like, sep="/")
     model = {key: tuple(leaf.shape) for key, leaf in leaves.items()}
     theirs, ours = sizes_of(shapes), sizes_of(model)
-    keep, head_note, head_problem = _judge_head(theirs, ours, head=head, same_classes=same_classes)
-    stem, stem_note, stem_problem = _judge_stem(theirs, ours)
-    tokens, token_note, token_problem = _judge_tokens(theirs, ours, grid=grid, source_grid=source_grid)
+    of_head = _judge_head(theirs, ours, head=head, same_classes=same_classes)
+    of_stem = _judge_stem(theirs, ours)
+    of_tokens = _judge_tokens(theirs, ours, grid=grid, source_grid=source_grid)
 
-    given = {key: tuple(shape) for key, shape in shapes.items() if keep or not _is_head(key)}
+    def is_used(key: str) -> bool:
+        return of_head.used or not key.startswith("head/")
+
+    given = {key: tuple(shape) for key, shape in shapes.items() if is_used(key)}
+    special = {**of_stem.changes, **of_tokens.changes}
     changes = {
-        key: (stem | tokens).get(re.sub(r"^MixerBlock_\d+/", "", key), (shape, np.asarray))
+        key: special.get(re.sub(r"^MixerBlock_\d+/", "", key), Change(shape, np.asarray))
         for key, shape in model.items()
-        if keep or not _is_head(key)
+        if is_used(key)
     }
-    problems = [_difference(size, theirs, ours) for size in _TO_BE_EQUAL]
-    problems += [token_problem, stem_problem, head_problem]
-    lines = [*filter(None, problems), *_complaints(given, changes, model=model)]
+    problems = [_difference(size, theirs, ours) for size in _MUST_BE_EQUAL]
+    problems += [of_tokens.problem, of_stem.problem, of_head.problem]
+    lines = [*filter(None, problems), *_mismatches(given, changes, model=model)]
     if lines:
-        raise UserError("\n  ".join([f"{name} cannot be fitted to the model:", *lines]))
+        raise UserError("\n  ".join([f"{name} cannot be adapted to the model:", *lines]))
 
-    fitted = {
-        key: changes[key][1](read(key)) if key in changes else _fresh(leaf) for key, leaf in leaves.items()
+    adapted = {
+        key: changes[key].transform(read(key)) if key in changes else _fresh(leaf)
+        for key, leaf in leaves.items()
     }
-    return unflatten_dict(fitted, sep="/"), [*filter(None, [stem_note, token_note, head_note])]
+    notes = [judgement.note for judgement in (of_stem, of_tokens, of_head) if judgement.note]
+    return unflatten_dict(adapted, sep="/"), notes
 
 
 def _fresh(leaf: Any) -> np.ndarray:
@@ -95,12 +126,11 @@ def _fresh(leaf: Any) -> np.ndarray:
     return np.array(leaf, np.float32)
 
 
-def _is_head(key: str) -> bool:
-    return key.startswith("head/")
-
-
 def sizes_of(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes say of their model, by the keys of _SIZES and "num_blocks", where they do."""
+    """Returns the sizes of a model that the shapes of its parameters tell.
+
+    The keys are those of _SIZES and "num_blocks"; a size that the shapes do not tell is left out.
+    """
     sizes = {}
     for size, (parameter, num_axes, axes) in _SIZES.items():
         shape = tuple(shapes.get(parameter, ()))
@@ -110,15 +140,12 @@ def sizes_of(shapes: Shapes) -> dict[str, Any]:
     return {**sizes, "num_blocks": len(blocks)} if blocks else sizes
 
 
-def _judge_head(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], *, head: str, same_classes: bool | None
-) -> tuple[bool, str, str]:
-    """(whether the weights' head is kept, a note, a problem)"""
+def _judge_head(theirs: Sizes, ours: Sizes, *, head: str, same_classes: bool | None) -> Judgement:
     count, wanted = theirs.get("classes"), ours.get("classes")
     if wanted is None:
-        return False, "", ""
+        return Judgement(used=False)
     if head == "reset":
-        return False, "head: new, as asked for", ""
+        return Judgement(used=False, note="head: new, as asked for")
     if count is None:
         reason = "the weights have none"
     elif count != wanted:
@@ -126,54 +153,52 @@ def _judge_head(
     elif same_classes is False and head == "auto":
         reason = f"the weights' {count:,} classes have other names than the model's"
     else:
-        return True, f"head: kept, {count:,} classes", ""
+        return Judgement(note=f"head: kept, {count:,} classes")
     if head == "keep":
-        return False, "", f"the head cannot be kept, since {reason}: set init_head to 'auto' or 'reset'"
-    return False, f"head: new, since {reason}", ""
+        problem = f"the head cannot be kept, since {reason}: set init_head to 'auto' or 'reset'"
+        return Judgement(used=False, problem=problem)
+    return Judgement(used=False, note=f"head: new, since {reason}")
 
 
-def _judge_stem(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[Changes, str, str]:
-    """(changes, a note, a problem)"""
+def _judge_stem(theirs: Sizes, ours: Sizes) -> Judgement:
     channels, wanted = theirs.get("channels"), ours["channels"]
     if channels in (None, wanted):
-        return {}, "", ""
+        return Judgement()
     if (channels, wanted) != (3, 1):
-        problem = f"the model takes {wanted} channels, the weights {channels}: choose other images or weights"
-        return {}, "", problem
-    source = (*ours["patches.size"], channels, ours["hidden_dim"])
-    return (
-        {"stem/kernel": (source, lambda kernel: kernel.sum(2, keepdims=True))},
-        f"stem: kernels summed over {channels} channels for grayscale images",
-        "",
+        return Judgement(
+            problem=f"the model takes {wanted} channels, the weights {channels}: choose other images or weights"
+        )
+    shape = (*ours["patches.size"], channels, ours["hidden_dim"])
+    return Judgement(
+        changes={"stem/kernel": Change(shape, lambda kernel: kernel.sum(2, keepdims=True))},
+        note=f"stem: kernels summed over {channels} channels for grayscale images",
     )
 
 
-def _judge_tokens(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], *, grid: Grid | None, source_grid: Grid | None
-) -> tuple[Changes, str, str]:
-    """(changes, a note, a problem)"""
+def _judge_tokens(theirs: Sizes, ours: Sizes, *, grid: Grid | None, source_grid: Grid | None) -> Judgement:
     problem = _difference("tokens_mlp_dim", theirs, ours)
     if theirs.get("patches.size") != ours["patches.size"] or "tokens" not in theirs:
-        return {}, "", problem  # with the right patches the model has other tokens
+        return Judgement(problem=problem)  # with the right patches the model has other tokens
     if (theirs["tokens"], source_grid) == (ours["tokens"], grid):
-        return {}, "", problem
+        return Judgement(problem=problem)
     source, target = _grid(theirs, source_grid), _grid(ours, grid)
     if not source or not target:
-        problem = (
-            f"{theirs['tokens']:,} tokens of the weights and {ours['tokens']:,} of the model do not go with "
-            f"source_grid={source_grid} and grid={grid} (None = a square image's): give rows and columns"
+        return Judgement(
+            problem=f"{theirs['tokens']:,} tokens of the weights and {ours['tokens']:,} of the model do not "
+            f"match source_grid={source_grid} and grid={grid} (None = a square image): give rows and columns"
         )
-        return {}, "", problem
     if source == target:
-        return {}, "", problem
+        return Judgement(problem=problem)
     tiles = target[0] // source[0], target[1] // source[1]
     divides = (tiles[0] * source[0], tiles[1] * source[1]) == target
     if divides and ours["tokens_mlp_dim"] == math.prod(tiles) * theirs["tokens_mlp_dim"]:
-        transforms, how = _tiled(source, tiles), "exact for tiles (Appendix C)"
+        transforms, how = tiled(source, tiles), "exact for tiles (Appendix C)"
     elif not problem:
-        transforms, how = _resampled(source, target), "resampled (approximate)"
+        transforms, how = resampled(source, target), "resampled (approximate)"
     else:
-        return {}, "", _resolution_problem(theirs, ours, source=source, target=target, divides=divides)
+        return Judgement(
+            problem=_resolution_problem(theirs, ours, source=source, target=target, divides=divides)
+        )
     count, width = theirs["tokens"], theirs["tokens_mlp_dim"]
     in_weights = {
         "Dense_0/kernel": (count, width),
@@ -181,19 +206,23 @@ def _judge_tokens(
         "Dense_1/kernel": (width, count),
         "Dense_1/bias": (count,),
     }
-    changes = {f"token_mixing/{part}": (in_weights[part], change) for part, change in transforms.items()}
-    return changes, f"token mixing: {_cross(source)} to {_cross(target)} tokens, {how}", ""
+    return Judgement(
+        changes={f"token_mixing/{part}": Change(in_weights[part], to) for part, to in transforms.items()},
+        note=f"token mixing: {_cross(source)} to {_cross(target)} tokens, {how}",
+    )
 
 
-def _resolution_problem(theirs, ours, *, source: Grid, target: Grid, divides: bool) -> str:
-    def where(sizes, grid):
+def _resolution_problem(theirs: Sizes, ours: Sizes, *, source: Grid, target: Grid, divides: bool) -> str:
+    """Returns the sentence for a tokens_mlp_dim that suits neither way to change the resolution."""
+    patch, width = ours["patches.size"], theirs["tokens_mlp_dim"]
+
+    def where(sizes: Sizes, grid: Grid) -> str:
         image_px = grid[0] * patch[0], grid[1] * patch[1]
         return f"{sizes['tokens']} tokens ({_cross(grid)}: {side(image_px)} px /{side(patch)})"
 
-    def side(pair):
-        return pair[0] if pair[0] == pair[1] else _cross(pair)
+    def side(pair: tuple[int, int]) -> str:
+        return str(pair[0]) if pair[0] == pair[1] else _cross(pair)
 
-    patch, width = ours["patches.size"], theirs["tokens_mlp_dim"]
     exact = f"{ours['tokens'] // theirs['tokens'] * width} (exact) or " if divides else ""
     problem = (
         f"these weights are for {where(theirs, source)} with tokens_mlp_dim {width}, the model has "
@@ -210,92 +239,54 @@ def _cross(pair: tuple[int, int]) -> str:
     return f"{pair[0]}x{pair[1]}"
 
 
-def _grid(sizes: Mapping[str, Any], given: Grid | None) -> Grid | None:
-    """Rows and columns of the tokens, of a square image where none are given; None if they aren't as many."""
+def _grid(sizes: Sizes, given: Grid | None) -> Grid | None:
+    """Returns the given grid, else that of a square image; None if it has another number of tokens."""
     height, width = sizes["patches.size"]
     side_px = math.isqrt(sizes["tokens"] * height * width)
     rows, columns = given or (side_px // height, side_px // width)
     return (rows, columns) if min(rows, columns) > 0 and rows * columns == sizes["tokens"] else None
 
 
-def _tiled(source: Grid, tiles: Grid) -> dict[str, Transform]:
-    """Token mixing of a larger image as that of its tiles, each on its own (paper, Appendix C).
-
-    Kernels become block-diagonal, a block a tile. An image's features are then the mean of its tiles'.
-    """
-    tokens = np.arange(math.prod(tiles) * math.prod(source)).reshape(*tiles, *source)
-    raster = tokens.swapaxes(1, 2).ravel()  # blocks go tile by tile, tokens row by row
-    diagonal = np.eye(math.prod(tiles), dtype=np.float32)
-    return {
-        "Dense_0/kernel": lambda kernel: np.kron(diagonal, kernel)[raster],
-        "Dense_0/bias": lambda bias: np.tile(bias, len(diagonal)),
-        "Dense_1/kernel": lambda kernel: np.kron(diagonal, kernel)[:, raster],
-        "Dense_1/bias": lambda bias: np.tile(bias, len(diagonal))[raster],
-    }
-
-
-def _resampled(source: Grid, target: Grid) -> dict[str, Transform]:
-    """Token mixing on another grid: tokens are resized to the old one, mixed as before, and resized back.
-
-    Both ways bicubic, antialiased where it shrinks; being linear, this becomes part of the kernels. Tokens
-    that are all the same give the hidden activations they gave before, whatever their number.
-    """
-    # On a CIFAR-10 run of 8x8 tokens, brought to 6x6 to 16x16 and not trained further, bilinear came within a
-    # point of accuracy; the pseudo-inverse of `back` for `there` (arXiv 2212.08013) lost 1 to 3 points.
-
-    def resize(old: Grid, new: Grid) -> np.ndarray:
-        """The matrix (new tokens, old tokens)."""
-        axes = [
-            jax.image.resize(np.eye(n, dtype=np.float32), (m, n), "bicubic")
-            for n, m in zip(old, new, strict=True)
-        ]
-        return np.kron(*axes)
-
-    there, back = resize(target, source), resize(source, target)
-    return {
-        "Dense_0/kernel": lambda kernel: there.T @ kernel,
-        "Dense_1/kernel": lambda kernel: kernel @ back.T,
-        "Dense_1/bias": lambda bias: back @ bias,
-    }
-
-
-def _difference(size: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """A sentence with the remedy, where the weights tell the size and differ in it."""
+def _difference(size: str, theirs: Sizes, ours: Sizes) -> str:
+    """Returns a sentence with the remedy if the weights have another size than the model, else ""."""
     if size not in theirs or theirs[size] == ours[size]:
         return ""
     return f"model.{size} is {ours[size]}, the weights have {theirs[size]}: set it to {theirs[size]}"
 
 
-def _complaints(given: Shapes, changes: Changes, *, model: Shapes) -> list[str]:
-    """Lines on parameters of one side only, then on those of another shape; blocks share equal ones."""
-    complaints = {key: "missing in the weights" for key in _outermost(changes, given)}
-    complaints |= {key: "unexpected, not in the model" for key in _outermost(given, changes)}
+def _mismatches(given: Shapes, changes: Mapping[str, Change], *, model: Shapes) -> list[str]:
+    """Returns lines about parameters that only one side has, then about those of another shape.
+
+    Blocks with the same mismatch share a line.
+    """
+    mismatches = {key: "missing in the weights" for key in _outermost(changes, given)}
+    mismatches |= {key: "unexpected, not in the model" for key in _outermost(given, changes)}
     for key, (shape, _) in changes.items():
         if given.get(key, shape) != shape:
-            complaints[key] = f"weights {given[key]}, model {model[key]}"
-    blocks: dict[tuple[str, ...], list[str]] = {}
-    for key, complaint in complaints.items():
+            mismatches[key] = f"weights {given[key]}, model {model[key]}"
+    blocks: dict[tuple[str, str, str], list[str]] = {}
+    for key, mismatch in mismatches.items():
         layer, slash, rest = key.partition("/")
-        kind, number = re.fullmatch(r"(.*?)(\d{0,9})", layer).groups()
-        blocks.setdefault((kind, slash + rest, complaint), []).append(number)
+        kind = re.sub(r"\d{1,9}\Z", "", layer)
+        blocks.setdefault((kind, slash + rest, mismatch), []).append(layer.removeprefix(kind))
     lines = [
-        f"{kind}{_numbers(numbers)}{rest}{f' ({len(numbers)}x)' if len(numbers) > 1 else ''}: {complaint}"
-        for (kind, rest, complaint), numbers in blocks.items()
+        f"{kind}{_numbers(numbers)}{rest}{f' ({len(numbers)}x)' if len(numbers) > 1 else ''}: {mismatch}"
+        for (kind, rest, mismatch), numbers in blocks.items()
     ]
-    left_out = len(lines) - _MAX_COMPLAINTS
-    return [*lines[:_MAX_COMPLAINTS], f"and {left_out} lines more"] if left_out > 0 else lines
+    left_out = len(lines) - _MAX_MISMATCHES
+    return [*lines[:_MAX_MISMATCHES], f"and {left_out} lines more"] if left_out > 0 else lines
 
 
 def _outermost(keys: Iterable[str], others: Collection[str]) -> list[str]:
-    """Those keys that aren't among the others; just their layer, where the others have nothing of it."""
+    """Returns the keys that are not among the others; only their layer if the others have nothing of it."""
     layers = {key.split("/")[0] for key in others}
     absent = [(key, key.split("/")[0]) for key in keys if key not in others]
     return list(dict.fromkeys(key if layer in layers else layer for key, layer in absent))
 
 
 def _numbers(numbers: list[str]) -> str:
-    """As "3", "0..11" or "0,2,5"; "" for a layer without one."""
+    """Returns "3", "0..11" or "0,2,5"; "" for a layer without a number."""
     ordered = sorted(numbers, key=lambda number: int(number or 0))
     first, last = ordered[0], ordered[-1]
-    adjoining = len(ordered) > 1 and int(last) - int(first or 0) == len(ordered) - 1
+    adjoining = len(ordered) > 1 and int(last or 0) - int(first or 0) == len(ordered) - 1
     return f"{first}..{last}" if adjoining else ",".join(ordered)

@@ -1,28 +1,29 @@
-"""The published Mixer weights: where they lie and how they were trained. Data only."""
+"""Lists the published Mixer weights: where they are and how they were trained. Data only."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlpmixer_flax import config
 
 
 @dataclass(frozen=True)
 class Published:
-    """One set of weights, trained on images of 224 px."""
+    """One set of published weights, trained on images of 224 px."""
 
     url: str
-    size: str  # which mixer_<size>_config
+    size: str  # of the model, as in mixer_<size>_config
     num_classes: int
     gelu: str = "tanh"
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     interpolation: str = "bilinear"
     size_mib: float | None = None  # of the file, to two decimals
-    top1: str = ""  # reported accuracy on ImageNet-1k, in per cent
+    top1: str = ""  # accuracy on ImageNet-1k in %, as its authors report it
     note: str = ""
 
     @property
-    def origin(self) -> dict:
-        """As a run's config has it: the sections `model` and `preprocess`."""
+    def origin(self) -> dict[str, dict[str, Any]]:
+        """Returns the sections `model` and `preprocess` of the config that the weights were trained with."""
         return {
             "model": {**getattr(config, f"mixer_{self.size}_config").to_dict(), "gelu": self.gelu},
             "preprocess": {
@@ -44,12 +45,12 @@ def _timm(name: str, size: str, classes: int, top1: str = "", note: str = "", **
     return Published(f"hf-hub:timm/{name}", size, classes, top1=top1, note=note, **trained)
 
 
-# Alibaba's weights grew up in timm: exact GELU, pixels in [0, 1].
+# Alibaba's weights were trained with timm: exact GELU (erf), pixels in [0, 1].
 _MIIL = {"gelu": "erf", "mean": (0.0,), "std": (1.0,)}
-# These are Google's own, in timm's layout: their GELU stays the one they were trained with.
+# These are Google's own weights in timm's layout. They were trained with tanh GELU, so tanh it stays.
 _GOOG = {"interpolation": "bicubic"}
 _FROM_SCRATCH = (
-    "trained on ImageNet-1k only, whatever its name says (timm pull request 651); accuracy with erf GELU"
+    "trained on ImageNet-1k only, despite its name (timm pull request 651); accuracy with erf GELU"
 )
 
 _ROWS = [
@@ -80,5 +81,5 @@ _TIMM = [
     _timm("mixer_b16_224.goog_in21k", "b16", 21843, **_GOOG),
     _timm("mixer_l16_224.goog_in21k", "l16", 21843, **_GOOG),
 ]
-# The name that init_from takes -> the weights
+# The name in init_from -> the weights.
 PUBLISHED = {row[0]: _google(*row) for row in _ROWS} | {weights.url: weights for weights in _TIMM}

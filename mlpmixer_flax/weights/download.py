@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -40,7 +40,9 @@ class _Dropped(Exception):
 
 
 def cache_dir() -> Path:
-    """Returns $MLPMIXER_CACHE, else $XDG_CACHE_HOME/mlpmixer-flax, else ~/.cache/mlpmixer-flax; may not exist.
+    """Returns the directory of the cache, which may not exist yet.
+
+    $MLPMIXER_CACHE, else $XDG_CACHE_HOME/mlpmixer-flax, else ~/.cache/mlpmixer-flax.
 
     Raises:
       UserError: there is no such home directory.
@@ -54,7 +56,7 @@ def cache_dir() -> Path:
 
 
 def cache_file(url: str) -> Path:
-    """Returns where `fetch` puts the file of a URL; may not exist. Never uses the network.
+    """Returns where `fetch` puts the file of a URL, which may not exist yet; never uses the network.
 
     Raises:
       UserError: `fetch` does not accept the URL.
@@ -110,7 +112,7 @@ def fetch(url: str, *, size_mib: float | None = None) -> Path:
 
 
 def _lock(file: Path) -> AcquireReturnProxy:
-    """Waits until no other process downloads the file; a process that dies loses the lock."""
+    """Waits until no other process downloads the file; the operating system unlocks for one that dies."""
     lock = FileLock(f"{file}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -120,7 +122,7 @@ def _lock(file: Path) -> AcquireReturnProxy:
 
 
 def _download(url: str, file: Path, *, size_mib: float | None) -> _Version:
-    """Completes the partial file, over several connections if they drop."""
+    """Completes the partial file, over several connections if they drop; returns its version."""
     reason = ""
     for tries, pause_seconds in enumerate((0, *PAUSES_SECONDS)):
         time.sleep(pause_seconds)
@@ -134,7 +136,7 @@ def _download(url: str, file: Path, *, size_mib: float | None) -> _Version:
 def _receive(url: str, file: Path, *, size_mib: float | None, first: bool) -> _Version:
     """Completes the partial file over one connection."""
     old = next(file.parent.glob(f"{file.name}.*.part"), None)
-    # The last byte is requested again: of a complete part, nothing else is left to request.
+    # The last byte is requested again, because a complete part has no other byte left to request.
     start = max(old.stat().st_size - 1, 0) if old else 0
     response = _open(url, start, first=first)
     if response.status == 206 and _part(file, _version(response)) != old:  # the file has changed
@@ -163,14 +165,14 @@ def _receive(url: str, file: Path, *, size_mib: float | None, first: bool) -> _V
 
 
 def _open(url: str, start: int, *, first: bool) -> HTTPResponse:
-    """Opens a file from byte `start` (status 206), or from its first byte (200) if the server refuses that."""
+    """Opens a file from byte `start` (status 206), or the whole file (200) if the server can't do that."""
     headers = {"User-Agent": f"mlpmixer-flax/{__version__}"} | ({"Range": f"bytes={start}-"} if start else {})
     reason = ""
     try:
         request = urllib.request.Request(url, headers=headers)
         response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-        span = response.headers.get("Content-Range", "")
-        if response.status == 200 or (start and span.startswith(f"bytes {start}-")):
+        rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if response.status == 200 or (start and response.status == 206 and rest):
             return response
     except urllib.error.HTTPError as error:
         response = error
@@ -178,9 +180,9 @@ def _open(url: str, start: int, *, first: bool) -> HTTPResponse:
         response, reason = None, _reason(error)
     if response is not None:
         response.close()
-        if start and response.status in (206, 416):  # the wrong bytes, or none: the file is shorter now
+        if start and response.status in (206, 416):  # other bytes, or none: the file is shorter now
             return _open(url, 0, first=first)
-        reason = f"HTTP {response.status} {response.reason}".strip()
+        reason = f"HTTP {response.status} {responses.get(response.status or 0, '')}".strip()
     if not first:  # the server answered before, so it may do so again
         raise _Dropped(reason)
     raise UserError(
@@ -215,7 +217,7 @@ def _version(response: HTTPResponse) -> _Version:
 
 
 def _part(file: Path, version: _Version) -> Path:
-    """Returns where the bytes of a version gather; those of another version never get into the same file."""
+    """Returns the partial file of a version: bytes of different versions never go into the same file."""
     key = hashlib.sha256(repr(version).encode()).hexdigest()[:16]
     return file.with_name(f"{file.name}.{key}.part" if version.validator else f"{file.name}.part")
 
@@ -243,7 +245,7 @@ def _check(url: str, part: Path, *, size_mib: float | None, sha256: str, md5: st
 def _check_size(url: str, size_bytes: int | None, size_mib: float | None) -> None:
     if size_bytes is None or size_mib is None:
         return
-    if abs(size_bytes - size_mib * MIB) > 0.01 * MIB:  # one unit of the last decimal
+    if abs(size_bytes - size_mib * MIB) > 0.01 * MIB:  # one unit of the last published decimal
         raise UserError(
             f"{url} is {size_bytes:,} bytes, not the {size_mib} MiB expected, and was not kept: "
             "check the address, or bring the file here yourself and pass its path"

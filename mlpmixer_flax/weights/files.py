@@ -1,7 +1,7 @@
-"""Files of Mixer weights: Google's npz in both its dialects and timm's safetensors, read and written.
+"""Reads and writes files of Mixer weights: Google's npz, in its two sets of names, and timm's safetensors.
 
-Array by array, so that a large file takes little more memory than its arrays. A file may be hostile: nothing
-is unpickled or extracted, and a size is checked before memory is taken for it.
+Arrays are read and written one by one, so a large file takes little more memory than its arrays. A file may
+be hostile: nothing is unpickled or extracted, and every size is checked before memory is allocated for it.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 
-# Names of every parameter: ours and Google's (Linen); Google's before Linen; timm's. Below, * is a block.
+# The names of every parameter: ours, which are also Google's (Linen); Google's before Linen; timm's. * = a block.
 _OURS, _PRE_LINEN, _TIMM = range(3)
 _BLOCK = ("MixerBlock_{i}", "Mixer/encoderblock_{i}", "blocks.{i}")
 _NAMES = [
@@ -50,20 +50,20 @@ head/bias                        head/bias                         head.bias
 ]
 _ROWS = [{row[column]: row for row in _NAMES} for column in range(3)]
 
-# By the number of axes, where those of our layout stand in timm's: (out, in), (out, in, h, w).
+# Number of axes -> where our axes are in timm's layout, which is (out, in) and (out, in, h, w).
 _TIMM_AXES = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # by safetensors' names
 
-# What a member of a zip may not be: how to tell, what it is, the remedy.
+# Members of a zip that are refused: how to tell, what they are, the remedy.
 _REFUSED = (
     (lambda member: member.filename.endswith(".pkl"), "a pickle, which runs as code",
      "convert the file to safetensors first"),
     (lambda member: not member.filename.endswith(".npy"), "which is not an array (.npy)",
      "give an npz of weights"),
-    (lambda member: re.search(r"^/|\\|(^|/)\.\./", member.filename), "a path out of the archive",
+    (lambda member: re.search(r"^/|\\|(^|/)\.\./", member.filename), "a path that leaves the archive",
      "get the file from a source you trust"),
     (lambda member: member.flag_bits & 1, "which is encrypted", "write the npz again without a password"),
-    # zipfile limits what it unpacks at once for these two only.
+    # Only for these two does zipfile limit how much it unpacks at once.
     (lambda member: member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
      "compressed as NumPy never does", "write the npz again with np.savez"),
 )  # fmt: skip
@@ -78,44 +78,56 @@ class Weights:
     unknown: tuple[str, ...]  # names in the file that no Mixer has, sorted
     metadata: Mapping[str, Any]  # as given to write_npz or write_safetensors; empty in other files
     layout: str  # "google" or "timm"
-    read: Callable[[str], np.ndarray]  # our name -> float32, C-contiguous, finite; UserError where damaged
+    read: Callable[[str], np.ndarray]  # our name -> float32, C-contiguous, finite; UserError if it is damaged
+
+
+class _Container(NamedTuple):
+    """An opened npz or safetensors file, whatever its arrays are for."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # by the names in the file
+    dtypes: Mapping[str, str]  # NumPy's names, or safetensors' where NumPy has none
+    metadata: str | bytes  # JSON
+    read: Callable[[str], np.ndarray]  # name in the file -> array as stored
 
 
 def open_weights(path: Path) -> Weights:
-    """Weights of any of the three layouts, in an npz or a safetensors file; reads the headers only.
+    """Opens weights in any of the three layouts, in an npz or a safetensors file; reads only the headers.
 
-    The container is told by its first bytes and the layout by its names, so a file may be called anything.
-    float16, bfloat16, float32 and float64 are accepted. Raises UserError, naming the file and the remedy,
-    for what is not such a file, is damaged, or would unpack to 4 times its size and 1 GiB more.
+    The first bytes tell the container and the names of the arrays tell the layout, so the file may have any
+    name. Arrays may be float16, bfloat16, float32 or float64.
+
+    Raises:
+      UserError: the file holds no Mixer weights, is damaged, or would unpack to over 4 times its size + 1 GiB.
     """
     with _readable(path):
-        headers, metadata, read_stored = _container(path)(path)
-        metadata = json.loads(metadata)
+        container = _open_container(path)
+        metadata = json.loads(container.metadata)
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no JSON object")
-        layout = max(range(3), key=lambda column: sum(_renamed(name, column) is not None for name in headers))
-        places = {  # our name -> name and shape in the file, without axes to squeeze; our axes in it
-            ours: (name, *_placed(path, name, headers[name], ours, layout))
-            for name in headers
+        names = sorted(container.shapes)
+        layout = max(range(3), key=lambda column: sum(_renamed(name, column) is not None for name in names))
+        places = {  # our name -> name and shape in the file, without axes to squeeze; our axes in that shape
+            ours: (name, *_placed(path, name, container, ours=ours, layout=layout))
+            for name in names
             if (ours := _renamed(name, layout))
         }
         if not places:
-            names = ", ".join(f"{name!r:.80}" for name in sorted(headers)[:3])
-            raise UserError(f"{path} holds no Mixer weights (but {names or 'nothing'}): give another file")
+            first = ", ".join(f"{name!r:.80}" for name in names[:3]) or "none"
+            raise UserError(f"{path} holds no Mixer weights (its arrays: {first}): give another file")
 
     def read(ours: str) -> np.ndarray:
         name, shape, axes = places[ours]
         with _readable(path), np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
-            array = read_stored(name).astype(np.float32, copy=False)
+            array = container.read(name).astype(np.float32, copy=False)
             array = np.ascontiguousarray(array.reshape(shape).transpose(axes))
         if not np.isfinite(array).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity as float32: get weights that do not")
+            raise UserError(f"{path}: {name} holds NaN or infinity as float32: get weights without them")
         return array
 
     return Weights(
         name=str(path),
         shapes={ours: tuple(shape[axis] for axis in axes) for ours, (_, shape, axes) in places.items()},
-        unknown=tuple(sorted(name for name in headers if not _renamed(name, layout))),
+        unknown=tuple(name for name in names if not _renamed(name, layout)),
         metadata=metadata,
         layout="timm" if layout == _TIMM else "google",
         read=read,
@@ -125,14 +137,18 @@ def open_weights(path: Path) -> Weights:
 def write_npz(path: Path, params: Mapping[str, Any], *, metadata: Mapping[str, Any]) -> list[str]:
     """Writes our tree of float32 arrays in Google's layout, uncompressed; same content, same bytes.
 
-    The metadata goes, as JSON, into the comment of the archive, where `np.load` doesn't look. Its
-    "class_names" are left out if they don't fit, and the sentence that says so is returned. Raises UserError
-    where the file cannot be written.
+    The metadata becomes the comment of the archive, as JSON; `np.load` ignores it.
+
+    Returns:
+      Sentences for the user: one if the metadata's "class_names" did not fit and were left out, else none.
+
+    Raises:
+      UserError: the tree has parameters that no Mixer has, or the file cannot be written.
     """
-    arrays, said = _arrays(params), []
+    arrays, notes = _arrays(params), []
     comment = _json(metadata)
     if len(comment) > zipfile.ZIP_MAX_COMMENT:
-        said.append(
+        notes.append(
             f"{path} is written without class names: its metadata would take {len(comment):,} bytes, an npz "
             f"holds {zipfile.ZIP_MAX_COMMENT:,}; safetensors has room for them"
         )
@@ -142,25 +158,25 @@ def write_npz(path: Path, params: Mapping[str, Any], *, metadata: Mapping[str, A
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.comment = comment
         for name, array in arrays.items():
-            info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, whatever the day
+            info = zipfile.ZipInfo(f"{name}.npy")  # always dated 1980
             with archive.open(info, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, _float32(array), allow_pickle=False)
-    return said
+    return notes
 
 
 def write_safetensors(path: Path, params: Mapping[str, Any], *, metadata: Mapping[str, Any]) -> list[str]:
     """Writes our tree of float32 arrays in timm's layout; same content, same bytes.
 
-    The metadata stands, as JSON, under "mlpmixer_flax" in the header's own. Returns sentences to say aloud,
-    as write_npz, but has none. Raises UserError where the file cannot be written.
+    The metadata becomes JSON under the key "mlpmixer_flax" in the metadata of the header. Result and errors
+    are as of `write_npz`, except that class names always fit.
     """
-    # The library's own writer wants all transposed arrays at once and shuffles metadata. The format is a
-    # header and the arrays' bytes (README of huggingface/safetensors, "Format").
+    # The library's own writer needs all transposed arrays at once and writes metadata in random order. The
+    # format is a header and the bytes of the arrays (README of huggingface/safetensors, "Format").
     views = {
-        _renamed(name, _OURS, _TIMM): np.asarray(array).transpose(np.argsort(_TIMM_AXES[array.ndim]))
+        str(_renamed(name, _OURS, _TIMM)): np.asarray(array).transpose(np.argsort(_TIMM_AXES[array.ndim]))
         for name, array in _arrays(params).items()
     }
-    header = {"__metadata__": {"format": "pt", "mlpmixer_flax": _json(metadata).decode()}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "mlpmixer_flax": _json(metadata).decode()}}
     end = 0
     for name, view in views.items():
         start, end = end, end + 4 * view.size
@@ -170,30 +186,32 @@ def write_safetensors(path: Path, params: Mapping[str, Any], *, metadata: Mappin
     with replacing(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for view in views.values():
-            file.write(_float32(view))
+            file.write(_float32(view).data)
     return []
 
 
 def _renamed(name: str, source: int, target: int = _OURS) -> str | None:
-    """A parameter's name in another column; None for a name that isn't in this one."""
-    block = re.search("0|[1-9][0-9]*", name)  # where a name has a block, it is its first number
-    block = block[0] if block else ""
+    """Returns a parameter's name in another column of _NAMES; None if the source column does not have it."""
+    number = re.search("0|[1-9][0-9]*", name)  # if a name has a block, its first number is the block's
+    block = number[0] if number else ""
     row = _ROWS[source].get(name.replace(block, "{i}", 1) if block else name)
-    return row and row[target].replace("{i}", block)
+    return row[target].replace("{i}", block) if row else None
 
 
-def _placed(path: Path, name: str, header: tuple[tuple[int, ...], str], ours: str, layout: int):
-    """An array's shape in the file, without extra axes of length 1, and those axes in our order."""
-    shape, dtype = header
+def _placed(
+    path: Path, name: str, container: _Container, *, ours: str, layout: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shape of an array in the file, without extra axes of length 1, and those axes in our order."""
+    shape, dtype = container.shapes[name], container.dtypes[name]
     if dtype not in _DTYPES.values():
         raise UserError(f"{path}: {name} is of type {dtype}: convert it to float32 first")
     num_axes = 4 if ours == "stem/kernel" else 2 if ours.endswith("/kernel") else 1
     squeezed = list(shape)
     while len(squeezed) > num_axes and 1 in squeezed:
-        squeezed.remove(1)  # the first: before Linen they led, and a later one may be a stem's only channel
+        squeezed.remove(1)  # the first 1: before Linen extra axes came first; a later 1 may be gray channels
     if len(squeezed) != num_axes or min(squeezed) < 1:
-        raise UserError(f"{path}: {name} of shape {shape} is no such parameter of a Mixer: give another file")
-    return squeezed, _TIMM_AXES[num_axes] if layout == _TIMM else tuple(range(num_axes))
+        raise UserError(f"{path}: {name} has shape {shape}, which no Mixer has there: give another file")
+    return tuple(squeezed), _TIMM_AXES[num_axes] if layout == _TIMM else tuple(range(num_axes))
 
 
 @contextlib.contextmanager
@@ -202,26 +220,25 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # zipfile, zlib, NumPy's header parser and safetensors each have their own
+    except Exception as error:  # zipfile, zlib, NumPy's header parser and safetensors all raise their own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
         raise UserError(f"{path} cannot be read ({reason:.150}): check the path, or get it again") from None
 
 
-def _container(path: Path) -> Callable:
+def _open_container(path: Path) -> _Container:
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(b"PK"):
-        return _open_npz
-    if start.endswith(b"{"):  # after the 8 bytes of the header's length
-        return _open_safetensors
+        return _open_npz(path)
+    if start.endswith(b"{"):  # the header starts after 8 bytes that hold its length
+        return _open_safetensors(path)
     if start.startswith(b"\x80"):
         raise UserError(f"{path} is a pickle, which runs as code: convert it to safetensors first")
     raise UserError(f"{path} is neither npz nor safetensors: check what you downloaded, or get it again")
 
 
-def _open_npz(path: Path):
-    """(shape, dtype) by name, the metadata as JSON, and a function that reads one array as it is."""
-    archive = zipfile.ZipFile(path)  # stays open as long as that function lives
+def _open_npz(path: Path) -> _Container:
+    archive = zipfile.ZipFile(path)  # open as long as `read` below exists
     members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
     for member in archive.infolist():
         for holds, what, remedy in _REFUSED:
@@ -230,47 +247,55 @@ def _open_npz(path: Path):
     if len(members) < len(archive.infolist()):
         raise ValueError("two arrays have the same name")
     unpacked_bytes = sum(member.file_size for member in members.values())
-    # Trained weights hardly compress; a fresh head, all zeros, does so a thousandfold.
+    # Trained weights hardly compress, but a new head, all zeros, compresses a thousandfold.
     if unpacked_bytes > 4 * path.stat().st_size + 2**30:
         raise UserError(
             f"{path} would unpack to {unpacked_bytes:,} bytes, far more than weights do: do not trust it, "
-            "or write it again uncompressed"
+            "or write it again without compression"
         )
-    headers = {}
+    shapes, dtypes = {}, {}
     for name, member in members.items():
         with archive.open(member) as file:
-            if np.lib.format.read_magic(file) != (1, 0):  # as NumPy writes every array of numbers
+            if np.lib.format.read_magic(file) != (1, 0):  # the version for all arrays of numbers
                 raise ValueError(f"{name!r:.80} has an unknown npy version")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if not dtype.hasobject and math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
+            shapes[name], _, dtype = np.lib.format.read_array_header_1_0(file)
+            if (
+                not dtype.hasobject
+                and math.prod(shapes[name]) * dtype.itemsize != member.file_size - file.tell()
+            ):
                 raise ValueError(f"{name!r:.80} holds more or less than its header says")
-        # big_vision's bfloat16: npy has no name for it, and stores two raw bytes.
-        headers[name] = shape, "bfloat16" if dtype.name == "void16" else dtype.name
+        # big_vision writes bfloat16. The npy format has no name for it and stores two raw bytes.
+        dtypes[name] = "bfloat16" if dtype.name == "void16" else dtype.name
 
     def read(name: str) -> np.ndarray:
         with archive.open(members[name]) as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
-        return array.view(jnp.bfloat16) if headers[name][1] == "bfloat16" else array
+        return array.view(jnp.bfloat16) if dtypes[name] == "bfloat16" else array
 
-    return headers, archive.comment if archive.comment.startswith(b"{") else "{}", read
+    return _Container(shapes, dtypes, archive.comment if archive.comment.startswith(b"{") else "{}", read)
 
 
-def _open_safetensors(path: Path):
-    """The same of a safetensors file; the library checks its header."""
-    file = safe_open(path, "numpy", backend="pread")  # mapped, a file takes memory twice, and can SIGBUS
-    headers = {}
-    for name in file.keys():
-        array = file.get_slice(name)
-        headers[name] = tuple(array.get_shape()), _DTYPES.get(array.get_dtype(), array.get_dtype())
-    return headers, (file.metadata() or {}).get("mlpmixer_flax", "{}"), file.get_tensor
+def _open_safetensors(path: Path) -> _Container:
+    # The library checks the header. A file mapped into memory would take memory twice and could cause SIGBUS.
+    file = safe_open(path, "numpy", backend="pread")
+    arrays = {name: file.get_slice(name) for name in file.keys()}
+    dtypes = {name: str(array.get_dtype()) for name, array in arrays.items()}
+    return _Container(
+        shapes={name: tuple(array.get_shape()) for name, array in arrays.items()},
+        dtypes={name: _DTYPES.get(dtype, dtype) for name, dtype in dtypes.items()},
+        metadata=(file.metadata() or {}).get("mlpmixer_flax", "{}"),
+        read=file.get_tensor,
+    )
 
 
 def _arrays(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of our tree by name, in an order that doesn't depend on the tree's."""
+    """Returns the leaves of our tree by name, sorted, so the order in the tree doesn't matter."""
     arrays = dict(sorted(flatten_dict(params, sep="/").items()))
     for name in arrays:
         if not _renamed(name, _OURS):
-            raise UserError(f"{name!r} is no parameter of a Mixer: give the tree under variables['params']")
+            raise UserError(
+                f"{name!r} is not a parameter of a Mixer: give the tree under variables['params']"
+            )
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""Weights are fitted to a model exactly, approximately or not at all, and all of it is said."""
+"""Weights are adapted to a model exactly, approximately or not at all, and the user is told."""
 
 import itertools
 import weakref
@@ -11,8 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError, config
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.training.validate import CHOICES
-from mlpmixer_flax.weights.adapt import HEADS, fit
+from mlpmixer_flax.weights.adapt import adapt
 
 TINY = {
     "patches": {"size": (2, 2)},
@@ -28,7 +27,7 @@ def mixer(num_classes=3, **changes):
 
 
 def tree_of(model, image_shape):
-    """The model's parameters as shapes."""
+    """Returns the model's parameters as shapes."""
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
 
 
@@ -43,9 +42,9 @@ def shapes_of(params):
     return {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
 
 
-def fit_params(params, like, **options):
+def adapt_params(params, like, **options):
     flat = flatten_dict(params, sep="/")
-    return fit({name: leaf.shape for name, leaf in flat.items()}, flat.__getitem__, like, **options)
+    return adapt({name: leaf.shape for name, leaf in flat.items()}, flat.__getitem__, like, **options)
 
 
 def features(params, images, **changes):
@@ -53,13 +52,13 @@ def features(params, images, **changes):
 
 
 def complaint(shapes, like, **options):
-    """The message; nothing may be read for it."""
+    """Returns the message of the error, which must come before anything is read."""
 
     def read(name):
         pytest.fail(f"{name} was read although the weights don't fit")
 
     with pytest.raises(UserError) as error:
-        fit(shapes, read, like, **options)
+        adapt(shapes, read, like, **options)
     return str(error.value)
 
 
@@ -70,8 +69,8 @@ def published(name, size_px, num_classes=1000, **changes):
 
 def test_weights_of_the_same_model_come_back_as_they_are():
     params = random_params(mixer(), (8, 8, 3))
-    fitted, notes = fit_params(params, tree_of(mixer(), (8, 8, 3)))
-    jax.tree.map(np.testing.assert_array_equal, fitted, params)
+    adapted, notes = adapt_params(params, tree_of(mixer(), (8, 8, 3)))
+    jax.tree.map(np.testing.assert_array_equal, adapted, params)
     assert notes == ["head: kept, 3 classes"]
 
 
@@ -86,19 +85,19 @@ def test_weights_of_the_same_model_come_back_as_they_are():
         ((3, 2), (2, 3)),
     ],
 )
-def test_a_larger_image_gets_exactly_the_mean_of_its_tiles_features(source, tiles):
+def test_the_features_of_a_larger_image_are_the_mean_of_the_features_of_its_tiles(source, tiles):
     height, width = 2 * source[0], 2 * source[1]
     large = (height * tiles[0], width * tiles[1], 3)
     params = random_params(mixer(), (height, width, 3))
     wider = {"tokens_mlp_dim": TINY["tokens_mlp_dim"] * tiles[0] * tiles[1]}
     target = source[0] * tiles[0], source[1] * tiles[1]
-    fitted, notes = fit_params(params, tree_of(mixer(**wider), large), grid=target, source_grid=source)
+    adapted, notes = adapt_params(params, tree_of(mixer(**wider), large), grid=target, source_grid=source)
     images = np.random.default_rng(1).normal(size=(2, *large)).astype(np.float32)
     parts = images.reshape(2, tiles[0], height, tiles[1], width, 3).swapaxes(2, 3)
     expected = features(params, parts.reshape(-1, height, width, 3)).reshape(2, -1, 8).mean(1)
-    np.testing.assert_allclose(features(fitted, images, **wider), expected, rtol=0, atol=1e-5)
-    # No feature shows that bias: every LayerNorm takes it out again.
-    ours, theirs = (tree["MixerBlock_1"]["token_mixing"]["Dense_1"]["bias"] for tree in (fitted, params))
+    np.testing.assert_allclose(features(adapted, images, **wider), expected, rtol=0, atol=1e-5)
+    # No feature shows this bias, because every LayerNorm removes it.
+    ours, theirs = (tree["MixerBlock_1"]["token_mixing"]["Dense_1"]["bias"] for tree in (adapted, params))
     np.testing.assert_array_equal(ours.reshape(target), np.tile(theirs.reshape(source), tiles))
     assert notes == [
         f"token mixing: {source[0]}x{source[1]} to {target[0]}x{target[1]} tokens, "
@@ -108,29 +107,31 @@ def test_a_larger_image_gets_exactly_the_mean_of_its_tiles_features(source, tile
 
 
 @pytest.mark.parametrize("target", [(8, 8), (6, 6), (3, 3), (5, 7), (1, 1)])
-def test_tokens_that_are_all_the_same_give_the_same_hidden_activations_on_any_grid(target):
+def test_equal_tokens_give_the_same_hidden_activations_on_any_grid(target):
     params = random_params(mixer(), (8, 8, 3))
     like = tree_of(mixer(), (2 * target[0], 2 * target[1], 3))
-    fitted, notes = fit_params(params, like, grid=target)
+    adapted, notes = adapt_params(params, like, grid=target)
     assert notes[0] == f"token mixing: 4x4 to {target[0]}x{target[1]} tokens, resampled (approximate)"
     for block in ("MixerBlock_0", "MixerBlock_1"):
-        ours, theirs = (tree[block]["token_mixing"] for tree in (fitted, params))
+        ours, theirs = (tree[block]["token_mixing"] for tree in (adapted, params))
         sums = (mlp["Dense_0"]["kernel"].sum(0) for mlp in (ours, theirs))
         np.testing.assert_allclose(*sums, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(ours["Dense_0"]["bias"], theirs["Dense_0"]["bias"])
 
 
 @pytest.mark.parametrize("target", [(8, 8), (3, 5)])
-def test_an_even_image_has_the_same_features_on_any_grid_if_token_mixing_writes_evenly(target):
+def test_an_image_of_one_colour_has_the_same_features_on_any_grid_if_token_mixing_adds_the_same_to_all(
+    target,
+):
     params = random_params(mixer(), (8, 8, 3))
     for block in ("MixerBlock_0", "MixerBlock_1"):
         for name, leaf in params[block]["token_mixing"]["Dense_1"].items():
             params[block]["token_mixing"]["Dense_1"][name] = np.repeat(leaf[..., :1], 16, axis=-1)
     shape = (2 * target[0], 2 * target[1], 3)
-    fitted, _ = fit_params(params, tree_of(mixer(), shape), grid=target)
+    adapted, _ = adapt_params(params, tree_of(mixer(), shape), grid=target)
     colour = np.array([0.3, -0.7, 0.1], np.float32)
     np.testing.assert_allclose(
-        features(fitted, np.broadcast_to(colour, (1, *shape))),
+        features(adapted, np.broadcast_to(colour, (1, *shape))),
         features(params, np.broadcast_to(colour, (1, 8, 8, 3))),
         rtol=0,
         atol=1e-5,
@@ -139,14 +140,14 @@ def test_an_even_image_has_the_same_features_on_any_grid_if_token_mixing_writes_
 
 @pytest.mark.parametrize("target", [(8, 12), (3, 4), (6, 9)])
 def test_resampled_weights_keep_their_place_in_the_image(target):
-    """A unit that compares top with bottom does so on any grid, and one that writes so likewise."""
+    """A hidden unit that reads or writes a top-to-bottom gradient does so on any grid."""
     params = random_params(mixer(), (8, 12, 3))
     ramp = np.repeat(np.arange(4) - 1.5, 6).astype(np.float32)  # 4x6 tokens in raster order
     mlp = params["MixerBlock_0"]["token_mixing"]
     mlp["Dense_0"]["kernel"][:, 0] = mlp["Dense_1"]["kernel"][0] = mlp["Dense_1"]["bias"][:] = ramp
     like = tree_of(mixer(), (2 * target[0], 2 * target[1], 3))
-    fitted, _ = fit_params(params, like, grid=target, source_grid=(4, 6))
-    mlp = fitted["MixerBlock_0"]["token_mixing"]
+    adapted, _ = adapt_params(params, like, grid=target, source_grid=(4, 6))
+    mlp = adapted["MixerBlock_0"]["token_mixing"]
     seen, written, bias = (
         array.reshape(target)
         for array in (mlp["Dense_0"]["kernel"][:, 0], mlp["Dense_1"]["kernel"][0], mlp["Dense_1"]["bias"])
@@ -158,10 +159,10 @@ def test_resampled_weights_keep_their_place_in_the_image(target):
         np.testing.assert_allclose(array, array[:, :1].repeat(target[1], axis=1), rtol=0, atol=1e-5)
 
 
-def test_a_smooth_image_is_mixed_alike_at_twice_the_tokens():
-    """What the resampled first layer sees in a smooth map is what the old one saw in the smaller map."""
+def test_a_smooth_image_is_mixed_almost_the_same_with_twice_the_tokens_per_side():
+    """The resampled first layer gives on a smooth map what the old one gave on the smaller map."""
     params = random_params(mixer(), (16, 16, 3))
-    fitted, _ = fit_params(params, tree_of(mixer(), (32, 32, 3)))
+    adapted, _ = adapt_params(params, tree_of(mixer(), (32, 32, 3)))
 
     def hidden(tree, side):
         at = (np.arange(side) + 0.5) / side
@@ -169,15 +170,15 @@ def test_a_smooth_image_is_mixed_alike_at_twice_the_tokens():
         mlp = tree["MixerBlock_0"]["token_mixing"]["Dense_0"]
         return smooth.ravel() @ mlp["kernel"]
 
-    np.testing.assert_allclose(hidden(fitted, 16), hidden(params, 8), rtol=0.1, atol=0.1)
+    np.testing.assert_allclose(hidden(adapted, 16), hidden(params, 8), rtol=0.1, atol=0.1)
 
 
-def test_grayscale_images_are_seen_as_colour_images_with_three_equal_channels():
+def test_a_grayscale_image_gives_what_it_gives_as_three_equal_channels():
     params = random_params(mixer(), (8, 8, 3))
-    fitted, notes = fit_params(params, tree_of(mixer(), (8, 8, 1)))
+    adapted, notes = adapt_params(params, tree_of(mixer(), (8, 8, 1)))
     gray = np.random.default_rng(1).normal(size=(2, 8, 8, 1)).astype(np.float32)
     np.testing.assert_allclose(
-        features(fitted, gray), features(params, gray.repeat(3, axis=-1)), rtol=0, atol=1e-5
+        features(adapted, gray), features(params, gray.repeat(3, axis=-1)), rtol=0, atol=1e-5
     )
     assert notes[0] == "stem: kernels summed over 3 channels for grayscale images"
 
@@ -210,28 +211,28 @@ def test_head_is_kept_or_reset_and_a_reset_one_is_not_read(theirs, ours, options
         reads.append(name)
         return flatten_dict(params, sep="/")[name]
 
-    fitted, notes = fit(shapes_of(params), read, like, **options)
+    adapted, notes = adapt(shapes_of(params), read, like, **options)
     kept = note is not None and "kept" in note
     assert notes == ([note] if note else [])
     expected = {name: layer for name, layer in params.items() if kept or name != "head"}
     if ours and not kept:
         expected["head"] = like["head"]
-    jax.tree.map(np.testing.assert_array_equal, fitted, expected)
+    jax.tree.map(np.testing.assert_array_equal, adapted, expected)
     assert sorted(reads) == sorted(name for name in shapes_of(params) if kept or not name.startswith("head/"))
 
 
 def test_a_reset_head_is_zero_where_the_model_is_given_as_shapes():
     like = tree_of(mixer(5), (8, 8, 3))
     like["head"]["bias"] = jnp.full((5,), -6.9)
-    fitted, _ = fit_params(random_params(mixer(3), (8, 8, 3)), like)
-    np.testing.assert_array_equal(fitted["head"]["kernel"], np.zeros((8, 5)))
-    np.testing.assert_array_equal(fitted["head"]["bias"], np.full(5, -6.9, np.float32))
-    assert {leaf.dtype for leaf in jax.tree.leaves(fitted)} == {np.dtype("float32")}
-    assert {type(leaf) for leaf in jax.tree.leaves(fitted)} == {np.ndarray}
+    adapted, _ = adapt_params(random_params(mixer(3), (8, 8, 3)), like)
+    np.testing.assert_array_equal(adapted["head"]["kernel"], np.zeros((8, 5)))
+    np.testing.assert_array_equal(adapted["head"]["bias"], np.full(5, -6.9, np.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapted)} == {np.dtype("float32")}
+    assert {type(leaf) for leaf in jax.tree.leaves(adapted)} == {np.ndarray}
 
 
 @pytest.mark.parametrize("tokens_mlp_dim", [6, 24])
-def test_what_was_read_and_changed_is_not_held(tokens_mlp_dim):
+def test_arrays_that_were_read_and_changed_do_not_stay_in_memory(tokens_mlp_dim):
     flat = flatten_dict(random_params(mixer(), (8, 8, 3)), sep="/")
     read_once, changed = set(), []
 
@@ -244,7 +245,7 @@ def test_what_was_read_and_changed_is_not_held(tokens_mlp_dim):
             changed.append(weakref.ref(array))
         return array
 
-    fit(
+    adapt(
         {name: leaf.shape for name, leaf in flat.items()},
         read,
         tree_of(mixer(tokens_mlp_dim=tokens_mlp_dim), (16, 16, 3)),
@@ -252,12 +253,12 @@ def test_what_was_read_and_changed_is_not_held(tokens_mlp_dim):
     assert read_once == flat.keys() and changed
 
 
-def test_all_that_does_not_fit_is_said_at_once():
+def test_everything_that_does_not_fit_is_listed_at_once():
     weights = shapes_of(published("l16", 224, num_classes=21843))
     message = complaint(weights, published("b32", 224), head="keep", name="L_16.npz")
     assert message == "\n  ".join(
         [
-            "L_16.npz cannot be fitted to the model:",
+            "L_16.npz cannot be adapted to the model:",
             "model.patches.size is (32, 32), the weights have (16, 16): set it to (16, 16)",
             "model.hidden_dim is 768, the weights have 1024: set it to 1024",
             "model.num_blocks is 12, the weights have 24: set it to 24",
@@ -282,7 +283,7 @@ def test_all_that_does_not_fit_is_said_at_once():
     )
 
 
-def test_every_published_pair_that_does_not_fit_is_told_in_less_than_25_lines():
+def test_every_published_pair_that_does_not_fit_gives_less_than_25_lines():
     sizes = {name: published(name, 224) for name in ("s8", "s16", "b16", "b32", "l16", "h14")}
     for theirs, ours in itertools.permutations(sizes, 2):
         assert complaint(shapes_of(sizes[theirs]), sizes[ours]).count("\n") < 24, (theirs, ours)
@@ -308,7 +309,7 @@ def test_every_published_pair_that_does_not_fit_is_told_in_less_than_25_lines():
         (224, 500, "model.tokens_mlp_dim is 500, the weights have 384: set it to 384"),
     ],
 )
-def test_a_resolution_that_does_not_go_with_tokens_mlp_dim_is_said_with_what_would(
+def test_a_tokens_mlp_dim_that_does_not_suit_the_resolution_is_refused_with_those_that_do(
     size_px, tokens_mlp_dim, sentence
 ):
     like = published("b16", size_px, tokens_mlp_dim=tokens_mlp_dim)
@@ -317,7 +318,7 @@ def test_a_resolution_that_does_not_go_with_tokens_mlp_dim_is_said_with_what_wou
     assert first.startswith("MixerBlock_0..11/token_mixing/Dense_0/bias (12x): weights (384,), model (")
 
 
-def test_rectangles_are_told_as_such():
+def test_rectangles_are_described_by_both_sides():
     tall = {"patches": {"size": (2, 8)}}
     weights = shapes_of(tree_of(mixer(**tall), (32, 32, 3)))
     message = complaint(weights, tree_of(mixer(**tall, tokens_mlp_dim=7), (32, 16, 3)), grid=(16, 2))
@@ -328,30 +329,30 @@ def test_rectangles_are_told_as_such():
 
 
 @pytest.mark.parametrize("source_grid", [(3, 5), (-4, -4), (0, 0), (16, 0)])
-def test_a_grid_of_another_number_of_tokens_is_said_in_a_sentence(source_grid):
+def test_a_grid_with_another_number_of_tokens_is_refused_in_one_sentence(source_grid):
     weights = shapes_of(tree_of(mixer(), (8, 8, 3)))
     message = complaint(weights, tree_of(mixer(), (16, 16, 3)), source_grid=source_grid)
     assert (
-        f"16 tokens of the weights and 64 of the model do not go with source_grid={source_grid} and grid=None"
+        f"16 tokens of the weights and 64 of the model do not match source_grid={source_grid} and grid=None"
         in message
     )
 
 
-def test_tokens_of_no_square_matter_only_where_the_grid_changes():
+def test_tokens_that_form_no_square_matter_only_if_the_grid_changes():
     weights = random_params(mixer(), (4, 6, 3))
-    fitted, _ = fit_params(weights, tree_of(mixer(), (4, 6, 3)))
-    jax.tree.map(np.testing.assert_array_equal, fitted, weights)
+    adapted, _ = adapt_params(weights, tree_of(mixer(), (4, 6, 3)))
+    jax.tree.map(np.testing.assert_array_equal, adapted, weights)
     assert "6 tokens of the weights" in complaint(shapes_of(weights), tree_of(mixer(), (8, 8, 3)))
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(1, 3), (3, 4), (4, 1)])
-def test_other_channels_than_three_for_one_are_refused(theirs, ours):
+def test_only_three_channels_can_become_one(theirs, ours):
     message = complaint(shapes_of(tree_of(mixer(), (8, 8, theirs))), tree_of(mixer(), (8, 8, ours)))
     assert f"the model takes {ours} channels, the weights {theirs}: choose other images or weights" in message
     assert f"stem/kernel: weights (2, 2, {theirs}, 8), model (2, 2, {ours}, 8)" in message
 
 
-def test_parameters_that_only_one_side_has_or_that_are_odd_are_named():
+def test_parameters_of_one_side_only_or_of_another_shape_are_named():
     like = tree_of(mixer(num_blocks=7), (8, 8, 3))
     weights = shapes_of(like)
     for i in (0, 2, 5):
@@ -371,7 +372,7 @@ def test_parameters_that_only_one_side_has_or_that_are_odd_are_named():
     ]
 
 
-def test_one_block_of_another_grid_than_the_first_is_found():
+def test_a_block_with_another_grid_than_the_first_is_found():
     like = tree_of(mixer(), (16, 16, 3))
     weights = shapes_of(tree_of(mixer(), (8, 8, 3)))
     weights["MixerBlock_1/token_mixing/Dense_1/bias"] = (17,)
@@ -380,7 +381,7 @@ def test_one_block_of_another_grid_than_the_first_is_found():
     ]
 
 
-def test_weights_that_are_nothing_like_a_mixer_are_refused_too():
+def test_weights_of_another_architecture_are_refused():
     like = tree_of(mixer(), (8, 8, 3))
     for weights in (
         {},
@@ -388,16 +389,18 @@ def test_weights_that_are_nothing_like_a_mixer_are_refused_too():
         dict.fromkeys(shapes_of(like), ()),
         dict.fromkeys(shapes_of(like), (0,) * 4),
     ):
-        assert "cannot be fitted" in complaint(weights, like)
+        assert "cannot be adapted to the model" in complaint(weights, like)
     assert complaint({f"x{i}y": (1,) for i in range(500)}, like).count("\n") < 24
+    for names in (["x\ny"], ["x0", "x"], ["x", "x" + "1" * 5000], ["x٣", "x4"]):
+        weights = shapes_of(like) | dict.fromkeys(names, (1,))
+        assert "unexpected, not in the model" in complaint(weights, like)
 
 
-def test_a_head_that_cannot_be_kept_and_an_unknown_choice_are_said():
+def test_a_head_that_cannot_be_kept_and_an_unknown_choice_are_refused():
     like = tree_of(mixer(), (8, 8, 3))
     without = shapes_of(tree_of(mixer(0), (8, 8, 3)))
     assert complaint(without, like, head="keep", name="w.npz") == (
-        "w.npz cannot be fitted to the model:\n"
+        "w.npz cannot be adapted to the model:\n"
         "  the head cannot be kept, since the weights have none: set init_head to 'auto' or 'reset'"
     )
     assert complaint(without, like, head="new") == "unknown init_head 'new': choose one of auto, keep, reset"
-    assert HEADS == CHOICES["init_head"]

@@ -1,4 +1,4 @@
-"""Downloads against a real server that misbehaves on demand, by real processes that are killed."""
+"""Downloads from a real server that misbehaves on demand, in real processes that are killed."""
 
 import base64
 import contextlib
@@ -22,17 +22,18 @@ import pytest
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.weights import download
-from mlpmixer_flax.weights.download import cache_dir, cached, fetch
+from mlpmixer_flax.weights.download import cache_dir, cache_file, fetch
 
 CONTENT = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
 SIZE_MIB = 3.01
-MD5 = base64.b64encode(hashlib.md5(CONTENT).digest()).decode()
+MD5 = hashlib.md5(CONTENT)
+SENT_MD5 = base64.b64encode(MD5.digest()).decode()  # as in x-goog-hash
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FETCH = "import sys; from mlpmixer_flax.weights.download import fetch; print(fetch(sys.argv[1]))"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.site`, whose fields are the switches."""
+    """Serves `server.site`; its fields say how."""
 
     def do_GET(self):
         site = self.server.site
@@ -43,9 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         asked = self.headers["Range"]
-        known = not site.if_range or self.headers["If-Range"] in site.headers.values()
         start, status = 0, site.statuses.pop(0) if site.statuses else 200
-        if asked and known and site.ranges and status == 200:
+        if asked and site.ranges and status == 200:
             start, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
         if start and start >= len(site.content):
             start, status = len(site.content), 416
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", len(body) + site.extra_length)
         sent = body[: site.drops.pop(0)] if site.drops else body
         site.log.append((asked, status, len(sent)))
-        with contextlib.suppress(OSError):  # whoever asked may have heard enough, or be dead
+        with contextlib.suppress(OSError):  # the client may have closed the connection, or be dead
             self.end_headers()
             self.wfile.write(sent)
             if site.hold and sent != body:
@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A server that has the same file at every path, an empty cache, and a short patience."""
+    """A server that has the same file at every path, an empty cache, and short pauses between tries."""
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(download, "PAUSES_SECONDS", (0.01, 0.01, 0.01))
@@ -87,12 +87,11 @@ def site(tmp_path, monkeypatch):
         headers={"ETag": '"one"'},
         hashes=[],  # values of x-goog-hash
         ranges=True,
-        if_range=True,
         range_shift=0,
         length=True,
         extra_length=0,
-        drops=[],  # bytes after which the connection is closed, request by request
-        hold=None,  # an event to wait for instead of closing it
+        drops=[],  # number of bytes after which the connection is closed, request by request
+        hold=None,  # an event: wait for it instead of closing the connection
         redirects={},
         paths=[],
         log=[],  # (Range, status, bytes sent)
@@ -117,7 +116,7 @@ def files(tmp_path):
 
 
 def refused(url, **kwargs):
-    """The one sentence that `fetch` raises."""
+    """Returns the one sentence that `fetch` raises."""
     with pytest.raises(UserError) as raised:
         fetch(url, **kwargs)
     message = str(raised.value)
@@ -126,7 +125,7 @@ def refused(url, **kwargs):
 
 
 def break_off(site, sent=1000):
-    """A download that ends with its first `sent` bytes in the cache."""
+    """Starts a download that ends with its first `sent` bytes in the cache."""
     site.drops = [sent, 0, 0, 0]
     assert "run the command again to continue" in refused(site.url)
     site.log.clear()
@@ -138,7 +137,7 @@ def start(url):
 
 
 def wait_for_part(tmp_path, size):
-    """The partial file, once it has so many bytes."""
+    """Returns the partial file as soon as it has `size` bytes."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         for part in tmp_path.rglob("*.part"):
@@ -152,8 +151,9 @@ def wait_for_part(tmp_path, size):
 
 
 def test_a_file_arrives_under_its_name_and_nothing_else_stays(site, tmp_path):
-    assert cached(site.url) is None
+    assert not cache_file(site.url).exists()
     file = fetch(site.url, size_mib=SIZE_MIB)
+    assert file == cache_file(site.url)
     assert file.read_bytes() == CONTENT
     assert file.parent.parent == cache_dir() == tmp_path / "cache"
     assert files(tmp_path) == ["Mixer-B_16.npz"]
@@ -165,8 +165,8 @@ def test_with_the_file_in_the_cache_the_network_is_not_touched(site):
     site.close()
     lock = file.with_name(f"{file.name}.lock")
     lock.unlink()
-    assert fetch(site.url) == cached(site.url) == file
-    assert not lock.exists()  # a cache that may only be read serves, too
+    assert fetch(site.url) == file
+    assert not lock.exists()  # so a read-only cache works, too
 
 
 def test_urls_of_the_same_name_do_not_share_a_file(site):
@@ -211,42 +211,45 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("MLPMIXER_CACHE", "~/mine")
     assert cache_dir() == tmp_path / "mine"
     monkeypatch.setenv("MLPMIXER_CACHE", "~no.such.user/cache")
-    with pytest.raises(UserError, match="~no.such.user/cache leads to no home directory"):
+    with pytest.raises(
+        UserError, match="no home directory found for ~no.such.user/cache: set MLPMIXER_CACHE"
+    ):
         cache_dir()
 
 
 # Interruptions
 
 
-def test_a_dropped_connection_is_taken_up_where_it_stopped(site, tmp_path, capsys):
+def test_a_dropped_download_continues_where_it_stopped(site, tmp_path, capsys):
     site.drops = [1_000_000, 500_000]
     assert fetch(site.url).read_bytes() == CONTENT
-    rest = len(CONTENT) - 1_500_000
+    # Each request starts with the last byte of the one before.
+    rest = len(CONTENT) - 1_499_998
     assert site.log == [
         (None, 200, 1_000_000),
-        ("bytes=1000000-", 206, 500_000),
-        ("bytes=1500000-", 206, rest),
+        ("bytes=999999-", 206, 500_000),
+        ("bytes=1499998-", 206, rest),
     ]
     assert files(tmp_path) == ["Mixer-B_16.npz"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"downloading {site.url} (3.01 MiB) to {cached(site.url)}"
+    assert line == f"downloading {site.url} (3.01 MiB) to {cache_file(site.url)}"
 
 
 def test_a_connection_that_stalls_counts_as_dropped(site, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     site.hold, site.drops = threading.Event(), [1000]
     assert fetch(site.url).read_bytes() == CONTENT
-    assert [asked for asked, _, _ in site.log] == [None, "bytes=1000-"]
+    assert [asked for asked, _, _ in site.log] == [None, "bytes=999-"]
 
 
 def test_after_a_few_tries_it_gives_up_and_the_next_run_continues(site):
     site.drops = [1000, 1000, 1000, 1000]
     message = refused(site.url)
-    assert f"4,000 of {len(CONTENT):,} bytes" in message and site.url in message
-    assert cached(site.url) is None
+    assert f"3,997 of {len(CONTENT):,} bytes" in message and site.url in message
+    assert not cache_file(site.url).exists()
     assert len(site.log) == 4
     assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log[4:] == [("bytes=4000-", 206, len(CONTENT) - 4000)]
+    assert site.log[4:] == [("bytes=3996-", 206, len(CONTENT) - 3996)]
 
 
 def test_a_failing_server_is_tried_again_once_the_download_has_begun(site):
@@ -258,22 +261,39 @@ def test_a_failing_server_is_tried_again_once_the_download_has_begun(site):
 def test_a_server_that_ignores_ranges_makes_it_start_over(site):
     site.ranges, site.drops = False, [1000]
     assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log == [(None, 200, 1000), ("bytes=1000-", 200, len(CONTENT))]
+    assert site.log == [(None, 200, 1000), ("bytes=999-", 200, len(CONTENT))]
 
 
-@pytest.mark.parametrize("if_range", [True, False])  # False: a server that doesn't know If-Range
-def test_a_file_that_changed_meanwhile_is_fetched_anew(site, if_range):
+@pytest.mark.parametrize(
+    "headers",
+    [{"ETag": '"two"'}, {"Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, {"ETag": 'W/"one"'}, {}],
+)
+def test_a_file_that_changed_meanwhile_is_downloaded_anew(site, tmp_path, headers):
     break_off(site)
-    site.content, site.headers, site.if_range = CONTENT[::-1], {"ETag": '"two"'}, if_range
+    site.content, site.headers = CONTENT[::-1], headers
     assert fetch(site.url).read_bytes() == CONTENT[::-1]
-    assert site.log[0][:2] == ("bytes=1000-", 200 if if_range else 206)
+    assert site.log[0][:2] == ("bytes=999-", 206)
+    assert site.log[1:] == [(None, 200, len(CONTENT))]
+    assert files(tmp_path) == ["Mixer-B_16.npz"]
 
 
-def test_a_file_that_shrank_meanwhile_is_fetched_anew(site):
+def test_a_part_of_a_changed_file_is_removed_even_if_the_new_download_breaks_off(site, tmp_path):
+    break_off(site)
+    (old,) = tmp_path.rglob("*.part")
+    site.content, site.headers = CONTENT[::-1], {"ETag": '"two"'}
+    site.drops = [0, 500, 0, 0, 0]
+    refused(site.url)
+    (new,) = tmp_path.rglob("*.part")
+    assert new != old and new.read_bytes() == CONTENT[::-1][:500]
+    assert fetch(site.url).read_bytes() == CONTENT[::-1]
+    assert site.log[-1] == ("bytes=499-", 206, len(CONTENT) - 499)
+
+
+def test_a_file_that_shrank_meanwhile_is_downloaded_anew(site):
     break_off(site)
     site.content = b"short"
     assert fetch(site.url).read_bytes() == b"short"
-    assert site.log == [("bytes=1000-", 416, 0), (None, 200, 5)]
+    assert site.log == [("bytes=999-", 416, 0), (None, 200, 5)]
 
 
 @pytest.mark.parametrize("change", [{"range_shift": 1}, {"content": CONTENT[5000:7000]}])
@@ -281,7 +301,7 @@ def test_another_range_than_the_missing_one_is_not_used(site, change):
     break_off(site)
     vars(site).update(change)
     assert fetch(site.url).read_bytes() == site.content
-    assert [asked for asked, _, _ in site.log] == ["bytes=1000-", None]
+    assert [asked for asked, _, _ in site.log] == ["bytes=999-", None]
 
 
 @pytest.mark.parametrize(
@@ -289,30 +309,31 @@ def test_another_range_than_the_missing_one_is_not_used(site, change):
     [
         ({}, None),
         ({"ETag": 'W/"weak"'}, None),
-        ({"Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, "bytes=1000-"),
-        ({"ETag": 'W/"weak"', "Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, "bytes=1000-"),
+        ({"Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, "bytes=999-"),
+        ({"ETag": 'W/"weak"', "Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, "bytes=999-"),
+        ({"ETag": f'"{"long" * 1000}"'}, "bytes=999-"),
     ],
 )
-def test_it_continues_only_what_it_can_tell_unchanged(site, headers, asked):
+def test_a_download_continues_only_if_a_change_of_the_file_would_show(site, headers, asked):
     site.headers = headers
     break_off(site)
     assert fetch(site.url).read_bytes() == CONTENT
     assert site.log[0][0] == asked
 
 
-def test_a_finished_part_is_checked_without_asking_for_more(site, tmp_path):
-    site.hashes = [f"md5={MD5}"]
+def test_of_a_complete_part_only_the_last_byte_is_downloaded_again(site, tmp_path):
+    site.hashes = [f"md5={SENT_MD5}"]
     break_off(site)
-    site.close()
     wait_for_part(tmp_path, 1000).write_bytes(CONTENT)
     assert fetch(site.url).read_bytes() == CONTENT
+    assert site.log == [(f"bytes={len(CONTENT) - 1}-", 206, 1)]
 
 
-def test_a_damaged_note_about_the_part_makes_it_start_over(site, tmp_path):
+def test_a_part_that_is_too_long_is_downloaded_anew(site, tmp_path):
     break_off(site)
-    next(tmp_path.rglob("*.promise")).write_text('{"size_by')
+    wait_for_part(tmp_path, 1000).write_bytes(CONTENT + b"more")
     assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log == [(None, 200, len(CONTENT))]
+    assert [status for _, status, _ in site.log] == [416, 200]
 
 
 # Several processes
@@ -326,12 +347,12 @@ def test_of_two_processes_one_downloads_and_the_other_waits(site, tmp_path):
             assert "waiting for another process" in second.stderr.readline()
             site.hold.set()
             outputs = [process.communicate(timeout=30)[0] for process in (first, second)]
-    assert outputs == [f"{cached(site.url)}\n"] * 2
-    assert cached(site.url).read_bytes() == CONTENT
+    assert outputs == [f"{cache_file(site.url)}\n"] * 2
+    assert cache_file(site.url).read_bytes() == CONTENT
     assert len(site.log) == 1
 
 
-def test_after_kill_9_a_waiting_process_fetches_only_what_is_missing(site, tmp_path):
+def test_after_kill_9_a_waiting_process_downloads_only_the_rest(site, tmp_path):
     site.hold, site.drops = threading.Event(), [1_000_000]
     with start(site.url) as first:
         part = wait_for_part(tmp_path, 500_000)
@@ -342,9 +363,9 @@ def test_after_kill_9_a_waiting_process_fetches_only_what_is_missing(site, tmp_p
     assert first.returncode == -signal.SIGKILL
     assert Path(output.strip()).read_bytes() == CONTENT, errors
     (_, _, killed), (asked, status, rest) = site.log
-    done = len(CONTENT) - rest
-    assert 500_000 <= done <= killed
-    assert (asked, status) == (f"bytes={done}-", 206)
+    first_byte = len(CONTENT) - rest
+    assert 500_000 <= first_byte + 1 <= killed
+    assert (asked, status) == (f"bytes={first_byte}-", 206)
     assert not part.exists()
 
 
@@ -353,26 +374,40 @@ def test_after_kill_9_a_waiting_process_fetches_only_what_is_missing(site, tmp_p
 
 @pytest.mark.parametrize("forms", [["md5={}"], ["crc32c=n03x6A==,md5={}"], ["crc32c=n03x6A==", "md5={}"]])
 def test_the_servers_md5_is_checked(site, tmp_path, forms):
-    wrong = base64.b64encode(bytes(16)).decode()
-    site.hashes = [form.format(wrong) for form in forms]
+    wrong = hashlib.md5(b"other")
+    site.hashes = [form.format(base64.b64encode(wrong.digest()).decode()) for form in forms]
     message = refused(site.url)
-    assert wrong in message and MD5 in message
+    assert f"md5 {MD5.hexdigest()} instead of {wrong.hexdigest()}" in message
     assert files(tmp_path) == []
-    site.hashes = [form.format(MD5) for form in forms]
+    site.hashes = [form.format(SENT_MD5) for form in forms]
     assert fetch(site.url).read_bytes() == CONTENT
 
 
-def test_the_md5_sent_with_the_first_bytes_holds_for_the_last(site, tmp_path):
-    site.hashes = ["md5=AAAAAAAAAAAAAAAAAAAAAA=="]
+def test_the_md5_covers_the_bytes_of_the_first_connection_too(site, tmp_path):
+    site.hashes = [f"md5={SENT_MD5}"]
     break_off(site)
-    site.hashes = []
-    assert MD5 in refused(site.url)
+    wait_for_part(tmp_path, 1000).write_bytes(CONTENT[1:1001])  # as damaged on the disk
+    assert MD5.hexdigest() in refused(site.url)
+    assert site.log == [("bytes=999-", 206, len(CONTENT) - 999)]
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("later", [[], ["md5=AAAAAAAAAAAAAAAAAAAAAA=="]])
+def test_a_part_is_never_completed_without_the_md5_that_came_with_its_first_bytes(site, tmp_path, later):
+    site.hashes = [f"md5={SENT_MD5}"]
+    break_off(site)
+    wait_for_part(tmp_path, 1000).write_bytes(CONTENT[1:1001])
+    site.hashes = later
+    if later:
+        assert MD5.hexdigest() in refused(site.url)
+    else:
+        assert fetch(site.url).read_bytes() == CONTENT
+    assert site.log[1:] == [(None, 200, len(CONTENT))]
 
 
 @pytest.mark.parametrize("pin", [SHA256, SHA256.upper()])
 def test_a_pinned_hash_is_checked_and_not_sent(site, pin):
-    assert fetch(f"{site.url}#sha256={pin}") == cached(f"{site.url}#sha256={SHA256}")
+    assert fetch(f"{site.url}#sha256={pin}") == cache_file(f"{site.url}#sha256={SHA256}")
     assert site.paths == ["/weights/Mixer-B_16.npz"]
 
 
@@ -390,7 +425,7 @@ def test_a_file_of_another_size_than_published_is_refused(site, tmp_path, capsys
     message = refused(site.url, size_mib=size_mib)
     assert f"{len(CONTENT):,} bytes" in message and str(size_mib) in message
     assert files(tmp_path) == []
-    assert ("downloading" in capsys.readouterr().err) == (not length)  # announced sizes are checked first
+    assert ("downloading" in capsys.readouterr().err) == (not length)  # an announced size is checked first
 
 
 def test_without_a_content_length_the_published_size_is_enough(site):
@@ -406,10 +441,10 @@ def test_an_error_page_is_not_taken_for_weights(site):
 def test_a_content_length_that_is_not_kept_is_an_interruption(site):
     site.extra_length = 10
     assert "broke off" in refused(site.url)
-    assert cached(site.url) is None
+    assert not cache_file(site.url).exists()
 
 
-# What a user can get wrong
+# Mistakes of a user
 
 
 @pytest.mark.parametrize(
@@ -431,19 +466,19 @@ def test_a_content_length_that_is_not_kept_is_an_interruption(site):
 )
 def test_other_urls_are_refused(url):
     assert repr(url) in refused(url)
-    with pytest.raises(UserError, match="path of a file you have|pinned by #sha256="):
-        cached(url)
+    with pytest.raises(UserError, match="path of a file you have|give a hash as #sha256="):
+        cache_file(url)
 
 
 @pytest.mark.parametrize("status", [403, 404, 503, 204])
-def test_an_error_of_the_server_is_said_at_once(site, status):
+def test_an_error_of_the_server_is_reported_at_once(site, status):
     site.statuses = [status]
     message = refused(site.url)
     assert site.url in message and f"HTTP {status}" in message and "pass its path" in message
     assert len(site.log) == 1
 
 
-def test_an_unreachable_server_is_said_at_once(site, monkeypatch, tmp_path):
+def test_an_unreachable_server_is_reported_at_once(site, monkeypatch, tmp_path):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -465,16 +500,16 @@ def test_redirects_are_followed_also_when_resuming(site):
     file = fetch(f"http://127.0.0.1:{site.port}/latest.npz")
     assert file.name == "latest.npz"
     assert file.read_bytes() == CONTENT
-    assert site.log == [(None, 200, 1000), ("bytes=1000-", 206, len(CONTENT) - 1000)]
+    assert site.log == [(None, 200, 1000), ("bytes=999-", 206, len(CONTENT) - 999)]
 
 
 @pytest.mark.parametrize("to", ["/again.npz", "file:///etc/passwd", "ftp://127.0.0.1:9/x"])
-def test_a_redirect_to_nowhere_is_refused(site, to):
+def test_a_redirect_to_itself_or_out_of_http_is_refused(site, to):
     site.redirects = {"/again.npz": to}
     assert "cannot be downloaded" in refused(f"http://127.0.0.1:{site.port}/again.npz")
 
 
-def test_a_cache_that_cannot_be_written_is_said(site, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(site, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "file" / "cache"))
     message = refused(site.url)
@@ -483,17 +518,17 @@ def test_a_cache_that_cannot_be_written_is_said(site, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_said(site, tmp_path):
+def test_a_full_disk_is_reported(site, tmp_path):
     break_off(site)
     part = wait_for_part(tmp_path, 1000)
     part.unlink()
     part.symlink_to("/dev/full")
     message = refused(site.url)
     assert "No space left" in message and "MLPMIXER_CACHE" in message
-    assert cached(site.url) is None
+    assert not cache_file(site.url).exists()
 
 
-# What it shows
+# Progress
 
 
 def test_a_terminal_shows_a_progress_bar(site):
@@ -504,6 +539,6 @@ def test_a_terminal_shows_a_progress_bar(site):
     shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     os.close(stderr)
-    assert done.stdout == f"{cached(site.url)}\n"
+    assert done.stdout == f"{cache_file(site.url)}\n"
     assert "Mixer-B_16.npz: 100%" in shown and "3.01M/3.01M" in shown
     assert "downloading" not in shown

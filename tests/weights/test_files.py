@@ -22,7 +22,7 @@ from mlpmixer_flax.config import mixer_b16_config, mixer_l16_config
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.weights.files import open_weights, write_npz, write_safetensors
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 METADATA = {"model": {"gelu": "tanh"}, "class_names": ["cat", "été", "猫"], "mean": [0.5]}
 WRITERS = {"google": write_npz, "timm": write_safetensors}
 
