@@ -1,11 +1,12 @@
-"""How much memory does an update take, and which knob saves most? The compiler is asked; nothing is run.
+"""Measures how much memory an update needs and which config key saves most.
 
     python benchmarks/memory.py
     pip install "jax[tpu]" && python benchmarks/memory.py --tpu --config=configs/l16_cifar10.py
 
-The first compiles for the device that is here, the second for one chip of a TPU v5e, which need not be here.
-What the CPU's compiler says of remat and bfloat16 holds for CPUs only: it drops the one and computes in float32.
-Two minutes on 2 CPU cores; for the TPU three minutes a line, and more with remat.
+The figures come from the compiler; no update is run. The first command compiles for the device of this machine. The second
+compiles for one chip of a TPU v5e, on a machine with or without one. The figures for remat and bfloat16 on a CPU are
+valid for CPUs only: the compiler for CPUs ignores remat, and computes bfloat16 in float32.
+Takes two minutes on 2 CPU cores; for the TPU three minutes per line, and more with remat. Results: docs/recipes.md
 """
 
 import argparse
@@ -23,7 +24,7 @@ from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
 from mlpmixer_flax.training.step import init_state, make_train_step
 
-NUM_CLASSES, IMAGE_PX = 10, 32  # of CIFAR-10, as it travels
+NUM_CLASSES, IMAGE_PX = 10, 32  # of CIFAR-10; images travel to the device in their stored size
 SETTINGS = (
     (),
     ("accumulation_steps=2",),
@@ -36,16 +37,17 @@ SETTINGS = (
 
 
 def find_device(tpu: bool) -> jax.Device:
+    """Returns the device to compile for: the first of this machine, or the description of a TPU v5e."""
     if not tpu:
         return jax.devices()[0]
-    # There is none to ask or to start.
+    # There is no TPU: its metadata server must not be asked, and JAX must not start it.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     jax.config.update("jax_platforms", "cpu")
     return topologies.get_topology_desc("v5e:1x1", "tpu", chips_per_host_bounds=(1, 1, 1)).devices[0]
 
 
 def measure(config: ConfigDict, device: jax.Device) -> tuple[int, int]:
-    """Bytes that one update holds: of state and batch, and of what lives during the update only."""
+    """Returns two numbers of bytes: for state and batch, and for the values that exist only during the update."""
     size_px, n = config.preprocess.image_size_px, config.batch_size
     model = MlpMixer(num_classes=NUM_CLASSES, **config.model.to_dict())
     schedule = make_schedule(
@@ -59,8 +61,10 @@ def measure(config: ConfigDict, device: jax.Device) -> tuple[int, int]:
         "label": np.zeros(n, np.int32),
         "mask": np.ones(n, bool),
     }
-    there = jax.sharding.SingleDeviceSharding(device)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), (state, batch))
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), (state, batch)
+    )
     update = jax.jit(make_train_step(model, optimizer, schedule, config), donate_argnums=0)
     memory = update.lower(*shapes).compile().memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -71,8 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/b16_cifar10.py")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--config", default="configs/b16_cifar10.py", help="config file (default: %(default)s)"
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="images per update (default: %(default)s)")
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e")
     arguments = parser.parse_args()
     device = find_device(arguments.tpu)

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.scores import score_images
-from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.weights.adapt import adapt
 
@@ -42,7 +42,7 @@ def tiled(model: Model, size_px: int) -> Model | None:
 
 def with_random_token_mixing(model: Model) -> Model:
     """Returns the model with new random weights in its token-mixing MLPs."""
-    random = flatten_dict(_init(model.module, jax.random.key(0), model))
+    random = flatten_dict(_init(model, jax.random.key(0)))
     params = {
         name: random[name] if "token_mixing" in name else array
         for name, array in flatten_dict(model.params).items()
@@ -56,23 +56,27 @@ def _adapted(model: Model, size_px: int, *, tokens_mlp_dim: int) -> Model:
         module=model.module.clone(tokens_mlp_dim=tokens_mlp_dim),
         preprocess={**model.preprocess, "image_size_px": size_px},
     )
-    like = jax.eval_shape(lambda key: _init(sized.module, key, sized), jax.random.key(0))
+    like = jax.eval_shape(lambda key: _init(sized, key), jax.random.key(0))
     flat = flatten_dict(model.params, sep="/")
     shapes = {name: array.shape for name, array in flat.items()}
     params, _ = adapt(shapes, flat.__getitem__, like, head="keep")
     return dataclasses.replace(sized, params=params)
 
 
-def _init(module: MlpMixer, key: jax.Array, model: Model) -> Params:
+def _init(model: Model, key: jax.Array) -> Params:
     size_px = model.preprocess["image_size_px"]
-    return module.init(key, np.zeros((1, size_px, size_px, model.channels), np.float32))["params"]
+    return model.module.init(key, np.zeros((1, size_px, size_px, model.channels), np.float32))["params"]
+
+
+def open_test_split(model: Model) -> Examples:
+    """Opens the test split of the model's run."""
+    config = model.config
+    return model.open(config["dataset"], config["test_split"], data_dir=config["data_dir"])
 
 
 def accuracy(model: Model) -> float:
     """Returns the accuracy of a model on the test split of its run, in per cent."""
-    examples = model.open(
-        model.config["dataset"], model.config["test_split"], data_dir=model.config["data_dir"]
-    )
+    examples = open_test_split(model)
     classes = np.arange(len(model.class_names), dtype=np.int32)
     rows = score_images(model, examples, classes=classes, batch_size=BATCH_SIZE)
     return 100 * float(np.mean(rows["label"] == rows["best"][:, 0]))
@@ -85,8 +89,12 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="run directory")
     model = load_run(parser.parse_args().workdir)
     patch_px = model.module.patches["size"][0]
-    print("test accuracy in %, without fine-tuning")
-    print("| size | tokens | resampled | tiles (exact) | random token mixing |", "|---|---|---|---|---|", sep="\n")
+    print(f"accuracy in % on {len(open_test_split(model)):,} test images, without fine-tuning")
+    print(
+        "| size | tokens | resampled | tiles (exact) | random token mixing |",
+        "|---|---|---|---|---|",
+        sep="\n",
+    )
     for scale in SCALES:
         size_px = round(model.preprocess["image_size_px"] * scale)
         if size_px % patch_px:

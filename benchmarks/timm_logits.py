@@ -1,18 +1,22 @@
-"""Does timm compute from our safetensors what we compute? The logits of both, and our npz beside them.
+"""Compares our logits with those of timm, for weights exported as safetensors; also checks the export as npz.
 
     pip install torch==2.13.0 timm
     python benchmarks/timm_logits.py
 
-Makes runs of full-size and small Mixers with random weights, exports them with `python -m mlpmixer_flax.export`,
-loads the safetensors into timm strictly (`load_state_dict(strict=True)`) and the npz into our own parameter tree, and
-compares logits in float32. About two minutes on 2 CPU cores.
+Makes run directories of Mixers S/32 and B/16 with random weights and exports them with
+`python -m mlpmixer_flax.export`. Loads the safetensors into timm with `load_state_dict(strict=True)` and compares the
+logits in float32. Loads the npz into our own parameter tree, which must be bit-identical.
+The exit status is 1 if logits differ by more than TOLERANCE or an npz differs at all. Takes about two minutes on 2 CPU
+cores. Results: docs/weights.md
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,21 +29,21 @@ from mlpmixer_flax.config import get_config, mixer_b16_config, mixer_s32_config,
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.rundir import write_run
 from mlpmixer_flax.training.checkpoints import Checkpoints
-from mlpmixer_flax.training.optimizer import make_optimizer
+from mlpmixer_flax.training.optimizer import Params, make_optimizer
 from mlpmixer_flax.training.step import init_state
 
-# timm's name of the architecture, our sizes, GELU
+# (timm's name of the architecture, our sizes, GELU)
 MODELS = [
     ("mixer_s32_224", mixer_s32_config, "erf"),
     ("mixer_s32_224", mixer_s32_config, "tanh"),
     ("mixer_b16_224", mixer_b16_config, "erf"),
 ]
 CLASSES = 1000
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # largest absolute difference of logits
 
 
-def make_run(workdir: Path, sizes, gelu: str) -> tuple[MlpMixer, dict]:
-    """A run's directory with one checkpoint, of random weights, every parameter away from 0."""
+def make_run(workdir: Path, sizes: Mapping[str, Any], gelu: str) -> tuple[MlpMixer, Params]:
+    """Writes a run directory with one checkpoint of random weights, none of them 0; returns module and weights."""
     config = get_config()
     config.preprocess.image_size_px = 224
     config.model.update(sizes)
@@ -61,6 +65,7 @@ def make_run(workdir: Path, sizes, gelu: str) -> tuple[MlpMixer, dict]:
 
 
 def export(workdir: Path, format: str) -> Path:
+    """Exports the weights of a run; returns the file."""
     file = workdir / f"weights.{format}"
     command = [sys.executable, "-m", "mlpmixer_flax.export", f"--workdir={workdir}", f"--format={format}"]
     subprocess.run([*command, f"--output={file}"], check=True, capture_output=True)
@@ -74,19 +79,18 @@ def main() -> int:
         f"timm {timm.__version__}, torch {torch.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}"
     )
     for name, sizes, gelu in MODELS:
+        timm_gelu = {"act_layer": timm.layers.GELUTanh} if gelu == "tanh" else {}
         with tempfile.TemporaryDirectory() as folder:
             workdir = Path(folder)
             model, params = make_run(workdir, sizes, gelu)
             ours = np.asarray(jax.jit(model.apply)({"params": params}, images))
-            theirs = timm.create_model(
-                name, num_classes=CLASSES, **({"act_layer": timm.layers.GELUTanh} if gelu == "tanh" else {})
-            ).eval()
+            theirs = timm.create_model(name, num_classes=CLASSES, **timm_gelu).eval()
             theirs.load_state_dict(load_file(export(workdir, "safetensors")), strict=True)
             with torch.no_grad():
                 logits = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
             like = jax.eval_shape(lambda params=params: params)
-            back = pretrained.load(str(export(workdir, "npz")), like)
-            same = all(jax.tree.leaves(jax.tree.map(np.array_equal, back, params)))
+            loaded = pretrained.load(str(export(workdir, "npz")), like)
+            same = all(jax.tree.leaves(jax.tree.map(np.array_equal, loaded, params)))
         difference = float(np.abs(ours - logits).max())
         worst = max(worst, difference) if same else float("inf")
         print(

@@ -1,35 +1,37 @@
-"""Is pre-training worth it? Half of CIFAR-10's classes teach a small Mixer what it needs for the other half.
+"""Measures how much pre-training on five classes of CIFAR-10 helps a small Mixer to learn the other five.
 
     python benchmarks/transfer.py --workdir=FOLDER
 
-Pre-trains mixer_nano4 (0.67 M parameters) on classes 0 to 4, 25,000 images of 32 px, for 15 epochs. Then learns
-classes 5 to 9 from 200 images each, with three seeds, from those weights and from random ones: at 32 px, and at 64 px,
-where the token-mixing MLPs start as four copies (Appendix C of the paper). Both starts have the same data, steps and
-augmentation, and a learning rate of their own. Scored on the 5,000 test images of the new classes, at the end.
-About two hours on 2 CPU cores with JAX_NUM_CPU_DEVICES=2; a run that is there is not run again. Results: docs/weights.md
+Pre-trains mixer_nano4 (0.67 M parameters) on classes 0 to 4, 25,000 images of 32 px, for 15 epochs. Then trains on
+classes 5 to 9 with 200 images per class and three seeds, once from the pre-trained weights and once from random weights.
+This is done at 32 px, and at 64 px, where the token-mixing MLPs start as four copies (Appendix C of the paper). Both
+starts have the same data, steps and augmentation; each has its own learning rate. At the end of each run, the model is
+scored on the 5,000 test images of classes 5 to 9.
+Takes about two hours on 2 CPU cores with JAX_NUM_CPU_DEVICES=2. Finished runs in FOLDER are not run again.
+Results: docs/weights.md
 """
 
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.data.tfds import load_builder
-from mlpmixer_flax.train import train
-from mlpmixer_flax.training.configfile import load_config
 
 # name -> (classes of CIFAR-10, training images per class)
 DATASETS = {"cifar10_source": (range(0, 5), 5_000), "cifar10_target": (range(5, 10), 200)}
 SEEDS = (0, 1, 2)
-# side in px, width of the token-mixing MLP, passes over the 1,000 training images
+# (side of the images in px, width of the token-mixing MLP, passes over the 1,000 training images)
 BUDGETS = [(32, 128, 20), (64, 4 * 128, 12), (32, 128, 60)]
-STARTS = {"scratch": 2e-3, "fine-tuned": 1e-3}  # -> learning rate of AdamW
+STARTS = {"scratch": 2e-3, "fine-tuned": 1e-3}  # start -> learning rate of AdamW
 
 
 def write_dataset(name: str, data_dir: Path) -> None:
-    """Writes a TFDS dataset of some classes of CIFAR-10, the images byte for byte as TFDS finds them."""
+    """Writes a TFDS dataset with some classes of CIFAR-10; the files of the images stay the same, byte for byte."""
     classes, per_class = DATASETS[name]
     cifar10 = load_builder("cifar10", "")
     names = cifar10.info.features["label"].names
@@ -67,25 +69,26 @@ def write_dataset(name: str, data_dir: Path) -> None:
     Subset(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
-def run(workdir: Path, dataset: str, data_dir: Path, **changes) -> float:
-    """Trains, or reads what was trained before; test accuracy at the end."""
+def run(workdir: Path, dataset: str, data_dir: Path, **changes: Any) -> float:
+    """Returns the test accuracy at the end of a run; a finished run in `workdir` is not trained again."""
     values = {
         "dataset": dataset,
-        "data_dir": data_dir,
+        "data_dir": str(data_dir),
         "accumulation_steps": 4,
         "eval_every_epochs": 0.0,
         "save_every_epochs": 0.0,
         **changes,
     }
-    overrides = [f"--config.{key}={value}" for key, value in values.items()]
-    return train(load_config("nano_cifar10.py", overrides), workdir)["test/accuracy"]
+    return fit(load_config("nano_cifar10.py", values), workdir)["test/accuracy"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="for the data and the runs; 150 MB")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="directory for data and runs; takes 150 MB"
+    )
     workdir = parser.parse_args().workdir
     for name in DATASETS:
         write_dataset(name, workdir)
@@ -103,7 +106,7 @@ def main() -> None:
                     "cifar10_target",
                     workdir,
                     seed=seed,
-                    init_from=pretrained if start == "fine-tuned" else "",
+                    init_from=str(pretrained) if start == "fine-tuned" else "",
                     batch_size=64,
                     total_epochs=float(epochs),
                     **{

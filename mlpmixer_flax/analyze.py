@@ -1,7 +1,7 @@
 """Show what a model has learned: python -m mlpmixer_flax.analyze --workdir=RUN
 
-Name the parts to show after the options. Without a name, all parts are shown
-except shuffle, which trains three models.
+Name the parts to show; without a name, all parts are shown except shuffle,
+which trains three models.
 
   curves        loss, accuracy and learning rate of a run: curves.png
   token_mixing  weights from patches to hidden units, as in the paper's Figure
@@ -10,12 +10,12 @@ except shuffle, which trains three models.
   fewshot       test accuracy of a linear classifier (ridge regression) trained
                 on the model's features of 5 images per class, drawn three
                 times: fewshot.json
-  shuffle       the paper's Figure 4: --config is trained three times, on the
-                original images, with shuffled patches and shuffled pixels
-                inside them, and with all pixels shuffled: shuffle.png. Also
-                tests that the logits stay the same if the model's weights are
-                shuffled in the same way as the patches. --config.KEY=VALUE
-                changes the config, as in train
+  shuffle       the paper's Figure 4: trains --config three times: on the
+                original images, with patches and their pixels shuffled, and
+                with all pixels shuffled: shuffle.png. Also prints how much
+                logits change if the model's weights are shuffled in the same
+                way as the patches. --config.KEY=VALUE changes the config, as in
+                train
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import add_dataset, add_model, exit_status, load_model, make_parser, named_dataset
-from mlpmixer_flax.inference import figures
+from mlpmixer_flax.inference import figures, weight_figures
 from mlpmixer_flax.inference.fewshot import features_of_split, few_shot
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.model import Model
@@ -39,8 +39,8 @@ from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.training.setup import make_setup, settle
 
-# Features are computed for up to this many times `shots` training images per class: enough that few images are drawn
-# twice, without reading all of a large split.
+# Images are drawn from this many times as many training images per class: enough that few are drawn twice, and a
+# large split need not be read to its end.
 _POOL = 10
 
 
@@ -58,12 +58,14 @@ def _token_mixing(model: Model, arguments: argparse.Namespace) -> None:
     for i, file in enumerate(tqdm(files, "drawing token mixing", delay=2, leave=False, disable=None)):
         kernel = model.params[f"MixerBlock_{i}"]["token_mixing"]["Dense_0"]["kernel"]
         title = f"Token mixing, block {i} of {model.name}"
-        figures.save(figures.token_mixing(kernel, grid=(rows, columns), title=title), arguments.output / file)
+        figures.save(
+            weight_figures.token_mixing(kernel, grid=(rows, columns), title=title), arguments.output / file
+        )
     print(f"token_mixing: {files[0]}" + f" to {files[-1]}" * (len(files) > 1))
 
 
 def _stem(model: Model, arguments: argparse.Namespace) -> None:
-    figure = figures.stem(model.params["stem"]["kernel"], title=f"Stem of {model.name}")
+    figure = weight_figures.stem(model.params["stem"]["kernel"], title=f"Patch embedding of {model.name}")
     figures.save(figure, arguments.output / "stem.png")
     print("stem: stem.png")
 
@@ -95,7 +97,7 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         f"  with {shots} images per class; each draw: {draws}; fewshot.json"
     )
     if not arguments.dataset:
-        print("  (but the model was trained with all labels of this dataset)")
+        print("  (the model was trained with all labels of this dataset)")
 
 
 def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
@@ -106,7 +108,7 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
         )
     largest, difference = symmetry(model, seed=config.seed)
     print(
-        f"shuffle: with patches and weights shuffled in the same way, logits of up to {largest:.3g}\n"
+        f"shuffle: if patches and weights are shuffled in the same way, logits up to {largest:.3g}\n"
         f"  change by at most {difference:.1e}",
         flush=True,
     )
@@ -114,7 +116,7 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     setup = make_setup(settle(config, {}))
     shuffles = {
         "as they are": lambda images: images,
-        "with shuffled patches and shuffled pixels in them": partial(
+        "with patches and their pixels shuffled": partial(
             shuffle_patches, patch_px=setup.model.patches["size"], seed=config.seed
         ),
         "with all pixels shuffled": partial(shuffle_pixels, seed=config.seed),
@@ -128,7 +130,7 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     print("  shuffle.png")
 
 
-# In this order; without names, all but the last.
+# In the order in which they are shown; the last only if it is named.
 _PARTS = {
     "curves": _curves,
     "token_mixing": _token_mixing,
@@ -141,10 +143,10 @@ _PARTS = {
 def _run(arguments: argparse.Namespace) -> None:
     for name in arguments.parts:
         if name not in _PARTS:
-            raise UserError(f"there is no part {name!r} to show: choose from {', '.join(_PARTS)}")
+            raise UserError(f"there is no part {name!r}: choose from {', '.join(_PARTS)}")
     model = load_model(arguments)
     make_folder(arguments.output)
-    print(f"{model.name}, into {arguments.output}:", flush=True)
+    print(f"{model.name}, files in {arguments.output}:", flush=True)
     asked_for = {*arguments.parts} | ({"fewshot"} if arguments.dataset else set())
     for name in [part for part in _PARTS if part in arguments.parts] or list(_PARTS)[:-1]:
         try:
@@ -152,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> None:
         except UserError as error:
             if name in asked_for:
                 raise
-            print(f"{name}: left out, {error}", flush=True)
+            print(f"{name}: left out, because {error}", flush=True)
     if not arguments.parts:
         print("shuffle: left out, because it trains three models: name it to run it")
 
@@ -168,18 +170,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "  python -m mlpmixer_flax.analyze --workdir=runs/mnist shuffle \\\n"
         "      --config=configs/mnist.py --config.total_epochs=1",
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(_PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(_PARTS)}: see above")
     add_model(parser)
-    parser.add_argument("--output", type=Path, help="directory (default: analysis, in the run directory)")
+    parser.add_argument(
+        "--output", type=Path, help="directory (default: analysis, in the run directory or else here)"
+    )
     fewshot = parser.add_argument_group("fewshot")
     add_dataset(fewshot)
-    fewshot.add_argument("--train_split", help='such as "train[:10%%]" (default: that of the run, else "train")')
+    fewshot.add_argument(
+        "--train_split", help='such as "train[:10%%]" (default: that of the run, else "train")'
+    )
     fewshot.add_argument("--test_split", help='such as "test[:10%%]" (default: that of the run, else "test")')
     fewshot.add_argument("--shots", type=int, default=5, help="images per class (default: 5)")
     fewshot.add_argument("--batch_size", type=int, default=64, help="images per forward pass (default: 64)")
     shuffle = parser.add_argument_group("shuffle")
     shuffle.add_argument(
-        "--config", default="configs/digits.py", help="config to train (default: configs/digits.py)"
+        "--config", default="configs/digits.py", help="config file to train (default: configs/digits.py)"
     )
     arguments, arguments.overrides = parser.parse_known_intermixed_args(argv)
     if arguments.overrides and "shuffle" not in arguments.parts:  # they change its config

@@ -1,4 +1,4 @@
-"""Where files go. They are written whole or not at all: a reader, or a restart, sees nothing in between."""
+"""Writes files atomically: a reader sees the old file or the complete new one, also after a crash."""
 
 import contextlib
 import os
@@ -10,7 +10,11 @@ from mlpmixer_flax import UserError
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder, and those it is in, where it isn't there; UserError where it can't."""
+    """Creates a folder and its parents, if they do not exist.
+
+    Raises:
+      UserError: it cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -19,10 +23,13 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once it is whole and on disk, and is removed otherwise.
+    """Opens a temporary file for writing, which replaces `path` at the end of the `with` block.
+
+    The content is on disk before it replaces anything. If the block raises an error, the temporary file is
+    removed, and `path` stays as it was.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""What the programs share: naming a model and a dataset, text of 80 columns, exit status."""
+"""Shared by all programs: options that name a model or a dataset, exit status, and text in columns."""
 
 import argparse
 import io
@@ -22,9 +22,9 @@ from mlpmixer_flax.rundir import CHECKPOINTS
 
 
 def make_parser(
-    program: str, description: str, *, examples: str = "", usage: str | None = None
+    program: str, description: str | None, *, examples: str = "", usage: str | None = None
 ) -> argparse.ArgumentParser:
-    """Returns a parser whose --help shows the description, usually the docstring of the program, and examples."""
+    """Returns a parser for a program; --help shows the description, usually the module's docstring, and the examples."""
     return argparse.ArgumentParser(
         prog=f"python -m mlpmixer_flax.{program}",
         usage=usage,
@@ -35,11 +35,11 @@ def make_parser(
 
 
 def add_names(group: argparse._ActionsContainer) -> None:
-    """Adds the two options that name a model; a program takes one of them."""
+    """Adds the two options that name a model, --workdir and --weights; the user gives one of them."""
     group.add_argument("--workdir", type=Path, help="run directory")
     group.add_argument(
         "--weights",
-        help="published name, file or URL, as python -m mlpmixer_flax.pretrained --help explains",
+        help="published name, file or URL; python -m mlpmixer_flax.pretrained --help explains all",
     )
 
 
@@ -56,18 +56,22 @@ def add_model(
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
-    """Returns the model that the options of `add_model` name; raises UserError as `load`."""
+    """Loads the model that the options of `add_model` name.
+
+    Raises:
+      UserError: as `load`, or --checkpoint is given for weights.
+    """
     if arguments.workdir is not None:
         return load_run(arguments.workdir, arguments.checkpoint)
     if arguments.checkpoint:
         raise UserError(
-            f"--checkpoint={arguments.checkpoint} goes with --workdir only: --weights has no checkpoints"
+            f"--checkpoint={arguments.checkpoint} is for --workdir only: leave it out with --weights"
         )
     return load(arguments.weights)
 
 
 def add_dataset(group: argparse._ActionsContainer) -> None:
-    """Adds the options that name a dataset; a program adds its own options for splits."""
+    """Adds the options that name a dataset; each program adds its own options for splits."""
     group.add_argument(
         "--dataset", help='TFDS name, "digits" or folder:PATH (default: the dataset of the run)'
     )
@@ -79,7 +83,7 @@ def add_dataset(group: argparse._ActionsContainer) -> None:
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A dataset, as a config names it."""
+    """A dataset and its splits; the fields are keys of a config."""
 
     dataset: str
     data_dir: str = ""
@@ -88,16 +92,22 @@ class NamedDataset:
     test_split: str = "test"
 
 
-def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
-    """Returns the dataset that the options of `add_dataset` name; what they leave out is as in the run's config.
+def check_dataset(arguments: argparse.Namespace) -> None:
+    """Raises UserError if the options name no dataset; call it before weights are downloaded."""
+    is_run = arguments.workdir is not None or os.path.isdir(os.path.expanduser(arguments.weights))
+    if not arguments.dataset and not is_run:
+        raise UserError(f"{arguments.weights} is not a run and has no dataset of its own: give --dataset")
 
-    The config is used only for the run's own dataset.
+
+def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
+    """Returns the dataset that the options of `add_dataset` name.
+
+    Without --dataset it is the dataset of the run, and other options that are not given come from the run's config.
 
     Raises:
-      UserError: neither the options nor the model name a dataset.
+      UserError: as `check_dataset`.
     """
-    if not arguments.dataset and not model.config:
-        raise UserError(f"{model.name} is not a run and has no dataset of its own: give --dataset")
+    check_dataset(arguments)
     own = {} if arguments.dataset else model.config
     keys = [field.name for field in fields(NamedDataset)]
     given = {key: vars(arguments).get(key) or own.get(key) for key in keys}
@@ -108,9 +118,9 @@ def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
 
 
 def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
-    """Runs a program, prints an error as one sentence, and returns the exit status.
+    """Runs a program, prints an error without a traceback, and returns the exit status.
 
-    The status is what the program returns (None = 0); 1 if the loss diverged or the reader of the output closed it;
+    The status is what the program returns (None = 0); 1 if the loss diverged or nobody reads the output any more;
     2 for a UserError; 130 for Ctrl-C, after printing `interrupted`.
     """
     # Orbax and TFDS warn about normal things, the hub about every retry, Matplotlib about weights of fonts.
@@ -118,14 +128,14 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")  # about images, without their file names
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name may be invalid text, or not exist in the terminal's encoding.
+        # A file name may be invalid text, or have characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return program() or 0
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # the reader has seen enough, as `head`
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -134,7 +144,7 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         return 128 + signal.SIGINT
 
 
-# --- text in columns; a Chinese character takes two columns, a combining accent none
+# --- text in columns: a Chinese character needs two columns, a combining accent none
 
 
 def printable(text: str) -> str:
@@ -149,7 +159,7 @@ def shorten(text: str, columns: int) -> str:
 
 
 def shorten_start(text: str, columns: int) -> str:
-    """Returns the text, or "…" and its end if it needs more columns: the end of a path says most."""
+    """Returns the text, or "…" and its end if it needs more columns: for paths, whose end says most."""
     text = printable(text)
     if cell_len(text) <= columns:
         return text
@@ -159,5 +169,5 @@ def shorten_start(text: str, columns: int) -> str:
 
 
 def pad(text: str, columns: int) -> str:
-    """Returns the text in exactly so many columns: shortened, or filled with spaces on the right."""
+    """Returns the text in exactly this many columns: shortened, or filled with spaces on the right."""
     return set_cell_size(shorten(text, columns), columns)

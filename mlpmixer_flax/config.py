@@ -1,15 +1,29 @@
-"""Every knob of a run with its unit and meaning, and the Mixer sizes.
+"""Every key of a run's config, with its unit and meaning, and the Mixer sizes.
 
-A config file under `configs/` is a short diff over `get_config()`; on the command line
-`--config.optimizer.learning_rate=0.01` changes one key of it.
+A config file in `configs/` calls `get_config()` and changes some values; on the command line,
+`--config.optimizer.learning_rate=0.01` changes one key.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from ml_collections import ConfigDict, FrozenConfigDict
+import ml_collections
+from ml_collections import FrozenConfigDict
 
 from mlpmixer_flax import UserError
+
+if TYPE_CHECKING:
+
+    class ConfigDict(ml_collections.ConfigDict):
+        """For type checkers: values have any type, where ml_collections lets them infer a wrong one."""
+
+        def __getattr__(self, attribute: str) -> Any: ...
+
+        def __getitem__(self, key: str) -> Any: ...
+
+        def lock(self) -> Self: ...
+else:
+    from ml_collections import ConfigDict
 
 
 def _mixer(patch_px, hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim) -> FrozenConfigDict:
@@ -24,7 +38,7 @@ def _mixer(patch_px, hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim) -
     )
 
 
-# The paper's sizes (arXiv 2105.01601, Table 1); S/8 is published by Google without standing in the table.
+# The sizes of the paper (arXiv 2105.01601, Table 1), and S/8, which Google published but the table lacks
 mixer_s8_config = _mixer(8, 512, 8, 256, 2048)
 mixer_s16_config = _mixer(16, 512, 8, 256, 2048)
 mixer_s32_config = _mixer(32, 512, 8, 256, 2048)
@@ -34,7 +48,7 @@ mixer_l16_config = _mixer(16, 1024, 24, 512, 4096)
 mixer_l32_config = _mixer(32, 1024, 24, 512, 4096)
 mixer_h14_config = _mixer(14, 1280, 32, 640, 5120)
 
-# Small ones for images of 8 to 32 px.
+# Small sizes for images of 8 to 32 px
 mixer_digits_config = _mixer(2, 64, 3, 32, 128)
 mixer_mnist_config = _mixer(7, 128, 3, 64, 256)
 mixer_nano4_config = _mixer(4, 128, 8, 128, 256)
@@ -45,9 +59,10 @@ RANDAUGMENT_OPS = (
     "sharpness shear_x shear_y translate_x translate_y"
 ).split()
 
-INIT_HEADS = ("auto", "keep", "reset")  # what becomes of the head of the init_from weights
+INIT_HEADS = ("auto", "keep", "reset")  # what to do with the head of the init_from weights
 
-# What a config may leave open, as "" or (): such a key follows the weights of init_from; without any it is this.
+# The keys that a config may leave open, with the value "" or (). They then follow the weights of init_from.
+# If there are no such weights, or the weights do not say, the keys get these values.
 LEFT_OPEN = {
     "model.gelu": "tanh",
     "preprocess.interpolation": "bilinear",
@@ -57,97 +72,95 @@ LEFT_OPEN = {
 
 
 def get_config() -> ConfigDict:
-    """The base config: every key there is, locked against others; trains on the embedded digits.
+    """Returns the base config: it has every key, is locked against others, and trains on the included digits.
 
-    A duration has a `_steps` key (completed updates) and an `_epochs` key (passes over the training
-    split); `_steps` counts where it is above 0. The keys of LEFT_OPEN follow the weights of `init_from`.
+    Most durations have two keys: `_steps` (completed updates) and `_epochs` (passes over the training split).
+    The `_steps` key is used if it is above 0. The keys of LEFT_OPEN follow the weights of `init_from`.
     """
     config = ConfigDict()
-    config.seed = 0  # initial weights, order of the data, augmentation, dropout
+    config.seed = 0  # for the initial weights, the order of the data, augmentation and dropout
 
     # Data
-    config.dataset = "digits"  # "digits" (embedded), "folder:PATH", a TFDS name: "cifar10", "cifar10:3.0.2"
-    config.skip_bad_images = False  # leave out images of a folder that cannot be used; else no run starts
+    config.dataset = "digits"  # "digits" (included), "folder:PATH", or a TFDS name: "mnist", "cifar10:3.0.2"
+    config.skip_bad_images = False  # leave out unusable images of a folder; False = stop with an error
     config.data_dir = ""  # TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    config.train_split = "train"  # TFDS split syntax: "train[:90%]"
-    config.test_split = "test"  # scored every `eval_every`
-    config.batch_size = 64  # images an update, over all devices
-    config.accumulation_steps = 1  # passes an update: less memory, same result but for dropout's draws
-    config.cache_bytes = 4 * 1024**3  # a split that decodes to no more is held in memory, others are streamed
-    config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this one
+    config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
+    config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
+    config.batch_size = 64  # images per update, over all devices
+    config.accumulation_steps = 1  # microbatches per update: less memory, same result except for dropout
+    config.cache_bytes = 4 * 1024**3  # splits up to this size, decoded, stay in memory; others are streamed
+    config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process
 
-    # From stored pixels to the model's input, in training and ever after (saved with the run)
+    # Preprocessing: from stored pixels to the model's input, in training and afterwards (stored with the run)
     config.preprocess = ConfigDict()
-    config.preprocess.image_size_px = 8  # side of the model's square input
-    config.preprocess.crop_fraction = 1.0  # share of the side that the central crop at test time keeps
-    # These three and model.gelu: "" and () = as the weights of init_from have it, else "bilinear", 0.5, 0.5, "tanh"
-    config.preprocess.interpolation = ""  # "bilinear" or "bicubic", when an image is resized
-    config.preprocess.mean = ()  # subtracted from pixels in [0, 1]; one value, or one a channel
-    config.preprocess.std = ()  # then divided by; 0.5 and 0.5 give [-1, 1]
+    config.preprocess.image_size_px = 8  # side of the model's square input, in pixels
+    config.preprocess.crop_fraction = 1.0  # share of each side that the central crop keeps at test time
+    # These three and model.gelu: "" or () = as the weights of init_from; else "bilinear", 0.5, 0.5 and "tanh"
+    config.preprocess.interpolation = ""  # "bilinear" or "bicubic", used when an image is resized
+    config.preprocess.mean = ()  # is subtracted from pixels in [0, 1]; one value, or one per channel
+    config.preprocess.std = ()  # then divides them; mean 0.5 and std 0.5 give [-1, 1]
 
-    # Augmentation of training images, in this order; as written here all of it is off
+    # Augmentation of training images, applied in this order; everything is off in this base config
     config.augment = ConfigDict()
-    config.augment.crop_padding_px = 0  # zeros around the image before a random crop of its size
-    config.augment.min_crop_area = 1.0  # least share of the area a random resized crop keeps; 1 = off
-    config.augment.flip = False  # mirror left-right half the time
-    config.augment.randaugment_layers = 0  # ops in a row, each drawn from the next list; 0 = off
-    config.augment.randaugment_ops = tuple(RANDAUGMENT_OPS)
-    config.augment.randaugment_magnitude = 10.0  # strength of the ops, 0 to 30
-    config.augment.erase_probability = 0.0  # chance that a rectangle becomes noise
-    config.augment.mixup_alpha = 0.0  # images blended with weight Beta(alpha, alpha); 0 = off
-    config.augment.cutmix_alpha = 0.0  # rectangles swapped, of area Beta(alpha, alpha); 0 = off
-    config.augment.mix_probability = 1.0  # share of images that mixup or CutMix touches
-    config.augment.label_smoothing = 0.0  # share of the label spread over all classes
+    config.augment.crop_padding_px = 0  # pixels of zeros around the image before a random crop to its size
+    config.augment.min_crop_area = 1.0  # smallest share of the area that a random resized crop keeps; 1 = off
+    config.augment.flip = False  # mirror left to right with probability 0.5
+    config.augment.randaugment_layers = 0  # ops applied to each image in a row, drawn at random; 0 = off
+    config.augment.randaugment_ops = tuple(RANDAUGMENT_OPS)  # the ops to draw from
+    config.augment.randaugment_magnitude = 10.0  # strength of the ops, from 0 to 30
+    config.augment.erase_probability = 0.0  # probability that a rectangle of an image becomes noise
+    config.augment.mixup_alpha = 0.0  # blend two images, with a weight from Beta(alpha, alpha); 0 = off
+    config.augment.cutmix_alpha = 0.0  # swap rectangles, with an area share from Beta(alpha, alpha); 0 = off
+    config.augment.mix_probability = 1.0  # share of images that mixup or CutMix changes
+    config.augment.label_smoothing = 0.0  # share of each label that is spread evenly over all classes
 
     # Model: the fields of models.MlpMixer
     config.model = ConfigDict(mixer_digits_config.to_dict())
-    config.model.gelu = ""  # "tanh" as in Google's weights, "erf" as in timm's own
-    config.model.dropout_rate = 0.0  # inside both MLPs
-    config.model.stochastic_depth_rate = 0.0  # of skipping the last block; linearly to 0 at the first
-    config.model.head_bias_init = 0.0  # -6.9 with the sigmoid loss
-    config.model.dtype = "float32"  # "bfloat16" = mixed precision: computes so, keeps float32 parameters
-    config.model.remat = False  # recompute blocks in the backward pass: less memory, a third slower
+    config.model.gelu = ""  # "tanh" as in Google's weights, or "erf" as in timm's own
+    config.model.dropout_rate = 0.0  # inside both MLPs of every block
+    config.model.stochastic_depth_rate = 0.0  # of dropping the last block's branches; falls to 0 at the first
+    config.model.head_bias_init = 0.0  # initial bias of the head; -6.9 suits the sigmoid loss
+    config.model.dtype = "float32"  # or "bfloat16" = mixed precision: computes in it, parameters are float32
+    config.model.remat = False  # compute blocks again in the backward pass: less memory, a third slower
 
     # Fine-tuning
     config.init_from = ""  # weights to start from: "imagenet21k/Mixer-B_16", a file, URL or run; "" = random
     config.init_head = "auto"  # "keep" or "reset" their head; "auto" = keep it if its classes are the data's
-    config.freeze = ""  # "all_but_head" = linear probe; or layers: "stem,MixerBlock_0"; "" = all learn
+    config.freeze = ""  # layers that don't learn: "stem,MixerBlock_0"; "all_but_head" = linear probe
 
     # Optimisation
-    config.loss = "softmax"  # or "sigmoid": one cross-entropy a class
-    config.total_epochs = 30.0  # length of the run
-    config.total_steps = 0
+    config.loss = "softmax"  # or "sigmoid": one binary cross-entropy per class
+    config.total_epochs = 30.0  # length of the run in epochs
+    config.total_steps = 0  # length of the run in updates; 0 = total_epochs
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or "adam", "sgd" (with momentum)
-    config.optimizer.learning_rate = 3e-3  # highest, after warmup
-    config.optimizer.weight_decay = 0.0  # decoupled, times the learning rate, on kernels only
+    config.optimizer.name = "adamw"  # or "adam", or "sgd" (with momentum)
+    config.optimizer.learning_rate = 3e-3  # the highest one, after warmup
+    config.optimizer.weight_decay = 0.0  # decoupled: multiplied by the learning rate; on kernels only
     config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0 = off
-    config.optimizer.momentum = 0.9  # sgd
-    config.optimizer.b1 = 0.9  # adam, adamw
-    config.optimizer.b2 = 0.999  # adam, adamw
-    config.optimizer.accumulator_dtype = "float32"  # of momentum and Adam's first moment; or "bfloat16"
-    config.optimizer.sam_rho = (
-        0.0  # sharpness-aware: gradient taken this far uphill, in twice the time; 0 = off
-    )
+    config.optimizer.momentum = 0.9  # for sgd
+    config.optimizer.b1 = 0.9  # for adam and adamw
+    config.optimizer.b2 = 0.999  # for adam and adamw
+    config.optimizer.accumulator_dtype = "float32"  # or "bfloat16", for momentum and Adam's first moment
+    config.optimizer.sam_rho = 0.0  # SAM: take the gradient this far uphill, in twice the time; 0 = off
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"  # or "linear", "constant", "rsqrt" (1 / sqrt(step))
-    config.schedule.warmup_epochs = 0.0  # linear, from 0
-    config.schedule.warmup_steps = 0
-    config.schedule.final_fraction = 0.0  # of the learning rate, where cosine and linear end
-    config.ema_decay = 0.0  # moving average of the weights, evaluated instead of them; 0 = off
+    config.schedule.warmup_epochs = 0.0  # length of the linear warmup from 0, in epochs
+    config.schedule.warmup_steps = 0  # length of the warmup in updates; 0 = warmup_epochs
+    config.schedule.final_fraction = 0.0  # share of the learning rate at which "cosine" and "linear" end
+    config.ema_decay = 0.0  # decay of the weights' moving average (EMA), which is evaluated instead; 0 = off
 
-    # Intervals; 0 steps and 0 epochs = only at the end, which is always evaluated, logged and saved
-    config.log_every_steps = 50
-    config.eval_every_epochs = 1.0
-    config.eval_every_steps = 0
-    config.save_every_epochs = 1.0
-    config.save_every_steps = 0
-    config.keep_checkpoints = 2  # newest ones kept, beside the best
+    # Intervals: 0 steps and 0 epochs = only at the end; the end is always logged, evaluated and saved
+    config.log_every_steps = 50  # updates from one line of training metrics to the next
+    config.eval_every_epochs = 1.0  # epochs from one evaluation to the next
+    config.eval_every_steps = 0  # the same in updates; 0 = eval_every_epochs
+    config.save_every_epochs = 1.0  # epochs from one checkpoint to the next
+    config.save_every_steps = 0  # the same in updates; 0 = save_every_epochs
+    config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
     return config.lock()
 
 
 def get_pretraining_config() -> ConfigDict:
-    """What pre-training on ImageNet and ImageNet-21k shares for every size (paper, Table 4)."""
+    """Returns what is common to all sizes in pre-training on ImageNet and ImageNet-21k (paper, Table 4)."""
     config = get_config()
     config.dataset = "imagenet2012"
     config.test_split = "validation"
@@ -171,7 +184,7 @@ def get_pretraining_config() -> ConfigDict:
 
 
 def get_finetuning_config() -> ConfigDict:
-    """What fine-tuning published weights has in common: the recipe of google-research/vision_transformer."""
+    """Returns the recipe of google-research/vision_transformer for fine-tuning published weights."""
     config = get_config()
     config.batch_size = 512
     config.total_steps = 10_000
@@ -188,7 +201,14 @@ def get_finetuning_config() -> ConfigDict:
 
 
 def resolve(config: ConfigDict, origin: Mapping[str, Any]) -> ConfigDict:
-    """A copy with nothing left open: "" and () become as in `origin` (dotted key -> value), else LEFT_OPEN."""
+    """Returns a locked copy in which no key is left open.
+
+    Args:
+      origin: dotted key -> value, to use for "" and (); LEFT_OPEN has the values for keys that it lacks.
+
+    Raises:
+      UserError: a value of `origin` has the wrong type.
+    """
     config = ConfigDict(config.to_dict())
     for key, default in LEFT_OPEN.items():
         if is_left_open(config, key):
@@ -197,27 +217,27 @@ def resolve(config: ConfigDict, origin: Mapping[str, Any]) -> ConfigDict:
                 config.update_from_flattened_dict({key: value})
             except (TypeError, ValueError):
                 raise UserError(
-                    f"{key}={value!r}, as the weights have it, is of the wrong type: set it"
+                    f"the weights say {key}={value!r}, which has the wrong type: set --config.{key}"
                 ) from None
     return config.lock()
 
 
 def is_left_open(config: ConfigDict, key: str) -> bool:
-    """Whether the key, in dotted form, is still to be decided."""
+    """Returns whether the config leaves a key (dotted) open."""
     return key in LEFT_OPEN and flatten(config)[key] in ("", ())
 
 
 def in_steps(section: ConfigDict, name: str, steps_per_epoch: float) -> int:
-    """A duration of a config section in updates: `<name>_steps`, or `<name>_epochs` where that is 0.
+    """Returns a duration of a config section in updates: `<name>_steps`, or `<name>_epochs` if that is 0.
 
-    0 only where both are: any part of an epoch is at least one step.
+    The result is 0 only if both are 0: the smallest part of an epoch is at least one update.
     """
     steps, epochs = section[f"{name}_steps"], section[f"{name}_epochs"]
     return steps or (max(round(epochs * steps_per_epoch), 1) if epochs else 0)
 
 
-def flatten(config: ConfigDict) -> dict[str, object]:
-    """Dotted key -> value, for every leaf of a config."""
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns dotted key -> value for every value of a config."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):

@@ -1,19 +1,20 @@
 """Score a model on a split: python -m mlpmixer_flax.evaluate --workdir=runs/b16
 
-A run is scored on its own test split, with the weights that its last test
-accuracy belongs to. Runs and other weights can be scored on any dataset or
-folder whose classes the model has. Classes are matched by name, for ImageNet
-also by WordNet number (n01440764); if a TFDS dataset or the model has no class
-names, by number. Images are read in gray or colour, as the model needs them.
-The program writes to --output:
+A run is scored on the test split of its own dataset, with the weights that its
+last test accuracy belongs to. Runs and other weights can be scored on any
+dataset or folder of images whose classes the model has. Classes are matched by
+name, for ImageNet also by WordNet number (n01440764); if a TFDS dataset or the
+model has no class names, by number. Images are read in gray or colour, as the
+model needs them. The program writes to --output:
 
-  scores.json      everything it prints; "confusion": [true class, predicted
-                   class, images] for all pairs that occur; "mistakes", with
-                   file names if the dataset is a folder
-  per_class.csv    per class: accuracy, and the class it is mistaken for
-  confusion.png    which class is mistaken for which
+  scores.json      all scores; "confusion": [true class, predicted class,
+                   images] for all pairs that occur; "mistakes", with file names
+                   if the dataset is a folder
+  per_class.csv    one row per class: accuracy, and the class it is most often
+                   mistaken for
+  confusion.png    confusion matrix: which class is mistaken for which
   mistakes.png     the 30 mistakes with the highest confidence
-  calibration.png  accuracy of predictions by their confidence
+  calibration.png  accuracy and number of predictions by their confidence
 """
 
 import argparse
@@ -31,6 +32,7 @@ from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import (
     add_dataset,
     add_model,
+    check_dataset,
     exit_status,
     load_model,
     make_parser,
@@ -41,9 +43,8 @@ from mlpmixer_flax.cli import (
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.inference import figures
 from mlpmixer_flax.inference.classes import in_words
-from mlpmixer_flax.inference.forward import check_positive
+from mlpmixer_flax.inference.forward import Rows, check_positive
 from mlpmixer_flax.inference.scores import (
-    Rows,
     confusions,
     list_mistakes,
     measure,
@@ -57,9 +58,9 @@ __all__ = ["evaluate", "main", "open_split", "score_images"]
 
 
 def write_scores(output: Path, found: Mapping[str, Any], *, rows: Rows, examples: Examples) -> None:
-    """Writes the files that the docstring of this module lists.
+    """Writes the files that the module's docstring lists.
 
-    `found` is the content of scores.json; the images of mistakes.png are read from `examples` again.
+    `found` is the content of scores.json. The images of mistakes.png are read again from `examples`.
 
     Raises:
       UserError: a file cannot be written.
@@ -80,13 +81,14 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: Rows, examples
         output / "calibration.png",
     )
     worst = found["mistakes"][:30]
-    images = examples.read(np.array([row["image"] for row in worst]))[0] if worst else []
-    told = ([row[key] for row in worst] for key in ("is", "said", "confidence"))
-    figures.save(figures.mistakes(images, *told), output / "mistakes.png")
+    images = list(examples.read(np.array([row["image"] for row in worst]))[0]) if worst else []
+    captions = ([row[key] for row in worst] for key in ("is", "said", "confidence"))
+    figures.save(figures.mistakes(images, *captions), output / "mistakes.png")
 
 
 def _run(arguments: argparse.Namespace) -> None:
     check_positive(batch_size=arguments.batch_size)
+    check_dataset(arguments)
     model = load_model(arguments)
     data = named_dataset(arguments, model)
     examples, classes = open_split(
@@ -97,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> None:
         skip_bad_images=data.skip_bad_images,
     )
     output = arguments.output or (arguments.workdir or Path()) / "evaluation"
-    make_folder(output)  # now, and not after an hour of work
+    make_folder(output)  # first, so that an error here is found before an hour of work
 
     names = in_words(model.class_names)
     rows = score_images(model, examples, classes=classes, batch_size=arguments.batch_size)
@@ -121,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _as_text(found: Mapping[str, Any]) -> str:
     """Returns the scores as text of 80 columns."""
     measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
-    if len(found["per_class"]) > 5:  # with 5 classes or fewer, it is always 100 %
+    if len(found["per_class"]) > 5:  # else it is always 100 %
         measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
     measured["loss"] = f"{found['loss']:.4f}"
     measured["calibration error"] = f"{found['calibration_error']:.4f}"
@@ -132,9 +134,9 @@ def _as_text(found: Mapping[str, Any]) -> str:
 
 
 def as_table(classes: Sequence[Mapping[str, Any]]) -> str:
-    """Returns `scores.per_class` as text of 80 columns; classes without images are left out.
+    """Returns the rows of `scores.per_class` as text of 80 columns, without classes that have no images.
 
-    Of more than 20 classes, only the 10 worst and the 10 best are shown.
+    If more than 20 classes have images, only the 10 worst and the 10 best are shown.
     """
     head = f"{'class':<28}{'images':>8}{'accuracy':>10}  most often mistaken for (times)"
     seen = [row for row in classes if row["images"]]
@@ -166,16 +168,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--split",
         dest="test_split",
-        help='such as "validation", "train[:10%%]" or, for a folder without splits, "train+validation" '
+        metavar="SPLIT",
+        help='such as "validation" or "train[:10%%]"; for all images of a folder without splits "train+validation" '
         '(default: the test split of the run, else "test")',
     )
-    parser.add_argument("--output", type=Path, help="directory (default: evaluation, in the run directory)")
+    parser.add_argument(
+        "--output", type=Path, help="directory (default: evaluation, in the run directory or else here)"
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass (default: 64)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Exit status: 0 done, 1 the reader closed its output, 2 unusable input."""
+    """Runs the program. Exit status: 0 done, 1 nobody reads the output any more, 2 unusable input."""
     arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 

@@ -1,11 +1,11 @@
 """Write a model to one file: python -m mlpmixer_flax.export
 
-The model is a run or other weights. The format is one of:
+The model is that of a run or of other weights. The format is one of:
 
-  npz          weights in Google's layout, for google-research/vision_transformer
-               and for --config.init_from=
+  npz          weights in Google's layout, for its vision_transformer code and
+               for --config.init_from=
   safetensors  weights in timm's layout, for timm and for --config.init_from=;
-               for weights with tanh GELU, create timm's model with
+               if they were trained with tanh GELU, create timm's model with
                act_layer=timm.layers.GELUTanh
   stablehlo    the whole model, ready to run on CPU, GPU or TPU: images in,
                probabilities out, for any number of images
@@ -21,20 +21,19 @@ A stablehlo file runs without this package, after pip install jax flatbuffers:
   class_names = json.load(open("b16.stablehlo.json", "rb"))["class_names"]
   probabilities = predict(images)  # uint8 (n, 224, 224, 3) -> float32 (n, 1000)
 
-Images must have the model's size and channels, and values from 0 to 255; mean
-and std are applied inside. Pillow prepares a photo as in evaluation:
+Images must have the model's size and channels, and values from 0 to 255; the
+function applies mean and std. Pillow prepares a photo as in evaluation:
 
   photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
   ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)
 
-Take image_size_px and interpolation from OUTPUT.json; bleed is
-(1 - crop_fraction) / 2. A model of gray images takes (n, height, width, 1) and
-needs "L" instead of "RGB".
+Replace 224 by image_size_px of OUTPUT.json, BILINEAR by its interpolation, and
+0.0625 by (1 - crop_fraction) / 2. A model of gray images takes images of shape
+(n, height, width, 1) and needs "L" instead of "RGB".
 
-JAX guarantees to load such a file with releases up to 6 months newer and 3
-weeks older than the one that wrote it
-(docs.jax.dev/en/latest/export/export.html). Keep the run or an npz file, which
-do not age, so that you can export again.
+JAX guarantees that releases up to 6 months newer and 3 weeks older than the one
+that wrote the file can load it (docs.jax.dev/en/latest/export/export.html).
+Keep the run or an npz file, which do not age, so that you can export again.
 """
 
 import argparse
@@ -57,22 +56,22 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
-WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # for formats with weights only
+WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # the formats that hold weights only
 FORMATS = (*WRITERS, "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
-    """Writes the model with its weights as serialized by jax.export, and the metadata as JSON beside it.
+    """Writes the model with its weights, serialized by jax.export, and the metadata as JSON beside it.
 
-    The file contains one function: images uint8 (b, h, w, c), for any b, cropped to the model's size ->
+    The file contains one function: images uint8 (b, h, w, c), for any b, already cropped to the model's size ->
     probabilities float32 (b, classes). Returns notes for the user.
 
     Raises:
       UserError: a file cannot be written.
     """
     beside = Path(f"{path}.json")
-    with replacing(beside) as file:  # first, so that a directory without write permission is found at once
+    with replacing(beside) as file:  # first, so that a missing write permission is found before the work
         file.write(json.dumps(metadata, indent=2, ensure_ascii=False).encode())
     size_px = model.preprocess["image_size_px"]
     shape = jax.export.symbolic_shape(f"b, {size_px}, {size_px}, {model.channels}")
@@ -89,7 +88,7 @@ def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> li
     return [
         f"class names and preprocessing -> {beside}",
         f"takes images uint8 (b, {size_px}, {size_px}, {model.channels}), on {', '.join(PLATFORMS)}: "
-        "--help shows how to use it",
+        "--help shows how to use the file",
     ]
 
 
@@ -120,13 +119,13 @@ def export(model: Model, output: Path, *, format: str) -> list[str]:
         notes = WRITERS[format](output, model.params, metadata=metadata)
     if format == "safetensors" and model.module.gelu == "tanh":
         notes.append(
-            "in timm, create the model with act_layer=timm.layers.GELUTanh: the weights were trained with tanh GELU"
+            "in timm, create the model with act_layer=timm.layers.GELUTanh, because the weights were trained with tanh GELU"
         )
     return [f"{name} -> {output} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
 
 
 def _sizes(module: MlpMixer) -> dict[str, Any]:
-    """Returns the sizes and options of a module as a run's config stores them."""
+    """Returns the sizes and options of a module, as `config.model` of a run has them."""
     keys = ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim", "gelu")
     sizes = {key: getattr(module, key) for key in keys}
     return {"patches": dict(module.patches), **sizes, "dtype": jnp.dtype(module.dtype).name}
@@ -161,12 +160,14 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.checkpoint = "last"
     suffix = arguments.output.suffix.removeprefix(".")
     if suffix in FORMATS and suffix != arguments.format:
-        raise UserError(f"--output={arguments.output} has the suffix of another format: choose --format={suffix}")
+        raise UserError(
+            f"--output={arguments.output} has the suffix of another format: give --format={suffix}"
+        )
     model = load_model(arguments)
     notes = export(model, arguments.output, format=arguments.format)
     if arguments.checkpoint == "last" and model.config["ema_decay"]:
         notes.append(
-            "these are not the EMA weights that the run's test accuracy belongs to: --checkpoint=ema exports those"
+            "the run's test accuracy belongs to its EMA weights, not to these: --checkpoint=ema exports the EMA"
         )
     for note in notes:
         print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))

@@ -1,4 +1,4 @@
-"""MLP-Mixer (arXiv 2105.01601) in Linen, with the parameter names of Google's published weights."""
+"""Defines MLP-Mixer (arXiv 2105.01601) in Linen, with the parameter names of Google's published weights."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +15,11 @@ GELU = {"tanh": partial(jax.nn.gelu, approximate=True), "erf": partial(jax.nn.ge
 
 
 def check_patch(patch: tuple[int, int], image: tuple[int, int]) -> None:
-    """Raises UserError unless the patch divides the image; both are (height, width) in pixels."""
+    """Checks that a patch divides an image; both are (height, width) in pixels.
+
+    Raises:
+      UserError: it does not.
+    """
     if image[0] % patch[0] or image[1] % patch[1]:
         raise UserError(
             f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {image[0]}x{image[1]} px: "
@@ -41,9 +45,9 @@ class MlpBlock(nn.Module):
 class MixerBlock(nn.Module):
     """Mixes tokens, then channels, each after a LayerNorm and with a skip connection (paper §2, Figure 1).
 
-    Maps (n, tokens, channels) to the same shape. `stochastic_depth_rate` is the probability, per image and
-    branch, that a branch is dropped in training; branches that are kept are scaled up, so the expected value
-    does not change (arXiv 1603.09382).
+    Maps (n, tokens, channels) to the same shape. In training, each of the two branches is dropped with
+    probability `stochastic_depth_rate`, independently per image. Branches that are kept are scaled up, so the
+    expected value does not change (arXiv 1603.09382).
     """
 
     tokens_mlp_dim: int
@@ -80,21 +84,22 @@ class MlpMixer(nn.Module):
     num_classes: int
     patches: Mapping[str, tuple[int, int]]  # {"size": (height, width)} in pixels
     hidden_dim: int  # channels of a token: C in the paper
-    num_blocks: int
-    tokens_mlp_dim: int  # D_S
-    channels_mlp_dim: int  # D_C
+    num_blocks: int  # Mixer blocks, one after another
+    tokens_mlp_dim: int  # hidden width of the MLPs that mix tokens: D_S in the paper
+    channels_mlp_dim: int  # hidden width of the MLPs that mix channels: D_C in the paper
     gelu: str = "tanh"  # a key of GELU
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0  # of the last block; falls linearly to 0 at the first (Table 4)
-    head_bias_init: float = 0.0  # -6.9 starts a sigmoid loss near 1/1000
+    head_bias_init: float = 0.0  # with -6.9, sigmoid probabilities start near 1/1000
     dtype: Any = jnp.float32  # of the computation; parameters are float32
-    remat: bool = False  # recompute each block in the backward pass instead of storing it
+    remat: bool = False  # compute each block again in the backward pass instead of storing it
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
-        patch = tuple(self.patches["size"])
-        check_patch(patch, images.shape[1:3])
+        height, width = self.patches["size"]
+        patch = (height, width)
+        check_patch(patch, (images.shape[1], images.shape[2]))
         if self.gelu not in GELU:
             raise UserError(f"unknown gelu {self.gelu!r}: choose one of {', '.join(GELU)}")
 

@@ -1,4 +1,4 @@
-"""Predict the classes of images: python -m mlpmixer_flax.predict --workdir=runs/b16 cat.jpg
+"""Predict the classes of images: python -m mlpmixer_flax.predict --workdir=RUN cat.jpg
 
 Takes files, folders (all images in them and in their subfolders) and quoted
 patterns. Prints a table with the most probable classes of each image, or
@@ -8,8 +8,8 @@ patterns. Prints a table with the most probable classes of each image, or
   --json   one line per image: {"file": ..., "top": [{"label": ...,
            "class_name": ..., "probability": ...}, ...]}
 
-A file that cannot be used is reported on stderr, and the other files are still
-predicted. The exit status is then 1, or 2 if no file could be used.
+Files that cannot be used are reported on stderr, and the program continues with
+the other files. The exit status is then 1, or 2 if no file could be used.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
 
-__all__ = ["Prediction", "Score", "find_files", "load_run", "main", "predict"]
+__all__ = ["Prediction", "Score", "find_files", "load_run", "main", "predict"]  # some are handed on
 
 _TEXT_COLUMNS = 70  # for file and class in a table of 80
 
@@ -51,9 +51,9 @@ _TEXT_COLUMNS = 70  # for file and class in a table of 80
 def predict(
     model: Model, files: Sequence[str | os.PathLike], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Yields the `top` classes of each file, in the order of the files; see `Model.predict_each`.
+    """Yields the `top` most probable classes of each file, in the order of the files; see `Model.predict_each`.
 
-    for prediction in predict(load_run(Path("runs/b16")), ["cat.jpg"]):
+    for prediction in predict(load_run("runs/b16"), ["cat.jpg"]):
         print(prediction.image, prediction.top[0].class_name)
     """
     return model.predict_each(files, top=top, batch_size=batch_size)
@@ -63,23 +63,23 @@ def find_files(path: str) -> list[str]:
     """Returns the files that a path stands for, in a fixed order.
 
     A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for the
-    files it matches, any other path for itself.
+    files that match it, and any other path for itself.
 
     Raises:
-      UserError: the path stands for no file, or a folder cannot be read.
+      UserError: no such file exists, or a folder cannot be read.
     """
     path = os.path.expanduser(path)
     folder = path
     while folder and not os.path.lexists(folder):
         folder = os.path.dirname(folder)
-    # In the name of a folder that exists, brackets are not a pattern.
+    # Brackets in the name of an existing folder are not a pattern.
     matches = sorted(glob.glob(glob.escape(folder) + path.removeprefix(folder), recursive=True))
     files = []
     for match in matches:
         files += images_below(match) if os.path.isdir(match) else [match]
     if not files:
-        what = "holds no images" if matches else "is not a file or folder, and as a pattern matches no file"
-        raise UserError(f"{path!r} {what}: give another path")
+        flaw = "has no images" if matches else "does not exist, and no file matches it as a pattern"
+        raise UserError(f"{path!r} {flaw}: give another path")
     return files
 
 
@@ -107,7 +107,7 @@ def _as_json(prediction: Prediction) -> str:
 def _output_format(
     name: str, files: Sequence[str], class_names: Sequence[str]
 ) -> tuple[str, Callable[[Prediction], str]]:
-    """Returns the header line, if any, and the function that writes one prediction."""
+    """Returns the header line ("" for none) and the function that turns a prediction into text."""
     longest_file, longest_name = (
         max(cell_len(printable(text)) for text in texts) for texts in (files, class_names)
     )
@@ -137,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if header:
         print(header, flush=True)
     predictions = predict(model, list(files), top=arguments.top, batch_size=arguments.batch_size)
-    # No delay: with a delay, tqdm.write shows the bar at once, but the end of the bar does not clear it.
+    # No delay: with one, tqdm.write shows the bar at once all the same, and closing the bar does not clear it.
     bar = tqdm(predictions, "predicting", len(files), unit="img", leave=False, disable=None)
     for prediction in bar:
         if prediction.flaw:
@@ -165,15 +165,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass (default: 32)")
     parser.set_defaults(form="table")
     forms = parser.add_mutually_exclusive_group()
-    forms.add_argument("--csv", dest="form", action="store_const", const="csv", help="print CSV, see above")
-    forms.add_argument(
-        "--json", dest="form", action="store_const", const="json", help="print JSON lines, see above"
-    )
+    for form in ("csv", "json"):
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help="see above")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Exit status: 0 done, 1 some files were unusable, 2 all files, or another input."""
+    """Runs the program. Exit status: 0 done, 1 some files are unusable, 2 all files are, or another input is."""
     arguments = parse(argv)
     return exit_status(lambda: _run(arguments))
 

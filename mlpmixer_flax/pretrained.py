@@ -4,12 +4,12 @@ Without a name, prints the table of published weights. With names, downloads
 these weights into the cache, $MLPMIXER_CACHE or ~/.cache/mlpmixer-flax, so that
 later runs need no network.
 
-Weights have the same names here, in --weights= and in --config.init_from=:
+Names of weights are the same here, in --weights= and in --config.init_from=:
   imagenet21k/Mixer-B_16   published weights, by their name in the table
   weights.npz              a file: npz in Google's layout, safetensors in timm's
   https://example.org/w.npz
-                           a URL of such a file; add #sha256=HEX to require this
-                           content
+                           the URL of such a file; #sha256=HEX at its end makes
+                           sure that the content is the one you expect
   hf-hub:OWNER/NAME        a timm model on the Hugging Face hub; this needs
                            pip install "mlpmixer-flax[hub]"
   runs/b16                 a run directory
@@ -28,8 +28,8 @@ __all__ = ["describe", "find", "load", "main", "table"]
 
 
 def table() -> str:
-    """Returns the published weights as text of 80 columns, one per line, and where they come from."""
-    lines = [f"{'name':<36}{'MiB':>6}{'classes':>8} GELU{'mean/std':>9}{'resized':>9}{'top-1':>7}"]
+    """Returns the published weights as text of 80 columns, one line each, and where they come from."""
+    lines = [f"{'name':<36}{'MiB':>6}{'classes':>8} GELU{'mean/std':>9}{'resize':>9}{'top-1':>7}"]
     for name, weights in PUBLISHED.items():
         left = f"{name:<36}{weights.size_mib:>7}" if weights.size_mib else f"{name:<43}"
         scale = f"{weights.mean[0]:g}/{weights.std[0]:g}"
@@ -54,7 +54,7 @@ def table() -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the options of the program; exits with a message if they are wrong."""
     parser = make_parser("pretrained", __doc__)
-    parser.add_argument("source", nargs="*", help="weights to download (default: none, print the table)")
+    parser.add_argument("source", nargs="*", help="weights to download; without any, the table is printed")
     return parser.parse_args(argv)
 
 

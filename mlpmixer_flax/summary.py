@@ -2,10 +2,10 @@
 
 The table has one line per part of the model: the shape of its output for one
 image, its parameters, and the multiply-accumulates (MACs) of its convolutions
-and dense layers. Below are the totals and, with --config and --workdir, the
-memory that the optimizer needs besides the parameters.
+and dense layers. Below are the totals and, with --config or --workdir, the
+memory that the optimizer needs in addition to the parameters.
 
-Nothing is computed, and published weights are not downloaded.
+The model does not run, and published weights are not downloaded.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_names, exit_status, make_parser
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run, module_of
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.configfile import load_config
@@ -36,7 +37,7 @@ def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: i
     With `num_classes` the dataset is not opened, and images are assumed to have 3 channels.
 
     Raises:
-      UserError: as `load_config`, or the dataset cannot be opened.
+      UserError: as `load_config`; or the dataset cannot be opened.
     """
     config = load_config(path, overrides)
     channels = 3
@@ -44,10 +45,9 @@ def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: i
         try:
             info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
         except UserError as error:
-            raise UserError(f"{error}; or give --num_classes, then the dataset is not needed") from None
+            raise UserError(f"{error}; or give --num_classes, so that no dataset is needed") from None
         num_classes, channels = info["num_classes"], info["image_shape"][2]
-    if num_classes < 1:
-        raise UserError(f"num_classes={num_classes} must be at least 1")
+    check_positive(num_classes=num_classes)
     size_px = config.preprocess.image_size_px
     module = MlpMixer(num_classes=num_classes, **resolve(config, {}).model.to_dict())
     return _summarize(module, (size_px, size_px, channels), config)
@@ -76,7 +76,7 @@ def _summarize(module: MlpMixer, image_shape: tuple[int, int, int], config: Conf
     opt_state = None
     if config is not None:
         learning, _ = split_frozen(params, config.freeze)
-        # The state has only a counter for the schedule, so any schedule will do.
+        # Any schedule will do, because the state holds only a counter for it.
         opt_state = jax.eval_shape(make_optimizer(config, lambda step: 0.0).init, learning)
     return summarize(module, image_shape, params=params, opt_state=opt_state)
 
@@ -103,8 +103,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--num_classes",
         type=int,
-        help="with --config: number of classes, for images with 3 channels (default: "
-        "those of the config's dataset, which must be prepared)",
+        help="with --config: number of classes, for images with 3 channels (default: both as in the config's "
+        "dataset, which must then be prepared)",
     )
     arguments, arguments.overrides = parser.parse_known_args(argv)
     return arguments

@@ -1,9 +1,9 @@
 """Train a Mixer: python -m mlpmixer_flax.train --config=configs/digits.py
 
-One config file describes one run. --config.KEY=VALUE changes a key of it; all
-keys are explained in mlpmixer_flax/config.py. The run directory, --workdir,
-receives the config, metrics and checkpoints. To continue a run that was
-stopped, repeat the command with the same --workdir.
+A config file describes one run. --config.KEY=VALUE changes a key of the config;
+mlpmixer_flax/config.py explains all keys. Config, metrics and checkpoints are
+written into the run directory, --workdir. To continue a run that was stopped,
+repeat the command with the same --workdir.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.signals import Interrupted
 
-train = fit  # the name under which this module has always offered it
+train = fit  # the name that users of this module import
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,14 +33,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "configs of the package:\n"
         + textwrap.fill("  " + " ".join(shipped_configs()), 79, subsequent_indent="  "),
     )
-    parser.add_argument("--config", required=True, help="config file; configs of the package are found by name")
+    parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
     parser.add_argument("--workdir", type=Path, help="run directory (default: runs/CONFIG-TIME)")
     arguments, arguments.overrides = parser.parse_known_args(argv)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Exit status: 0 done, 1 diverged, 2 unusable input, 128 + n stopped by signal n."""
+    """Runs the program. Exit status: 0 done, 1 loss diverged, 2 unusable input, 128 + n stopped by signal n."""
     arguments = parse(argv)
     return exit_status(
         lambda: _run(arguments),

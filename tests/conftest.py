@@ -6,6 +6,7 @@ import tempfile
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from made_datasets import encode, write_dataset
 
 # Set before anything imports JAX, and inherited by the processes that run tests and by those that tests start.
@@ -36,3 +37,29 @@ def photos(tmp_path_factory):
 
     examples = {"train": [photo(i) for i in range(40)], "test": [photo(i) for i in range(9)]}
     return write_dataset(tmp_path_factory.mktemp("photos"), "photos", examples)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The directory of a small run on the digits that keeps an EMA; trained once, so copy it before you change it."""
+    from mlpmixer_flax import fit, load_config
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # of all processes that run tests
+    workdir = root / "digits_run"
+    changes = {
+        "model.hidden_dim": 32,
+        "model.num_blocks": 2,
+        "augment.mixup_alpha": 0.0,
+        "ema_decay": 0.9,
+        "optimizer.learning_rate": 0.01,
+        "schedule.name": "constant",
+        "total_steps": 60,
+        "eval_every_steps": 20,
+        "keep_checkpoints": 4,
+    }
+    with FileLock(f"{workdir}.lock"):
+        if not workdir.exists():
+            fit(load_config("digits.py", changes), workdir)
+    return workdir

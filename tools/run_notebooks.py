@@ -1,9 +1,9 @@
-"""Runs the notebooks from top to bottom and saves them with what they printed and drew.
+"""Runs the notebooks from top to bottom and saves them with their new outputs.
 
     pip install -e ".[test]"
     python tools/run_notebooks.py
 
-Each runs in an empty directory of its own. One that fails is left as it was.
+Each notebook runs in its own empty directory. If a cell fails, the file of its notebook is not changed.
 """
 
 import argparse
@@ -20,14 +20,18 @@ NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def run(notebook: Path, output: Path) -> None:
-    """Writes the notebook with new outputs to a file; raises nbclient's CellExecutionError where a cell fails."""
+    """Runs a notebook and writes it with its new outputs to `output`.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: a cell fails; nothing is written.
+    """
     content = nbformat.read(notebook, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
             content,
             timeout=None,
             record_timing=False,
-            coalesce_streams=True,  # of a progress bar only the last state
+            coalesce_streams=True,  # keeps only the last state of a progress bar
             resources={"metadata": {"path": folder}},
         ).execute()
     for cell in content.cells:
@@ -38,7 +42,7 @@ def run(notebook: Path, output: Path) -> None:
 
 
 def shrink(png: str) -> str:
-    """A PNG in base64 with 256 colours: of half the size or less, and the same to the eye."""
+    """Returns a PNG in base64 with 256 colours: at most half the size, and it looks the same."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize()
     smaller = io.BytesIO()
     image.save(smaller, "PNG", optimize=True)
@@ -49,7 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=NOTEBOOKS, help="directory (default: in place)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=NOTEBOOKS,
+        help="directory for the results (default: the notebooks are replaced)",
+    )
     output = parser.parse_args().output
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         run(notebook, output / notebook.name)

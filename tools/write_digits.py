@@ -1,10 +1,10 @@
-"""Writes the embedded dataset `mlpmixer_flax/data/digits/1.0.0/` from scikit-learn's copy of UCI's digits.
+"""Writes the dataset of the package, `mlpmixer_flax/data/digits/1.0.0/`, from the UCI digits in scikit-learn.
 
     pip install scikit-learn tensorflow-datasets array_record Pillow
     python tools/write_digits.py
 
-The test split is every fifth image of each class, the training split the rest, so both have the
-classes in the same shares. Needs no TensorFlow; running it again writes the same examples.
+The test split has every fifth image of each class and the training split has the others, so both splits have the same
+share of each class. TensorFlow is not needed. Another run of this script writes the same examples.
 """
 
 import io

@@ -3,11 +3,15 @@
 import io
 import math
 import os
+import threading
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mlpmixer_flax import UserError
+
+# A file, the bytes of one, a Pillow image, or a uint8 array (h, w) or (h, w, c)
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for such images
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -22,10 +26,11 @@ _UPRIGHT = {  # EXIF orientation -> the operation that turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def read_square(
-    file: str | os.PathLike | bytes, *, channels: int, size_px: int, crop_fraction: float, interpolation: str
+    image: ImageLike, *, channels: int, size_px: int, crop_fraction: float, interpolation: str
 ) -> np.ndarray:
     """Returns an image as a model gets it at test time: uint8 (size_px, size_px, channels).
 
@@ -35,25 +40,51 @@ def read_square(
     Raises:
       UserError: as `open_image`.
     """
-    image = open_image(file, MODES[channels])
-    box = central_box(*image.size, crop_fraction=crop_fraction)
-    pixels = np.asarray(image.resize((size_px, size_px), RESAMPLING[interpolation], box))
+    opened = open_image(image, MODES[channels])
+    box = central_box(*opened.size, crop_fraction=crop_fraction)
+    pixels = np.asarray(opened.resize((size_px, size_px), RESAMPLING[interpolation], box))
     return pixels.reshape(size_px, size_px, channels)
 
 
-def open_image(file: str | os.PathLike | bytes, mode: str) -> Image.Image:
-    """Decodes an image file, or the bytes of one, and converts it with `to_mode`.
+def open_image(image: ImageLike, mode: str) -> Image.Image:
+    """Decodes an image and converts it with `to_mode`; a Pillow image or an array is decoded already.
 
     Raises:
       UserError: the file does not exist, is damaged, is not an image that Pillow can read, or is refused by
-        `to_mode`.
+        `to_mode`; or the array is not uint8 (h, w) or (h, w, c) with 1, 3 or 4 channels.
     """
+    if isinstance(image, np.ndarray):
+        return to_mode(_from_array(image), mode)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return to_mode(image, mode)
+        if isinstance(image, Image.Image):
+            with (
+                _ONE_AT_A_TIME
+            ):  # Pillow reads the file late, and not safely if two threads have the same image
+                return to_mode(image, mode)
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return to_mode(opened, mode)
     except Exception as error:
-        name = f"the image of {len(file)} bytes" if isinstance(file, bytes) else f"image {os.fspath(file)!r}"
-        raise UserError(f"{name} cannot be used ({_flaw(error)}): repair it or give another") from error
+        raise UserError(
+            f"{_describe(image)} cannot be used ({_flaw(error)}): repair it or give another"
+        ) from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    gray = array.ndim == 2 or array.shape[2:] == (1,)
+    if array.dtype != np.uint8 or not array.size or not (gray or array.shape[2:] in ((3,), (4,))):
+        raise UserError(
+            f"an array {array.dtype} {array.shape} is not an image: give uint8 (h, w) or (h, w, c) with 1, 3 or 4 "
+            "channels"
+        )
+    return Image.fromarray(array.reshape(array.shape[:2]) if gray else array)
+
+
+def _describe(image: object) -> str:
+    if isinstance(image, bytes):
+        return f"the image of {len(image)} bytes"
+    if isinstance(image, Image.Image):
+        return f"the Pillow image of {image.width}x{image.height} px"
+    return f"image {os.fspath(image)!r}" if isinstance(image, (str, os.PathLike)) else f"image {image!r:.50}"
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -63,9 +94,12 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     whatever range the image uses. Of an animation the first frame is used. Colour profiles are not applied.
 
     Raises:
-      ValueError: the values are floating-point or need more than 16 bits, so which is white is unknown.
+      ValueError: the image has no pixels; or the values are floating-point or need more than 16 bits, so which
+        is white is unknown.
       Exception: the data is damaged; Pillow raises exceptions of many classes.
     """
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
     image.load()  # first: Pillow turns a TIFF upright here, and a PNG may have its EXIF data at the end
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:

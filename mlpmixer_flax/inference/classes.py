@@ -1,4 +1,4 @@
-"""Class names: those of ImageNet, and the matching of a dataset's classes to a model's."""
+"""Class names of ImageNet, and how the classes of a dataset are matched to those of a model."""
 
 import sys
 from collections import Counter
@@ -15,28 +15,28 @@ IMAGENET21K_NAMES = "https://storage.googleapis.com/bit_models/imagenet21k_wordn
 
 
 def in_words(class_names: Sequence[str]) -> list[str]:
-    """Returns class names, with the words of ImageNet-1k in place of WordNet numbers such as "n01440764"."""
+    """Returns the class names; a WordNet number of ImageNet-1k, such as "n01440764", is replaced by its words."""
     words = dict(_imagenet1k())
     return [words.get(name, name) for name in class_names]
 
 
 def _imagenet1k() -> list[tuple[str, str]]:
-    """Returns (WordNet number, words) per class, in the order of a model's outputs; all words are different."""
+    """Returns (WordNet number, words) per class, in the order of a model's outputs; no two classes have the same words."""
     lines = (Path(__file__).parent / "imagenet1k.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    times = Counter(words for _, words in rows)  # a crane is a bird, and a machine
+    times = Counter(words for _, words in rows)  # a crane is a bird and a machine
     return [(number, words if times[words] == 1 else f"{words} ({number})") for number, words in rows]
 
 
 def numbers(num_classes: int) -> list[str]:
-    """Returns the class names "0", "1", ... of classes without known names."""
+    """Returns "0", "1", ...: the class names if the real ones are unknown."""
     return [str(number) for number in range(num_classes)]
 
 
 def imagenet_names(num_classes: int) -> list[str]:
     """Returns the class names of ImageNet-1k or 21k, chosen by the number of classes; else "0", "1", ...
 
-    The names of ImageNet-21k are downloaded; without a network they are numbers too, and a note says so.
+    The names of ImageNet-21k are downloaded. If that fails, prints a note and returns numbers.
     """
     if num_classes == 1000:
         return [words for _, words in _imagenet1k()]
@@ -55,11 +55,11 @@ def imagenet_names(num_classes: int) -> list[str]:
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool = True) -> np.ndarray:
-    """Returns the model's class for each class of a dataset, which may have only some of them: int32 (classes,).
+    """Returns the model's class for each class of a dataset: int32 (classes of the dataset,).
 
-    Classes are matched by name. If the names of one side are only numbers, "0", "1", ..., and both sides have the
-    same number of classes, they are matched by number, and a note says so. The numbers of a folder's classes have
-    no meaning: give `numbered=False` for a folder.
+    Classes are matched by name; the dataset may have only some of the model's classes. If the class names of the
+    dataset or the model are only "0", "1", ..., and both have the same number of classes, classes are matched by
+    number, and a note is printed. In a folder of images, such numbers mean nothing: give `numbered=False`.
 
     Raises:
       UserError: the dataset has a class that the model does not have.

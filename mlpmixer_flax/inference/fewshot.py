@@ -15,7 +15,7 @@ from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, iterat
 from mlpmixer_flax.inference.forward import concatenate, forward, on_all_devices, rows_per_batch
 from mlpmixer_flax.inference.model import Model
 
-# The strength big_vision reports (`configs/common_fewshot.py`). Fixed, so that it is not chosen by test labels.
+# The strength that big_vision reports (`configs/common_fewshot.py`). Fixed, so that test labels do not choose it.
 HEADLINE_L2 = 2.0**10
 _BIAS = 100.0  # so large that its weight is small and hardly regularized; as in big_vision
 
@@ -23,34 +23,33 @@ _BIAS = 100.0  # so large that its weight is small and hardly regularized; as in
 def features_of_split(
     model: Model, examples: Examples, *, per_class: int = 0, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pooled features float32 (n, hidden_dim) and labels int32 (n,) of the images of a split.
+    """Returns pooled features, float32 (n, hidden_dim), and labels, int32 (n,), of the images of a split.
 
-    With `per_class` 0: all images, in order. Otherwise: images in random order until every class has
-    `per_class` images, or all images if some class has fewer. `examples` come from `Model.open`.
+    With `per_class=0` these are all images, in order; else images in random order until every class has
+    `per_class` of them, or all images if a class has fewer. `examples` come from `Model.open`.
     """
-    rows = rows_per_batch(batch_size)
-    batches = (
-        TrainBatches(examples, batch_size=rows, seed=0)
-        if per_class
-        else TestBatches(examples, batch_size=rows)
-    )
+    batch_size = rows_per_batch(batch_size)
+    if per_class:
+        batches = TrainBatches(examples, batch_size=batch_size, seed=0)
+    else:
+        batches = TestBatches(examples, batch_size=batch_size)
     pooled = model.features_of("pooled", cropped=examples.cropped)
 
     def function(params, batch):
         return {**pooled(params, batch), "label": batch["label"]}
 
-    found, counts = [], np.zeros(examples.num_classes, int)
-    num_batches = -(-len(examples) // rows)
+    parts, counts = [], np.zeros(examples.num_classes, int)
+    num_batches = -(-len(examples) // batch_size)
     with contextlib.closing(iterate(batches, 0, num_batches)) as stream:
         bar = tqdm(stream, "computing features", num_batches, delay=2, leave=False, disable=None)
         for part in forward(on_all_devices(function), model.params, bar):
-            found.append(part)
+            parts.append(part)
             counts += np.bincount(part["label"], minlength=len(counts))
             if per_class and counts.min() >= per_class:
                 break
-    found = concatenate(found)
-    # Rows beyond the split begin the next epoch.
-    return found["features"][: len(examples)], found["label"][: len(examples)]
+    rows = concatenate(parts)
+    # More rows than the split has belong to the next epoch.
+    return rows["features"][: len(examples)], rows["label"][: len(examples)]
 
 
 def few_shot(
@@ -66,7 +65,7 @@ def few_shot(
     """Returns the test accuracy of ridge regression from `shots` images per class, with a new draw per seed.
 
     Features are pooled features, float (n, hidden_dim); labels are int (n,). Each feature is whitened with its
-    mean and deviation over the images drawn. Targets are 1 for the class of an image and -1 for other classes.
+    mean and standard deviation over the images drawn. Targets are 1 for the class of an image and -1 for others.
 
     Returns:
       A dict: `accuracy`, the mean over the seeds at HEADLINE_L2; `accuracy_by_seed`, the accuracy of each seed;
@@ -81,7 +80,7 @@ def few_shot(
     if not 1 <= shots <= counts.min():
         raise UserError(
             f"shots={shots} cannot be drawn from class {classes[counts.argmin()]}, which has {counts.min()} "
-            "training images: choose 1 to that many, or a larger training split"
+            "training images: choose at least 1 and at most that many, or a larger training split"
         )
     strengths = sorted({*l2, HEADLINE_L2})
     accuracies = np.empty((len(strengths), len(seeds)))
@@ -106,9 +105,9 @@ def few_shot(
 def ridge(x: np.ndarray, y: np.ndarray, *, l2: Sequence[float]) -> Iterator[np.ndarray]:
     """Yields, per strength, the weights (d, k) that minimise |x @ weights - y|² + strength · |weights|².
 
-    x is float64 (n, d) and y (n, k), with n above or below d. One decomposition serves every strength.
+    x is float64 (n, d) and y is (n, k); n may be above or below d. One decomposition serves every strength.
     """
-    # Decomposes x itself: x.T @ x would square its condition number, which the bias has made large.
+    # Of x itself, because x.T @ x would square its condition number, which the bias makes large.
     left, scale, right = np.linalg.svd(x, full_matrices=False)
     projected = left.T @ y
     for strength in l2:
@@ -116,10 +115,11 @@ def ridge(x: np.ndarray, y: np.ndarray, *, l2: Sequence[float]) -> Iterator[np.n
 
 
 def _whiten(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns both, whitened by the mean and deviation of `train`, float64, with the bias as last column."""
+    """Returns both as float64, whitened by the mean and deviation of `train`, with the bias as last column."""
     train, test = train.astype(np.float64), test.astype(np.float64)
     mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-5  # a constant feature becomes 0
-    return tuple(
+    whitened, test_whitened = (
         np.pad((features - mean) / deviation, ((0, 0), (0, 1)), constant_values=_BIAS)
         for features in (train, test)
     )
+    return whitened, test_whitened

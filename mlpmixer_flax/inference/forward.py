@@ -1,4 +1,4 @@
-"""The one batched forward pass: batches from the host through a function on all devices, row by row back."""
+"""Runs a function on all devices over batches from the host, and returns one row of results per image."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -16,7 +16,7 @@ RowFunction = Callable[[Params, Mapping[str, jax.Array]], dict[str, jax.Array]] 
 
 
 def on_all_devices(function: RowFunction) -> RowFunction:
-    """Returns the function compiled for `forward`: the rows of a batch are divided over all devices."""
+    """Returns the function, compiled for `forward`: the rows of a batch are divided over all devices."""
 
     def with_mask(params, batch):
         return {**function(params, batch), "mask": batch["mask"]}
@@ -25,9 +25,9 @@ def on_all_devices(function: RowFunction) -> RowFunction:
 
 
 def forward(function: RowFunction, params: Params, batches: Iterable[Batch]) -> Iterator[Rows]:
-    """Yields the rows of each batch, except those of padding, while the devices work on the next batch.
+    """Yields the results for each batch, without the rows of padding, while the devices work on the next batch.
 
-    `function` is one from `on_all_devices`. Every batch has the same number of rows, from `rows_per_batch`.
+    `function` comes from `on_all_devices`. All batches must have the number of rows that `rows_per_batch` returns.
     """
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -42,7 +42,7 @@ def rows_per_batch(batch_size: int) -> int:
 
 
 def concatenate(parts: Iterable[Rows]) -> Rows:
-    """Returns the rows of all batches as one."""
+    """Returns the rows of all batches in one dict; there must be at least one batch."""
     parts = list(parts)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

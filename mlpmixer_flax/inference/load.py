@@ -1,6 +1,7 @@
-"""From a name to a trained model: a published name, file, URL, hub name or run directory."""
+"""Loads trained models by name: published weights, files, URLs, the Hugging Face hub, run directories."""
 
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -24,24 +25,25 @@ def load(source: str | Path, *, checkpoint: str | None = None) -> Model:
         model.predict(["cat.jpg"])
 
     Args:
-      source: a published name (`python -m mlpmixer_flax.pretrained` lists them), an npz or safetensors file, its
-        URL, "hf-hub:OWNER/NAME", or a run directory.
+      source: a published name (`python -m mlpmixer_flax.pretrained` lists them), an npz or safetensors file, the
+        URL of one, "hf-hub:OWNER/NAME", or a run directory.
       checkpoint: for a run directory: "last", "best" or "ema". None: the weights that the run's last test
         accuracy belongs to, which is "ema" if the run keeps an EMA, else "last".
 
     Raises:
       UserError: the weights cannot be found, downloaded or read, or have no head.
     """
-    if Path(source).is_dir():
-        return load_run(Path(source), checkpoint)
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder):
+        return load_run(folder, checkpoint)
     if checkpoint:
-        raise UserError(f"checkpoint={checkpoint!r} is for a run directory: {source} has no checkpoints")
+        raise UserError(f"checkpoint={checkpoint!r} is for run directories only: leave it out for {source}")
     return _load_weights(str(source))
 
 
-def load_run(workdir: Path, checkpoint: str | None = None) -> Model:
+def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
     """Returns the model of a run directory; arguments and errors are those of `load`."""
-    run = open_run(workdir, checkpoint)
+    run = open_run(Path(workdir), checkpoint)
     return Model(
         name=str(workdir),
         module=MlpMixer(num_classes=len(run.class_names), **run.config["model"]),
@@ -64,7 +66,7 @@ def _load_weights(source: str) -> Model:
             f"the metadata of {source} contradicts itself (loss {loss!r}, {len(class_names)} names for "
             f"{module.num_classes} classes): write the file again"
         )
-    if not class_names:  # a file of ours without room for the names says how many there are
+    if not class_names:  # a file of ours that has no room for the names says how many there are
         numbered = "num_classes" in origin
         class_names = numbers(module.num_classes) if numbered else imagenet_names(module.num_classes)
     like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
@@ -80,10 +82,10 @@ def _load_weights(source: str) -> Model:
 
 
 def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, int]]:
-    """Returns the Linen module of weights and the (height, width, channels) of its images, read from array shapes.
+    """Returns the Linen module of weights, and the (height, width, channels) of its images; sizes are read from shapes.
 
     Raises:
-      UserError: the weights have no head or are not those of a Mixer; the message contains `name`.
+      UserError: the weights have no head, or are not those of a Mixer; the message contains `name`.
     """
     sizes = sizes_of(weights.shapes)
     if "classes" not in sizes or "tokens" not in sizes:

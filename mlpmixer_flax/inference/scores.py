@@ -1,11 +1,11 @@
-"""Scores of a split: what the model predicts for each image, and measures over all images.
+"""Scores a split: predicts the classes of each image, and measures over all images.
 
-`rows` is a dict of arrays with one row per image: `label` int (n,), `best` int (n, up to 5), the most probable
-classes in descending order, `confidence` float (n,), the probability of the first of them, and `loss` float (n,).
+`rows` is a dict of arrays with one row per image: `label` int (n,); `best` int (n, up to 5), the most probable
+classes, the most probable first; `confidence` float (n,), the probability of the first; and `loss` float (n,).
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,20 +14,18 @@ from tqdm import tqdm
 
 from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
 from mlpmixer_flax.inference.classes import in_words, match_classes
-from mlpmixer_flax.inference.forward import concatenate, forward, on_all_devices, rows_per_batch
+from mlpmixer_flax.inference.forward import Rows, concatenate, forward, on_all_devices, rows_per_batch
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.training.losses import LOSSES
-
-Rows = Mapping[str, np.ndarray]
 
 
 def open_split(
     model: Model, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
 ) -> tuple[Examples, np.ndarray]:
-    """Returns a split for `score_images`, and the model's class of each class of the dataset, int32 (classes,).
+    """Opens a split for `score_images`; also returns the model's class for each class of the dataset, int32 (classes,).
 
     Raises:
-      UserError: as `Model.open` and `classes.match_classes`.
+      UserError: as `Model.open` and `match_classes`.
     """
     info = get_dataset_info(dataset, split, data_dir=data_dir)
     classes = match_classes(
@@ -38,12 +36,11 @@ def open_split(
     return model.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
 
 
-def score_images(
-    model: Model, examples: Examples, *, classes: np.ndarray, batch_size: int = 64
-) -> dict[str, np.ndarray]:
+def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch_size: int = 64) -> Rows:
     """Returns the `rows` of a split, in its order; labels are numbers of the model's classes.
 
-    `examples` and `classes` come from `open_split`; `batch_size` is rounded up to a multiple of the devices.
+    `examples` and `classes` come from `open_split`. `batch_size` is rounded up to a multiple of the number of
+    devices.
     """
     num_classes, loss = len(model.class_names), LOSSES[model.loss]
 
@@ -70,11 +67,12 @@ def score_images(
 
 
 def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns all wrong predictions, highest confidence first; `file` is set if the dataset is a folder."""
+    """Returns all wrong predictions, the most confident first; `file` is None if the dataset is not a folder."""
+    files = examples.files
     return [
         {
             "image": i,
-            "file": examples.files and examples.files[i],
+            "file": files and files[i],
             "is": names[rows["label"][i]],
             "said": names[rows["best"][i, 0]],
             "confidence": float(rows["confidence"][i]),
@@ -100,29 +98,32 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(abs(expected - right).sum() / counts.sum())
 
 
-def confidence_bins(confidence, correct) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns per bin the number of images, the sum of confidences and the number of correct images.
+def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, per bin of confidence, the number of images, the sum of confidences and the number of correct images.
 
     The 15 bins are (0, 1/15] to (14/15, 1].
     """
     edges = np.linspace(0, 1, 16)
-    # A rounded softmax may be 0 or just above 1.
+    # Softmax may round to 0 or to just above 1.
     confidence = np.clip(np.asarray(confidence, np.float64), np.finfo(np.float64).tiny, 1)
     bins = np.digitize(confidence, edges, right=True) - 1
-    return tuple(np.bincount(bins, weights, minlength=15) for weights in (None, confidence, correct))
+    counts, expected, right = (
+        np.bincount(bins, weights, minlength=15) for weights in (None, confidence, correct)
+    )
+    return counts, expected, right
 
 
 def confusions(rows: Rows) -> list[tuple[int, int, int]]:
-    """Returns (true class, predicted class, number of images) of all pairs that occur, most images first."""
+    """Returns (true class, predicted class, number of images) of all pairs of classes that occur, most images first."""
     pairs, counts = np.unique(np.stack([rows["label"], rows["best"][:, 0]]), axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return list(zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True))
 
 
 def per_class(rows: Rows, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns per class its number, name, images, accuracy and the class it is most often mistaken for.
+    """Returns, per class, its number, name, images and accuracy, and the class it is most often mistaken for.
 
-    `accuracy` is None for a class without images. `taken_for` is None, and `times` is 0, for a class without
+    `accuracy` is None for a class without images; `taken_for` is None, and `times` is 0, for a class without
     mistakes.
     """
     classes = [
@@ -144,6 +145,6 @@ def per_class(rows: Rows, class_names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def confident_mistakes(rows: Rows, count: int = 30) -> np.ndarray:
-    """Returns the indices of wrong predictions, highest confidence first."""
+    """Returns the indices of the `count` wrong predictions with the highest confidence, highest first."""
     wrong = np.flatnonzero(rows["best"][:, 0] != rows["label"])
     return wrong[np.argsort(-rows["confidence"][wrong], kind="stable")[:count]]

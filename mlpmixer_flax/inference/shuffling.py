@@ -1,7 +1,7 @@
-"""Shuffled images: the same random order of patches or pixels for every image (paper, §3.4).
+"""Shuffles images, in the same random order for every image, and weights to match (paper, §3.4).
 
-A Mixer learns equally well from shuffled patches with shuffled pixels inside them as from the original images, but
-not from pixels shuffled over the whole image. The functions take and return NumPy or JAX arrays.
+A Mixer learns as well from images with shuffled patches, and shuffled pixels inside each patch, as from the original
+images; but not from pixels shuffled over the whole image. The functions take and return NumPy or JAX arrays.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from mlpmixer_flax.training.setup import Setup
 
 
 def shuffle_patches(images: Any, *, patch_px: tuple[int, int], seed: int) -> Any:
-    """Returns images (n, h, w, c) with patches in a random order, and the pixels of each patch in another one.
+    """Returns images (n, h, w, c) with patches in a random order, and pixels in another one, the same in each patch.
 
     Raises:
       UserError: patches of `patch_px` (height, width) do not divide the image.
@@ -45,7 +45,7 @@ def shuffle_pixels(images: Any, *, seed: int) -> Any:
 
 
 def shuffle_weights(params: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
-    """Returns parameters for shuffled images that give the same logits as `params` for the original images.
+    """Returns parameters whose logits for shuffled images are those of `params` for the original images.
 
     The seed is that of `shuffle_patches`. Logits are equal except for rounding.
     """
@@ -73,7 +73,7 @@ def shuffle_weights(params: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
 def seeing(function: Callable, shuffle: Callable[[Any], Any]) -> Callable:
     """Returns `function`, such as a training step, with every model inside applied to `shuffle(images)`.
 
-    Images are thus shuffled after all augmentation, so that a crop or a flip is one of the original image.
+    So images are shuffled after all augmentation, and crops and flips are those of the original image.
     """
 
     def intercept(call, args, kwargs, context):
@@ -89,7 +89,7 @@ def seeing(function: Callable, shuffle: Callable[[Any], Any]) -> Callable:
 
 
 def symmetry(model: Model, *, seed: int = 0) -> tuple[float, float]:
-    """Shuffles patches and weights in the same way; returns (largest logit, largest difference of logits).
+    """Returns the largest logit, and how much logits change at most if patches and weights are shuffled in the same way.
 
     The images are random.
     """

@@ -1,1 +1,1 @@
-"""A run: from a config to the update, the loop around it, and what the loop writes."""
+"""Training: from a config to the update, the loop around it, and what the loop writes."""

@@ -1,9 +1,10 @@
-"""The checkpoints of a run: saved in the background by Orbax, restored exactly."""
+"""Saves the checkpoints of a run in the background, with Orbax, and restores them exactly."""
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,10 +13,18 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.rundir import BEST_BY
+from mlpmixer_flax.training.step import TrainState
+
+
+class BestCheckpoint(NamedTuple):
+    """The checkpoint with the best test accuracy; of equal ones, the newest."""
+
+    step: int
+    accuracy: float
 
 
 class Checkpoints:
-    """Keeps the newest `keep` checkpoints of a run and the one with the best test accuracy; saves in the background."""
+    """The checkpoints of a run: the newest `keep` ones and the one with the best test accuracy are kept."""
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
@@ -31,15 +40,15 @@ class Checkpoints:
         best = policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            best_fn=accuracy,  # or no metrics are stored
-            cleanup_tmp_directories=True,  # checkpoints that a killed run had not finished writing
+            best_fn=accuracy,  # without it, Orbax stores no metrics
+            cleanup_tmp_directories=True,  # removes checkpoints that a killed run did not finish
         )
         return ocp.CheckpointManager(epath.Path(self.folder), options=options)
 
     def _drop_damaged_metrics(self) -> None:
-        """Removes metrics files that cannot be read, because Orbax would open no checkpoint beside one.
+        """Removes metrics files that cannot be read: with one of them, Orbax would open no checkpoint at all.
 
-        Such a checkpoint can still be restored, but can never be the best.
+        The checkpoint beside such a file can still be restored, but can never be the best.
         """
         for file in self.folder.glob("*/metrics/metrics"):
             try:
@@ -47,16 +56,21 @@ class Checkpoints:
             except ValueError:
                 shutil.rmtree(file.parent)
 
-    def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
-        """Saves a state, unless this step is saved already; returns as soon as the state is copied off the devices."""
+    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
+        """Saves a state, unless this step is saved already. Returns when the state is copied off the devices.
+
+        `metrics` are the scores of this state; None if it was not evaluated.
+        """
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
-    def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[int, Any]:
+    def restore(
+        self, like: TrainState, sharding: jax.sharding.Sharding
+    ) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.
 
-        `like` is a tree of shapes and dtypes. Damaged checkpoints newer than the one read are reported and
-        moved to `<workdir>/damaged`.
+        `like` is a state with shapes and dtypes only. Damaged checkpoints that are newer than the one read
+        are reported and moved to `<workdir>/damaged`.
 
         Raises:
           UserError: checkpoints exist, but none can be read.
@@ -68,10 +82,11 @@ class Checkpoints:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
             except Exception as error:  # of any class: from Orbax, TensorStore or JSON
                 failures[step] = " ".join(str(error).split())[:150]
-                print(f"checkpoint {step} cannot be read, so the one before is tried: {failures[step]}")
+                print(f"checkpoint {step} cannot be read, trying the one before: {failures[step]}")
             else:
-                self._set_aside(failures)
-                return step, state
+                if failures:
+                    self._set_aside(failures)
+                return step, cast(TrainState, state)  # it has the structure of `like`
         if failures:
             raise UserError(
                 f"none of the checkpoints {', '.join(map(str, failures))} in {self.folder} can be read: "
@@ -79,9 +94,7 @@ class Checkpoints:
             )
         return 0, None
 
-    def _set_aside(self, steps) -> None:
-        if not steps:
-            return
+    def _set_aside(self, steps: Iterable[int]) -> None:
         damaged = self.folder.parent / "damaged"
         damaged.mkdir(exist_ok=True)
         for step in steps:
@@ -90,14 +103,14 @@ class Checkpoints:
         self._manager.close()
         self._manager = self._open()
 
-    def best(self) -> tuple[int, float] | None:
-        """Returns (step, test accuracy) of the best checkpoint, or None if none was saved with an accuracy."""
+    def best(self) -> BestCheckpoint | None:
+        """Returns the best checkpoint, or None if no state was saved with a test accuracy."""
         self._manager.wait_until_finished()
-        scored = [(self._manager.metrics(step), step) for step in self._manager.all_steps()]
-        scored = [(metrics[BEST_BY], step) for metrics, step in scored if metrics]
-        return max((accuracy, step) for accuracy, step in scored)[::-1] if scored else None
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scored = [BestCheckpoint(step, scores[BEST_BY]) for step, scores in metrics.items() if scores]
+        return max(scored, key=lambda one: (one.accuracy, one.step), default=None)
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
+        """Waits until everything is on disk, and closes the files."""
         self._manager.wait_until_finished()
         self._manager.close()

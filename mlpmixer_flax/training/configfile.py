@@ -1,4 +1,4 @@
-"""Config files: from `--config=FILE --config.KEY=VALUE` to a valid config."""
+"""Reads config files: from `--config=FILE --config.KEY=VALUE` to a valid config."""
 
 import ast
 import difflib
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 import mlpmixer_flax
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import flatten, get_config
+from mlpmixer_flax.config import ConfigDict, flatten, get_config, resolve
 from mlpmixer_flax.training.validate import validate
 
 
 def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> ConfigDict:
-    """Returns the config of a file, with changes, after all checks of single values.
+    """Returns the config of a file, changed and checked.
 
     Args:
-      path: of the file; a path that does not exist is looked up among the configs of the package ("digits.py").
-      changes: {"optimizer.learning_rate": 0.01}, or arguments as a program gets them:
-        ["--config.optimizer.learning_rate=0.01"].
+      path: path of the file, or the name of a config of the package: "digits.py" or "configs/digits.py". A file
+        that exists comes first.
+      changes: {"optimizer.learning_rate": 0.01}, {"optimizer": {"learning_rate": 0.01}}, or arguments as a
+        program gets them: ["--config.optimizer.learning_rate=0.01"].
 
     Raises:
-      UserError: the file is missing or broken, a key is unknown, or a value has the wrong type or is out of range.
+      UserError: the file is missing or broken, a key is unknown, or a value has the wrong type or cannot be used.
     """
     config = _run_config_file(_find_config_file(path))
     if isinstance(changes, Mapping):
@@ -40,7 +40,7 @@ def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> C
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Returns name -> path of the package's configs: inside it when installed, beside it in a clone."""
+    """Returns name -> path of the configs of the package, which are inside it if installed, beside it in a clone."""
     package = Path(mlpmixer_flax.__file__).parent
     inside = package / "configs"
     folder = inside if inside.is_dir() else package.parent / "configs"
@@ -54,12 +54,12 @@ def _find_config_file(path: str) -> Path:
     name = path.removeprefix("configs/")
     if name in shipped:
         return shipped[name]
-    raise UserError(f"config file {path} does not exist: give a path, or one of {', '.join(shipped)}")
+    raise UserError(f"config file {path} does not exist: give a path or one of {', '.join(shipped)}")
 
 
 def _run_config_file(file: Path) -> ConfigDict:
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"{file} is not a Python file: give one that defines get_config()")
     module = importlib.util.module_from_spec(spec)
     try:
@@ -73,7 +73,7 @@ def _run_config_file(file: Path) -> ConfigDict:
         raise UserError(f"{file}, line {line}: {type(error).__name__}: {message}") from None
     if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(get_config()).keys():
         raise UserError(
-            f"get_config() in {file} must return the base config with changed values, without adding or removing keys"
+            f"get_config() in {file} must return the base config with changed values: do not add or remove keys"
         )
     return config
 
@@ -82,29 +82,30 @@ def _parse_argument(config: ConfigDict, argument: str) -> None:
     name, equals, text = argument.partition("=")
     key = name.removeprefix("--config.")
     if key == name or not equals:
-        raise UserError(f"cannot use {argument!r}: change a key of the config with --config.KEY=VALUE")
+        raise UserError(f"cannot use {argument!r}: to change a key of the config, give --config.KEY=VALUE")
     try:
         value = _parse(text, like=flatten(config).get(key, ""))
     except (KeyError, TypeError, ValueError, SyntaxError):
-        value = None  # has the wrong type for every key
+        value = None
     _change(config, key, value, given=argument)
 
 
 def _change(config: ConfigDict, key: str, value: Any, *, given: str) -> None:
-    values = flatten(config)
+    """Sets a key, unless it is unknown or the value has the wrong type; None has the wrong type for every key."""
+    values = flatten(resolve(config, {}))  # a key left open also gets an example of its type
     if key not in values:
         raise UserError(f"the config has no key {key!r}: {_suggest(key, list(values))}")
+    wrong_type = UserError(f"{given} has the wrong type: give a value such as {values[key]!r}")
+    if value is None:
+        raise wrong_type
     try:
-        if value is None:
-            raise TypeError
         config.update_from_flattened_dict({key: value})
     except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{given} has the wrong type: give a value such as the present one, {values[key]!r}"
-        ) from None
+        raise wrong_type from None
 
 
 def _parse(text: str, *, like: Any) -> Any:
+    """Returns the value of an argument, for a key whose present value is `like`."""
     if isinstance(like, str):
         return text
     if isinstance(like, bool):
@@ -119,4 +120,4 @@ def _suggest(key: str, keys: list[str]) -> str:
     by_leaf = {known.split(".")[-1]: known for known in keys}
     close = difflib.get_close_matches(key, keys, n=1)
     close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1)]
-    return f"did you mean {close[0]!r}?" if close else "get_config() in mlpmixer_flax/config.py lists all"
+    return f"did you mean {close[0]!r}?" if close else "mlpmixer_flax/config.py lists all keys"

@@ -1,44 +1,44 @@
-"""Evaluation of a split: masked sums per batch on the devices, means over the split on the host."""
+"""Evaluates a model on a split: sums per batch on the devices, means over the split on the host."""
 
-import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
+from mlpmixer_flax.dataloader import Batch
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
-from mlpmixer_flax.training.step import Batch
+from mlpmixer_flax.training.step import DeviceBatch
+
+EvalStep = Callable[[Params, DeviceBatch], dict[str, jax.Array]]  # (params, batch) -> arrays by name
 
 
-def make_eval_step(
-    model: MlpMixer, config: ConfigDict, *, cropped: bool = False
-) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+def make_eval_step(model: MlpMixer, config: ConfigDict, *, cropped: bool = False) -> EvalStep:
     """Returns the evaluation of a batch: (params, batch) -> sums over its unmasked images.
 
-    `loss`, `accuracy` and `accuracy_top5` are sums and `count` is the number of images, so that one division at
-    the end gives the means. `class_accuracy` and `class_count` are vectors with the same sums per class.
-    `cropped` is that of the examples: the host has cropped the images already.
+    `loss`, `accuracy` and `accuracy_top5` are sums and `count` is the number of images, so that one division
+    at the end gives the means. `class_accuracy` and `class_count` are vectors with the same sums per class.
+    `cropped` is `Examples.cropped`: True if the host has cropped the images already.
     """
     preprocess = config.preprocess.to_dict()
 
-    def eval_step(params, batch):
-        logits = model.apply(
-            {"params": params}, augment.prepare(batch["image"], cropped=cropped, **preprocess)
-        )
+    def eval_step(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
+        images = augment.prepare(batch["image"], cropped=cropped, **preprocess)
+        logits = cast(jax.Array, model.apply({"params": params}, images))
         one_hot = jax.nn.one_hot(batch["label"], model.num_classes)
-        best = jax.lax.top_k(logits, min(5, model.num_classes))[1] == batch["label"][:, None]
+        correct = jax.lax.top_k(logits, min(5, model.num_classes))[1] == batch["label"][:, None]
         rows = {
             "loss": LOSSES[config.loss].per_image(logits, one_hot),
-            "accuracy": best[:, 0],
-            "accuracy_top5": best.any(axis=-1),
+            "accuracy": correct[:, 0],
+            "accuracy_top5": correct.any(axis=-1),
             "count": jnp.ones_like(batch["mask"]),
-            "class_accuracy": one_hot * best[:, :1],
+            "class_accuracy": one_hot * correct[:, :1],
             "class_count": one_hot,
         }
         # Transposed, so that the mask also broadcasts over vectors.
@@ -51,31 +51,27 @@ def make_eval_step(
 
 
 def evaluate(
-    eval_step: Callable,
-    params,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    *,
-    mesh: jax.sharding.Mesh,
+    eval_step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
     """Returns means over all unmasked images: `loss`, and `accuracy` and `accuracy_top5` in [0, 1].
 
-    `eval_step` is a jitted `make_eval_step`. Sums and counts are added over all batches and divided once, so every
-    image has the same weight, also in a partly filled last batch.
+    `eval_step` is a jitted `make_eval_step`. Sums and counts are added over all batches and divided once, so
+    every image has the same weight, also in a partly filled last batch.
     """
     return evaluate_classes(eval_step, params, batches, mesh=mesh)[0]
 
 
 def evaluate_classes(
-    eval_step: Callable,
-    params,
-    batches: Iterable[Mapping[str, np.ndarray]],
-    *,
-    mesh: jax.sharding.Mesh,
+    eval_step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Returns the means of `evaluate`, and the accuracy per class: float64 (classes,), NaN for a class without images."""
-    totals = collections.Counter()
+    """Returns the means of `evaluate`, and the accuracy per class, float64 (classes,).
+
+    The accuracy of a class without images is NaN.
+    """
+    totals: dict[str, np.ndarray] = {}
     for sums in one_batch_late(eval_step, params, batches, mesh=mesh):
-        totals.update({name: np.float64(value) for name, value in sums.items()})
+        for name, value in sums.items():
+            totals[name] = totals.get(name, np.zeros(value.shape)) + value  # in float64
     count, class_count = totals.pop("count"), totals.pop("class_count")
     with np.errstate(invalid="ignore"):
         class_accuracy = totals.pop("class_accuracy") / class_count
@@ -83,9 +79,9 @@ def evaluate_classes(
 
 
 def one_batch_late(
-    step: Callable, params, batches, *, mesh: jax.sharding.Mesh
+    step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the results of a jitted step for each batch, fetched while the device works on the next batch."""
+    """Yields the results of a jitted step for each batch, fetched while the device works on the next one."""
     waiting = None
     for batch in batches:
         result = step(params, sharding.put_batch(batch, mesh))

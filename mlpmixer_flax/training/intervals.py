@@ -1,4 +1,4 @@
-"""When the training loop logs, evaluates and saves."""
+"""Decides when the training loop logs, evaluates and saves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from mlpmixer_flax.rundir import BEST_BY
 
 @dataclass(frozen=True)
 class Intervals:
-    """Intervals in steps; 0 = only at the last step. At the last step, everything is due."""
+    """Intervals in steps; 0 = only at the end of the run. At the end, everything is due."""
 
     total_steps: int
     log_every: int
@@ -16,12 +16,15 @@ class Intervals:
     save_every: int
 
     def log(self, step: int) -> bool:
+        """Returns whether to log after this step."""
         return self._due(self.log_every, step)
 
     def evaluate(self, step: int) -> bool:
+        """Returns whether to evaluate after this step."""
         return self._due(self.evaluate_every, step)
 
     def save(self, step: int) -> bool:
+        """Returns whether to save a checkpoint after this step."""
         return self._due(self.save_every, step)
 
     def _due(self, every: int, step: int) -> bool:
@@ -29,13 +32,16 @@ class Intervals:
 
 
 class Best:
-    """Remembers the best test accuracy so far."""
+    """Remembers the best test accuracy of a run."""
 
     def __init__(self, accuracy: float = 0.0):
-        self.accuracy = accuracy
+        self.accuracy = accuracy  # the best so far
 
     def improves(self, scores: Mapping[str, float] | None) -> bool:
-        """Returns whether these scores are the best so far, and remembers them; None = not evaluated."""
+        """Returns whether these scores are the best so far, or as good as the best, and remembers them if so.
+
+        None means that the step was not evaluated: it is never the best.
+        """
         if scores is None or scores[BEST_BY] < self.accuracy:
             return False
         self.accuracy = scores[BEST_BY]

@@ -1,4 +1,4 @@
-"""The two losses, and the probabilities that go with each."""
+"""Defines the losses of a run and the probabilities that belong to each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,12 +9,12 @@ import optax
 
 
 class Loss(NamedTuple):
-    """A loss and the probabilities of the classes that a model trained with it predicts."""
+    """A loss, and how logits become probabilities in a model that was trained with it."""
 
-    per_image: Callable[
-        [jax.Array, jax.Array], jax.Array
-    ]  # (n, classes) logits and label distributions -> (n,)
-    probabilities: Callable[[jax.Array], jax.Array]  # (n, classes) logits -> (n, classes)
+    # (logits, label distributions), both (n, classes) -> (n,)
+    per_image: Callable[[jax.Array, jax.Array], jax.Array]
+    # logits (n, classes) -> (n, classes)
+    probabilities: Callable[[jax.Array], jax.Array]
 
 
 def _softmax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

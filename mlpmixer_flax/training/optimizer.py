@@ -1,13 +1,13 @@
-"""The optimizer of a run: learning rate schedule, update rule, weight decay, and which layers learn."""
+"""Builds the optimizer of a run: learning rate schedule, update rule, weight decay and frozen layers."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.config import ConfigDict
 
 Params = Any  # a tree of arrays, as flax.linen's init returns it under "params"
 
@@ -16,15 +16,15 @@ def _scale_by_adam(o: ConfigDict) -> optax.GradientTransformation:
     return optax.scale_by_adam(o.b1, o.b2, mu_dtype=o.accumulator_dtype)
 
 
-# The values of config.optimizer.name -> how a gradient becomes a direction, from config.optimizer
+# config.optimizer.name -> function that takes config.optimizer and returns how a gradient becomes a direction
 DIRECTIONS = {
     "adam": _scale_by_adam,
     "adamw": _scale_by_adam,
     "sgd": lambda o: optax.trace(o.momentum, accumulator_dtype=o.accumulator_dtype),
 }
 
-# The values of config.schedule.name -> the schedule after warmup, from the highest learning rate, the fraction of
-# it at the end, the number of steps after warmup and the number of warmup steps
+# config.schedule.name -> function that returns the schedule after warmup, from the highest learning rate, the
+# fraction of it at the end, the number of steps after warmup and the number of warmup steps
 SCHEDULES = {
     "cosine": lambda peak, final, steps, warmup: optax.cosine_decay_schedule(peak, steps, alpha=final),
     "linear": lambda peak, final, steps, warmup: optax.linear_schedule(peak, peak * final, steps),
@@ -34,7 +34,7 @@ SCHEDULES = {
 
 
 def make_schedule(config: ConfigDict, *, total_steps: int, warmup_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: linear warmup from 0, then config.schedule.name."""
+    """Returns the learning rate as a function of the step: linear warmup from 0, then config.schedule."""
     peak = config.optimizer.learning_rate
     steps = max(total_steps - warmup_steps, 1)
     after_warmup = SCHEDULES[config.schedule.name](peak, config.schedule.final_fraction, steps, warmup_steps)
@@ -46,7 +46,11 @@ def make_schedule(config: ConfigDict, *, total_steps: int, warmup_steps: int) ->
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the chain: clip by global norm, direction of config.optimizer.name, decoupled weight decay, rate."""
+    """Returns the optimizer of config.optimizer.
+
+    It is a chain: clip the gradient by its global norm, turn it into a direction, add the decoupled weight
+    decay, and multiply by the learning rate.
+    """
     o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
@@ -72,8 +76,8 @@ def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
         frozen = params.keys() - {"head"}
     if frozen - params.keys() or frozen == params.keys():
         raise UserError(
-            f"freeze={freeze!r} must be 'all_but_head' or some, but not all, of the layers {', '.join(params)}, "
-            "separated by commas"
+            f"freeze={freeze!r} must be 'all_but_head' or some, but not all, of the layers "
+            f"{', '.join(params)}, separated by commas"
         )
     return (
         {name: layer for name, layer in params.items() if name not in frozen},

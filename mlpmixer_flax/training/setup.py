@@ -1,4 +1,4 @@
-"""Setup of a run: from a config to data, model and step functions, before anything is written."""
+"""Sets up a run: from a config to data, model and step functions, before anything is written."""
 
 import os
 import time
@@ -11,17 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import LEFT_OPEN, flatten, in_steps, is_left_open, resolve
+from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
-from mlpmixer_flax.training.evaluation import make_eval_step
+from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.optimizer import Params, make_optimizer, make_schedule
-from mlpmixer_flax.training.step import TrainState, init_state, make_preview_step, make_train_step
+from mlpmixer_flax.training.step import (
+    PreviewStep,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_preview_step,
+    make_train_step,
+)
 from mlpmixer_flax.training.validate import validate
 from mlpmixer_flax.weights import source
 
@@ -31,60 +37,69 @@ class Setup:
     """Everything a run consists of, before its first update."""
 
     config: ConfigDict
-    class_names: list[str]
+    class_names: list[str]  # in the order of the head's outputs
     train_batches: TrainBatches
     test_batches: TestBatches
     model: MlpMixer
     input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
     mesh: jax.sharding.Mesh
     intervals: Intervals
-    init: Callable[[Params | None], TrainState]  # from these parameters, or from random ones
-    update: Callable  # (state, batch) -> (state, metrics)
-    score: Callable  # (parameters, batch) -> sums over the batch
-    preview: Callable  # batch -> images as the first update sees them
+    init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
+    update: TrainStep  # (state, batch) -> (state, metrics)
+    score: EvalStep  # (parameters, batch) -> sums over the batch
+    preview: PreviewStep  # first batch -> images as the first update sees them
 
 
 def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
-    """Fills unset keys: from this run's stored config, else from the init_from weights, else from LEFT_OPEN.
+    """Fills the keys of a config that are left open.
 
-    Prints which keys follow the weights and which differ from them.
+    Their values come from this run's stored config, else from the weights of init_from, else from LEFT_OPEN.
+    When a run starts, prints which of these keys follow the weights, and which differ from them.
+
+    Args:
+      stored: the config in the run directory, or {} when the run starts.
 
     Raises:
       UserError: the result is not a valid config, or the weights cannot be found.
     """
     origin = stored or (source.describe(config.init_from) if config.init_from else {})
-    origin = {key: _as_in_config(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
+    origin = {key: _canonical(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
     settled = resolve(config, origin)
-    validate(settled)  # only now: a file of weights may claim anything about itself
-    for key in LEFT_OPEN if config.init_from and not stored else ():
-        value = flatten(settled)[key]
-        if is_left_open(config, key) and key in origin:
-            print(f"{key}={value}, as {config.init_from} was trained")
-        elif origin.get(key, value) not in (value, _as_in_config(value)):
-            print(f"{key}={value}, although {config.init_from} was trained with {origin[key]}")
+    validate(settled)  # again, because the metadata of weights may say anything
+    if config.init_from and not stored:
+        _print_origin(config, settled, origin)
     return settled
 
 
+def _print_origin(config: ConfigDict, settled: ConfigDict, origin: Mapping[str, Any]) -> None:
+    for key in LEFT_OPEN:
+        value = flatten(settled)[key]
+        if key in origin and is_left_open(config, key):
+            print(f"{key}={value}, as {config.init_from} was trained")
+        elif key in origin and origin[key] != _canonical(value):
+            print(f"{key}={value}, although {config.init_from} was trained with {origin[key]}")
+
+
+def _canonical(value: Any) -> Any:
+    """Returns a list, as JSON has it, as a tuple; if all its values are equal, as one value for any channels."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(value[:1] if len(value) > 1 and all(element == value[0] for element in value) else value)
+
+
 def to_store(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as a run stores it: with the absolute path of a folder, valid from any directory."""
+    """Returns the config as plain data to store; the path of a folder is absolute, so it is valid anywhere."""
     dataset = config.dataset
     if dataset.startswith("folder:"):
         dataset = f"folder:{os.path.abspath(os.path.expanduser(dataset.removeprefix('folder:')))}"
     return {**config.to_dict(), "dataset": dataset}
 
 
-def _as_in_config(value: Any) -> Any:
-    """Returns JSON's lists as tuples, and equal values for all channels as one, which suits any number of channels."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    return tuple(value[:1] if len(value) > 1 and all(element == value[0] for element in value) else value)
-
-
 def make_setup(config: ConfigDict) -> Setup:
     """Opens the data and builds the model and the step functions for a config from `settle`.
 
     Raises:
-      UserError: the data cannot be used, or does not go with the config.
+      UserError: the data cannot be used, or does not fit the config or the devices.
     """
     mesh = sharding.make_mesh()
     _check_devices(config, num_devices=mesh.size)
@@ -123,9 +138,12 @@ def make_setup(config: ConfigDict) -> Setup:
 
 
 def load_init_weights(setup: Setup, like: Params) -> Params:
-    """Returns the weights of config.init_from, adapted to the model, on the host; `like` has shapes only."""
+    """Returns the weights of config.init_from, adapted to the model, as numpy arrays.
+
+    `like` has the shapes of the model's parameters.
+    """
     config, patch = setup.config, setup.model.patches["size"]
-    # A new head starts exactly as in a run from random weights.
+    # If the model gets a new head, it starts exactly as in a run from random weights.
     like = {**like, "head": jax.jit(lambda: setup.init(None).params["head"])()}
     return source.load(
         config.init_from,
@@ -136,27 +154,30 @@ def load_init_weights(setup: Setup, like: Params) -> Params:
     )
 
 
-def compile_steps(setup: Setup, state: TrainState) -> tuple[Callable, Callable]:
+def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]:
     """Compiles update and evaluation at the same time, for the shapes of this run; returns both."""
     started = time.monotonic()
     everywhere, rows = sharding.replicated(setup.mesh), sharding.split_by_rows(setup.mesh)
     n = setup.config.batch_size
 
-    def batch_of(examples: Examples):
+    def batch_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
         return {
             "image": jax.ShapeDtypeStruct((n, *examples.image_shape), jnp.uint8, sharding=rows),
             "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
             "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
         }
 
-    update = jax.jit(setup.update, donate_argnums=0, out_shardings=everywhere)
-    score = jax.jit(setup.score, out_shardings=everywhere)
-    jobs = [
-        (update, state, batch_of(setup.train_batches.examples)),
-        (score, state.eval_params, batch_of(setup.test_batches.examples)),
-    ]
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        update, score = pool.map(lambda job: job[0].lower(*job[1:]).compile(), jobs)
+    def compile_update() -> TrainStep:
+        update = jax.jit(setup.update, donate_argnums=0, out_shardings=everywhere)
+        return update.lower(state, batch_of(setup.train_batches.examples)).compile()
+
+    def compile_score() -> EvalStep:
+        score = jax.jit(setup.score, out_shardings=everywhere)
+        return score.lower(state.eval_params, batch_of(setup.test_batches.examples)).compile()
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = pool.submit(compile_update), pool.submit(compile_score)
+    update, score = jobs[0].result(), jobs[1].result()
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return update, score
 
@@ -175,13 +196,13 @@ def _check_channels(config: ConfigDict, channels: int) -> None:
         values = config.preprocess[key]
         if len(values) not in (1, channels):
             raise UserError(
-                f"preprocess.{key}={values} has {len(values)} values, but images of {config.dataset!r} have "
-                f"{channels} channels: give one value, or one per channel"
+                f"preprocess.{key}={values} has {len(values)} values, but the number of channels of "
+                f"{config.dataset!r} is {channels}: give one value, or one per channel"
             )
 
 
 def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
-    def open_split(split, min_crop_area):
+    def open_split(split: str, *, min_crop_area: float) -> Examples:
         return open_examples(
             config.dataset,
             split,
@@ -196,8 +217,8 @@ def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
         )
 
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    train_examples = open_split(config.train_split, config.augment.min_crop_area)
-    test_examples = open_split(config.test_split, 1.0)
+    train_examples = open_split(config.train_split, min_crop_area=config.augment.min_crop_area)
+    test_examples = open_split(config.test_split, min_crop_area=1.0)
     return (
         TrainBatches(train_examples, batch_size=config.batch_size, seed=config.seed, **shard),
         TestBatches(test_examples, batch_size=config.batch_size, **shard),

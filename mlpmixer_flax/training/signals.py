@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, as requests to save and stop after the present step."""
+"""Turns SIGTERM and SIGINT into requests to save and stop after the present step."""
 
 import contextlib
 import os
@@ -13,15 +13,18 @@ class Interrupted(Exception):
     def __init__(self, number: int, step: int):
         super().__init__(number, step)
         self.number = number  # of the signal
-        self.step = step  # that was saved
+        self.step = step  # the step of the checkpoint
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Yields a list to which SIGTERM and SIGINT are appended; a second signal acts as usual."""
+    """Yields a list to which SIGTERM and SIGINT are appended; the second signal of a kind acts as usual.
+
+    Only the main thread may handle signals; in any other thread the list stays empty.
+    """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted  # only the main thread may set handlers
+        yield noted
         return
 
     def note(number, frame):

@@ -1,18 +1,16 @@
-"""Checks that a config must pass before it is used."""
+"""Checks a config before it is used."""
 
 import math
 
-from ml_collections import ConfigDict
-
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import INIT_HEADS, flatten, get_config, resolve
+from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, resolve
 from mlpmixer_flax.data.images import RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.models import GELU, check_patch
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
 
-# Keys whose value is one of a few names
+# Key -> its allowed names, from the tables that implement them
 CHOICES = {
     "init_head": INIT_HEADS,
     "loss": tuple(LOSSES),
@@ -24,8 +22,9 @@ CHOICES = {
     "preprocess.interpolation": tuple(RESAMPLING),
 }
 
-# Every number must be finite and, except for these, 0 or more. Some have further rules.
+# Every number must be finite, and 0 or more except for these keys.
 _ANY_SIGN = {"preprocess.mean", "model.head_bias_init"}
+# Further rules: (the words for the message, the check, the keys that it is for)
 _RANGES = (
     ("at least 1", lambda v: v >= 1, {
         "batch_size", "accumulation_steps", "log_every_steps", "keep_checkpoints", "preprocess.image_size_px",
@@ -48,7 +47,13 @@ _RANGES = (
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError, with key, value and remedy, if a value has the wrong type or cannot be used by any run."""
+    """Checks the types and ranges of all values, and the combinations that no run can use.
+
+    Keys may be left open.
+
+    Raises:
+      UserError: a value cannot be used; the message has the key, the value and what to do.
+    """
     config = resolve(config, {})
     flat, base = flatten(config), flatten(resolve(get_config(), {}))
     for key, value in flat.items():
@@ -72,6 +77,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _is_like(value: object, base: object) -> bool:
+    """Returns whether a value has the type of the one in the base config; an int may stand for a float."""
     if isinstance(base, tuple):
         return isinstance(value, tuple) and all(_is_like(element, base[0]) for element in value)
     if isinstance(base, float):
@@ -82,15 +88,15 @@ def _is_like(value: object, base: object) -> bool:
 def _validate_combinations(config: ConfigDict) -> None:
     size, patch = config.preprocess.image_size_px, config.model.patches["size"]
     if len(patch) != 2:
-        raise UserError(f"model.patches.size={patch!r} must be two numbers of pixels: (height, width)")
+        raise UserError(f"model.patches.size={patch!r} must be two numbers: give (height, width) in pixels")
     check_patch(patch, (size, size))
     if not config.total_steps and not config.total_epochs:
         raise UserError("total_steps and total_epochs are both 0: set one of them to the length of the run")
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
         raise UserError(
-            f"optimizer.weight_decay={config.optimizer.weight_decay} does nothing with 'adam': "
+            f"optimizer.weight_decay={config.optimizer.weight_decay} does nothing with optimizer.name='adam': "
             "set optimizer.name to 'adamw', or optimizer.weight_decay to 0"
         )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
-        raise UserError("schedule.name='rsqrt' needs a warmup: set schedule.warmup_steps above 0")
+        raise UserError("schedule.name='rsqrt' needs a warmup: set schedule.warmup_steps to 1 or more")

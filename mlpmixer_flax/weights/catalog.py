@@ -47,7 +47,7 @@ def _timm(name: str, size: str, classes: int, top1: str = "", note: str = "", **
 
 # Alibaba's weights were trained with timm: exact GELU (erf), pixels in [0, 1].
 _MIIL = {"gelu": "erf", "mean": (0.0,), "std": (1.0,)}
-# These are Google's own weights in timm's layout. They were trained with tanh GELU, so tanh it stays.
+# These are Google's own weights in timm's layout. They were trained with tanh GELU, so it stays tanh.
 _GOOG = {"interpolation": "bicubic"}
 _FROM_SCRATCH = (
     "trained on ImageNet-1k only, despite its name (timm pull request 651); accuracy with erf GELU"

@@ -22,7 +22,9 @@ from safetensors import safe_open
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 
-# The names of every parameter: ours, which are also Google's (Linen); Google's before Linen; timm's. * = a block.
+Shape = tuple[int, ...]
+
+# Names of every parameter: ours, which are Google's with Linen; Google's before Linen; timm's. * is a block.
 _OURS, _PRE_LINEN, _TIMM = range(3)
 _BLOCK = ("MixerBlock_{i}", "Mixer/encoderblock_{i}", "blocks.{i}")
 _NAMES = [
@@ -74,7 +76,7 @@ class Weights:
     """Parameters that are read one at a time, by our names: `MixerBlock_0/token_mixing/Dense_0/kernel`."""
 
     name: str  # the file, for messages
-    shapes: Mapping[str, tuple[int, ...]]  # by our names, in our layout
+    shapes: Mapping[str, Shape]  # by our names, in our layout
     unknown: tuple[str, ...]  # names in the file that no Mixer has, sorted
     metadata: Mapping[str, Any]  # as given to write_npz or write_safetensors; empty in other files
     layout: str  # "google" or "timm"
@@ -84,7 +86,7 @@ class Weights:
 class _Container(NamedTuple):
     """An opened npz or safetensors file, whatever its arrays are for."""
 
-    shapes: Mapping[str, tuple[int, ...]]  # by the names in the file
+    shapes: Mapping[str, Shape]  # by the names in the file
     dtypes: Mapping[str, str]  # NumPy's names, or safetensors' where NumPy has none
     metadata: str | bytes  # JSON
     read: Callable[[str], np.ndarray]  # name in the file -> array as stored
@@ -97,14 +99,14 @@ def open_weights(path: Path) -> Weights:
     name. Arrays may be float16, bfloat16, float32 or float64.
 
     Raises:
-      UserError: the file holds no Mixer weights, is damaged, or would unpack to over 4 times its size + 1 GiB.
+      UserError: the file holds no Mixer weights, is damaged, or unpacks to over 4 times its size + 1 GiB.
     """
     with _readable(path):
         container = _open_container(path)
         metadata = json.loads(container.metadata)
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no JSON object")
-        names = sorted(container.shapes)
+        names = container.shapes.keys()
         layout = max(range(3), key=lambda column: sum(_renamed(name, column) is not None for name in names))
         places = {  # our name -> name and shape in the file, without axes to squeeze; our axes in that shape
             ours: (name, *_placed(path, name, container, ours=ours, layout=layout))
@@ -112,7 +114,7 @@ def open_weights(path: Path) -> Weights:
             if (ours := _renamed(name, layout))
         }
         if not places:
-            first = ", ".join(f"{name!r:.80}" for name in names[:3]) or "none"
+            first = ", ".join(f"{name!r:.80}" for name in sorted(names)[:3]) or "none"
             raise UserError(f"{path} holds no Mixer weights (its arrays: {first}): give another file")
 
     def read(ours: str) -> np.ndarray:
@@ -127,7 +129,7 @@ def open_weights(path: Path) -> Weights:
     return Weights(
         name=str(path),
         shapes={ours: tuple(shape[axis] for axis in axes) for ours, (_, shape, axes) in places.items()},
-        unknown=tuple(name for name in names if not _renamed(name, layout)),
+        unknown=tuple(sorted(name for name in names if not _renamed(name, layout))),
         metadata=metadata,
         layout="timm" if layout == _TIMM else "google",
         read=read,
@@ -198,10 +200,8 @@ def _renamed(name: str, source: int, target: int = _OURS) -> str | None:
     return row[target].replace("{i}", block) if row else None
 
 
-def _placed(
-    path: Path, name: str, container: _Container, *, ours: str, layout: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shape of an array in the file, without extra axes of length 1, and those axes in our order."""
+def _placed(path: Path, name: str, container: _Container, *, ours: str, layout: int) -> tuple[Shape, Shape]:
+    """Returns an array's shape in the file, without extra axes of length 1, and those axes in our order."""
     shape, dtype = container.shapes[name], container.dtypes[name]
     if dtype not in _DTYPES.values():
         raise UserError(f"{path}: {name} is of type {dtype}: convert it to float32 first")
@@ -210,7 +210,7 @@ def _placed(
     while len(squeezed) > num_axes and 1 in squeezed:
         squeezed.remove(1)  # the first 1: before Linen extra axes came first; a later 1 may be gray channels
     if len(squeezed) != num_axes or min(squeezed) < 1:
-        raise UserError(f"{path}: {name} has shape {shape}, which no Mixer has there: give another file")
+        raise UserError(f"{path}: {name} has shape {shape}, which is wrong for a Mixer: give another file")
     return tuple(squeezed), _TIMM_AXES[num_axes] if layout == _TIMM else tuple(range(num_axes))
 
 
@@ -258,14 +258,11 @@ def _open_npz(path: Path) -> _Container:
         with archive.open(member) as file:
             if np.lib.format.read_magic(file) != (1, 0):  # the version for all arrays of numbers
                 raise ValueError(f"{name!r:.80} has an unknown npy version")
-            shapes[name], _, dtype = np.lib.format.read_array_header_1_0(file)
-            if (
-                not dtype.hasobject
-                and math.prod(shapes[name]) * dtype.itemsize != member.file_size - file.tell()
-            ):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
                 raise ValueError(f"{name!r:.80} holds more or less than its header says")
         # big_vision writes bfloat16. The npy format has no name for it and stores two raw bytes.
-        dtypes[name] = "bfloat16" if dtype.name == "void16" else dtype.name
+        shapes[name], dtypes[name] = shape, "bfloat16" if dtype.name == "void16" else dtype.name
 
     def read(name: str) -> np.ndarray:
         with archive.open(members[name]) as file:
@@ -279,13 +276,10 @@ def _open_safetensors(path: Path) -> _Container:
     # The library checks the header. A file mapped into memory would take memory twice and could cause SIGBUS.
     file = safe_open(path, "numpy", backend="pread")
     arrays = {name: file.get_slice(name) for name in file.keys()}
+    shapes = {name: tuple(array.get_shape()) for name, array in arrays.items()}
     dtypes = {name: str(array.get_dtype()) for name, array in arrays.items()}
-    return _Container(
-        shapes={name: tuple(array.get_shape()) for name, array in arrays.items()},
-        dtypes={name: _DTYPES.get(dtype, dtype) for name, dtype in dtypes.items()},
-        metadata=(file.metadata() or {}).get("mlpmixer_flax", "{}"),
-        read=file.get_tensor,
-    )
+    dtypes = {name: _DTYPES.get(dtype, dtype) for name, dtype in dtypes.items()}
+    return _Container(shapes, dtypes, (file.metadata() or {}).get("mlpmixer_flax", "{}"), file.get_tensor)
 
 
 def _arrays(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,9 +287,7 @@ def _arrays(params: Mapping[str, Any]) -> dict[str, Any]:
     arrays = dict(sorted(flatten_dict(params, sep="/").items()))
     for name in arrays:
         if not _renamed(name, _OURS):
-            raise UserError(
-                f"{name!r} is not a parameter of a Mixer: give the tree under variables['params']"
-            )
+            raise UserError(f"{name!r} is not a Mixer parameter: give the tree under variables['params']")
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""From the name of weights to parameters: published names, files, URLs, the Hugging Face hub, run directories."""
+"""Finds weights by name and loads them: published names, files, URLs, the Hugging Face hub, run directories."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from mlpmixer_flax.weights.catalog import PUBLISHED
 from mlpmixer_flax.weights.download import fetch
 from mlpmixer_flax.weights.files import Weights, open_weights
 
-# How weights were trained, by the layout of their file; used for files that do not say it themselves.
+# How weights were trained, assumed from the layout of their file if the file does not say it.
 ASSUMED = {
     "google": {
         "model": {"gelu": "tanh"},
@@ -31,9 +31,9 @@ ASSUMED = {
 
 
 def describe(source: str) -> Mapping[str, Any]:
-    """Returns how weights were trained: `model` and `preprocess` as in a run's config, `class_names` if known.
+    """Returns how weights were trained: `model` and `preprocess` as in a run's config, and `class_names` if known.
 
-    For a published name nothing is downloaded.
+    Downloads nothing for a published name.
 
     Raises:
       UserError: as `load`.
@@ -51,7 +51,7 @@ def load(
     head: str = "auto",
     class_names: Sequence[str] = (),
 ) -> Params:
-    """Returns weights adapted to a model, as a tree of float32 numpy arrays; prints what had to be changed.
+    """Returns weights adapted to a model, as a tree of float32 numpy arrays; prints a note about each change.
 
         params = model.init(key, images)["params"]
         params = pretrained.load("imagenet21k/Mixer-B_16", like=params)
@@ -66,12 +66,13 @@ def load(
       class_names: of the model, if known.
 
     Raises:
-      UserError: the weights cannot be found, downloaded or read, or do not fit; the message lists every reason.
+      UserError: the weights cannot be found, downloaded or read, or do not fit the model; the message lists all
+        reasons why they do not fit.
     """
     weights = find(source)
     theirs = weights.metadata.get("class_names")
     params, notes = adapt(
-        {**weights.shapes, **dict.fromkeys(weights.unknown, ())},  # the model has no unknown names either
+        {**weights.shapes, **dict.fromkeys(weights.unknown, ())},  # so that unknown names are reported
         weights.read,
         like,
         grid=grid,
@@ -120,25 +121,26 @@ def find(source: str | Path) -> Weights:
 
 
 def _with_origin(weights: Weights, origin: Mapping[str, Any]) -> Weights:
-    # A file written by us describes itself best.
+    # A file that we wrote describes itself best.
     metadata = weights.metadata if {"model", "preprocess"} <= weights.metadata.keys() else origin
     _check_origin(weights.name, metadata)
     return replace(weights, metadata=metadata or ASSUMED[weights.layout])
 
 
 def _check_origin(name: str, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError for metadata that cannot be true; values that enter a config are checked with the config."""
-    sections = [metadata.get(section, {}) for section in ("model", "preprocess")]
-    size, names = (
-        sections[1].get("image_size_px", 1) if isinstance(sections[1], Mapping) else 0,
-        metadata.get("class_names", []),
+    """Raises UserError for metadata of the wrong types; values that enter a config are checked with the config."""
+    model, preprocess = metadata.get("model", {}), metadata.get("preprocess", {})
+    class_names = metadata.get("class_names", [])
+    valid = (
+        isinstance(model, Mapping)
+        and model.get("dtype", "float32") in ("float32", "bfloat16")
+        and isinstance(preprocess, Mapping)
+        and isinstance(size_px := preprocess.get("image_size_px", 1), int)
+        and size_px > 0
+        and isinstance(class_names, (list, tuple))
+        and all(isinstance(class_name, str) for class_name in class_names)
     )
-    if (
-        not all(isinstance(section, Mapping) for section in sections)
-        or not (isinstance(size, int) and size > 0)
-        or sections[0].get("dtype", "float32") not in ("float32", "bfloat16")
-        or not (isinstance(names, (list, tuple)) and all(isinstance(class_name, str) for class_name in names))
-    ):
+    if not valid:
         raise UserError(f"the metadata of {name} is invalid: write the file again")
 
 
@@ -162,9 +164,9 @@ def _open_run(workdir: Path) -> Weights:
 
 def _grid(weights: Weights) -> tuple[int, int] | None:
     """Returns (rows, columns) of the tokens that the weights were trained with, or None if unknown."""
-    size = weights.metadata["preprocess"].get("image_size_px")
-    patch = weights.shapes.get("stem/kernel", ())[:2]
-    return tuple(size // side for side in patch) if size and patch else None
+    size_px = weights.metadata["preprocess"].get("image_size_px")
+    kernel = weights.shapes.get("stem/kernel")
+    return (size_px // kernel[0], size_px // kernel[1]) if size_px and kernel else None
 
 
 def _fetch(url: str, size_mib: float | None = None) -> Path:
@@ -190,7 +192,7 @@ def _hub_file(source: str, file: str) -> Path:
 
 
 def _hub_origin(source: str) -> Mapping[str, Any]:
-    """Returns what timm's `config.json` says about the weights beside it; timm's models compute erf GELU."""
+    """Returns how weights were trained, from timm's `config.json` beside them; timm's models compute erf GELU."""
     file = _hub_file(source, "config.json")
     try:
         timm = json.loads(file.read_text())["pretrained_cfg"]
@@ -204,5 +206,5 @@ def _hub_origin(source: str) -> Mapping[str, Any]:
                 "std": tuple(timm["std"]),
             },
         }
-    except (ValueError, KeyError, TypeError, IndexError):  # not written by timm
+    except (ValueError, KeyError, TypeError, IndexError):  # timm did not write it
         return {}

@@ -1,4 +1,4 @@
-"""Files of Google and timm are read and written bit by bit, and hostile ones are refused in a sentence."""
+"""Files of Google and timm are read and written exactly; hostile ones are refused in one sentence."""
 
 import io
 import json
@@ -28,14 +28,14 @@ WRITERS = {"google": write_npz, "timm": write_safetensors}
 
 
 def golden(name):
-    """The arrays of a golden file as they lie in it."""
+    """Returns the arrays of a golden file as they are stored."""
     if name.startswith("timm"):
         return load_file(GOLDEN / f"{name}.safetensors")
     return dict(np.load(GOLDEN / f"{name}.npz"))
 
 
 def save_npz(arrays, path):
-    with path.open("wb") as file:  # or NumPy appends .npz to the name
+    with path.open("wb") as file:  # given a path, NumPy would append .npz to the name
         np.savez(file, **arrays)
 
 
@@ -65,7 +65,7 @@ def assert_same_bits(arrays, expected):
 
 
 def refusal(path, act=read_all):
-    """The sentence with which a file is refused."""
+    """Returns the sentence with which a file is refused."""
     with pytest.raises(UserError) as caught:
         act(path)
     sentence = str(caught.value)
@@ -103,7 +103,7 @@ def test_every_layout_in_every_container_gives_the_originals_logits(tmp_path, na
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_what_is_written_is_read_bit_by_bit(tmp_path, layout):
+def test_written_weights_are_read_bit_by_bit(tmp_path, layout):
     params = tiny_params()
     odd = np.array([-0.0, 0.0, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 1 / 3], np.float32)
     params["head"]["kernel"].flat[:8] = params["head"]["bias"][:8] = odd
@@ -119,7 +119,7 @@ def test_what_is_written_is_read_bit_by_bit(tmp_path, layout):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_peers_own_readers_find_exactly_their_names(tmp_path):
+def test_the_readers_of_numpy_and_safetensors_find_exactly_the_names_of_google_and_timm(tmp_path):
     write_npz(tmp_path / "a.npz", tiny_params(), metadata=METADATA)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as npz:
         assert_same_bits(dict(npz), golden("google_tiny"))
@@ -137,15 +137,15 @@ def test_same_content_gives_the_same_bytes(tmp_path, layout):
     WRITERS[layout](tmp_path / "a", tiny_params(), metadata=METADATA)
     WRITERS[layout](tmp_path / "b", backwards, metadata=dict(reversed(METADATA.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    if layout == "google":  # or the same only within two seconds
+    if layout == "google":  # else files written more than two seconds apart would differ
         with zipfile.ZipFile(tmp_path / "a") as archive:
             assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-def test_class_names_that_an_npz_has_no_room_for_are_left_out_and_said(tmp_path):
+def test_class_names_that_do_not_fit_into_an_npz_are_left_out_with_a_note(tmp_path):
     metadata = {**METADATA, "class_names": [f"class number {i}" for i in range(21843)]}
-    (said,) = write_npz(tmp_path / "a.npz", tiny_params(), metadata=metadata)
-    assert "without class names" in said and "65,535" in said and "safetensors" in said
+    (note,) = write_npz(tmp_path / "a.npz", tiny_params(), metadata=metadata)
+    assert "without class names" in note and "65,535" in note and "safetensors" in note
     kept = {key: METADATA[key] for key in ("model", "mean")}
     assert open_weights(tmp_path / "a.npz").metadata == kept
     assert write_safetensors(tmp_path / "a.safetensors", tiny_params(), metadata=metadata) == []
@@ -158,7 +158,7 @@ def test_class_names_that_an_npz_has_no_room_for_are_left_out_and_said(tmp_path)
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_a_place_that_cannot_be_written_keeps_what_was_there(tmp_path, layout):
+def test_a_failed_write_leaves_the_old_file(tmp_path, layout):
     def write(path):
         WRITERS[layout](path, tiny_params(), metadata=METADATA)
 
@@ -167,7 +167,7 @@ def test_a_place_that_cannot_be_written_keeps_what_was_there(tmp_path, layout):
     for name in ("file/weights", "missing/weights", "folder", "x" * 300):
         assert "choose another place" in refusal(tmp_path / name, write)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a disk that fills up half-way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # like a disk that becomes full half-way
     try:
         refusal(tmp_path / "file", write)
     finally:
@@ -178,7 +178,7 @@ def test_a_place_that_cannot_be_written_keeps_what_was_there(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", WRITERS)
 def test_a_tree_that_is_not_the_parameters_is_refused_before_writing(tmp_path, layout):
-    with pytest.raises(UserError, match="'params/MixerBlock_0/LayerNorm_0/bias' is no parameter"):
+    with pytest.raises(UserError, match="'params/MixerBlock_0/LayerNorm_0/bias' is not a Mixer parameter"):
         WRITERS[layout](tmp_path / "a", {"params": tiny_params()}, metadata={})
     assert list(tmp_path.iterdir()) == []
 
@@ -195,7 +195,7 @@ def test_a_tree_that_is_not_the_parameters_is_refused_before_writing(tmp_path, l
         ("Mixer/encoder_norm/scale", (1, 1), (1,)),
     ],
 )
-def test_extra_axes_of_the_older_dialect_are_squeezed_and_no_others(tmp_path, name, stored, ours, save):
+def test_only_the_extra_axes_of_files_from_before_linen_are_removed(tmp_path, name, stored, ours, save):
     array = np.arange(np.prod(stored), dtype=np.float32).reshape(stored)
     save({name: array, "Mixer/encoder_norm/bias": np.ones(3, np.float32)}, tmp_path / "a")
     (read,) = [array for key, array in read_all(tmp_path / "a").items() if key != "pre_head_layer_norm/bias"]
@@ -215,7 +215,7 @@ def test_every_float_is_read_as_float32(tmp_path, dtype, save):
 @pytest.mark.parametrize("save", CONTAINERS)
 def test_names_that_no_mixer_has_are_listed_and_never_read(tmp_path, save):
     strange = {
-        "stem/kernel": np.zeros(3, np.int32),  # Google's, in a file of timm's
+        "stem/kernel": np.zeros(3, np.int32),  # Google's name, in a file of timm's
         "blocks.00.norm1.bias": np.zeros(3, np.float32),
         "blocks.{i}.norm1.bias": np.zeros(3, np.float32),
         "blocks.².norm1.bias": np.zeros(3, np.float32),
@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value, save):
 
 
 class Trap:
-    """Unpickled, it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("trapped"),)
@@ -257,7 +257,7 @@ def npy(shape, data, dtype="<f4"):
 
 
 def zip_of(path, members, *, compression=zipfile.ZIP_STORED, comment=b"", **forged):
-    """An archive of bytes, whose directory says of every member what `forged` says."""
+    """Writes an archive of bytes; its directory has the `forged` fields for every member."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.comment = comment
         for name, data in members:
@@ -292,8 +292,11 @@ NO_WEIGHTS = {
         lambda p: zip_of(p, [("archive/data.pkl", b"\x80\x02}."), ("archive/data/0", b"1234")]),
         "convert the file to safetensors",
     ),
-    "an empty archive": (lambda p: zip_of(p, []), "holds no Mixer weights .but nothing"),
-    "other weights": (lambda p: save_file({"conv1": np.zeros(3)}, p), "holds no Mixer weights .but 'conv1'"),
+    "an empty archive": (lambda p: zip_of(p, []), "holds no Mixer weights .its arrays: none.: give"),
+    "other weights": (
+        lambda p: save_file({"conv1": np.zeros(3)}, p),
+        "holds no Mixer weights .its arrays: 'conv1'.: give",
+    ),
     "a document": (lambda p: zip_of(p, [("word/document.xml", b"<a/>")]), "not an array .*give an npz"),
     "a JSON": (lambda p: p.write_text('{"model": {"gelu": "tanh"}}'), "neither npz nor safetensors"),
 }
@@ -302,10 +305,10 @@ HOSTILE_ZIPS = {
     "integers": (lambda p: save_npz({"head/bias": np.arange(3)}, p), "is of type int64: convert"),
     "complex": (lambda p: save_npz({"head/bias": np.ones(3, "c8")}, p), "is of type complex64"),
     "strings": (lambda p: save_npz({"head/bias": np.array(["a"])}, p), "is of type str32"),
-    "upwards": (lambda p: zip_of(p, [HEAD, ("../../x.npy", HEAD[1])]), "a path out of the archive"),
-    "up inside": (lambda p: zip_of(p, [HEAD, ("a/../../x.npy", HEAD[1])]), "a path out of the archive"),
-    "absolute": (lambda p: zip_of(p, [HEAD, ("/x.npy", HEAD[1])]), "a path out of the archive"),
-    "Windows path": (lambda p: zip_of(p, [HEAD, ("..\\x.npy", HEAD[1])]), "a path out of the archive"),
+    "upwards": (lambda p: zip_of(p, [HEAD, ("../../x.npy", HEAD[1])]), "a path that leaves the archive"),
+    "up inside": (lambda p: zip_of(p, [HEAD, ("a/../../x.npy", HEAD[1])]), "a path that leaves the archive"),
+    "absolute": (lambda p: zip_of(p, [HEAD, ("/x.npy", HEAD[1])]), "a path that leaves the archive"),
+    "Windows path": (lambda p: zip_of(p, [HEAD, ("..\\x.npy", HEAD[1])]), "a path that leaves the archive"),
     "duplicate": (lambda p: zip_of(p, [HEAD, HEAD]), "two arrays have the same name"),
     "encrypted": (lambda p: zip_of(p, [HEAD], flag_bits=1), "is encrypted: write the npz again"),
     "bzip2": (lambda p: zip_of(p, [HEAD], compression=zipfile.ZIP_BZIP2), "compressed as NumPy never does"),
@@ -324,15 +327,15 @@ HOSTILE_ZIPS = {
         "Bad CRC-32",
     ),
     "shape beyond the data": (lambda p: zip_of(p, [("head/bias.npy", npy((10**12,), b"1234"))]), "than its"),
-    "no numbers": (lambda p: zip_of(p, [("head/bias.npy", npy((0,), b""))]), "of shape .0,. is no such"),
-    "negative shape": (lambda p: zip_of(p, [("head/kernel.npy", npy((-2, -2), bytes(16)))]), "is no such"),
+    "no numbers": (lambda p: zip_of(p, [("head/bias.npy", npy((0,), b""))]), "shape .0,., which is wrong"),
+    "negative shape": (lambda p: zip_of(p, [("head/kernel.npy", npy((-2, -2), bytes(16)))]), "is wrong"),
     "too few axes": (
         lambda p: zip_of(p, [("head/kernel.npy", npy((4,), bytes(16)))]),
-        "is no such parameter",
+        "which is wrong for a Mixer",
     ),
     "too many axes": (
         lambda p: zip_of(p, [("head/bias.npy", npy((2, 2), bytes(16)))]),
-        "is no such parameter",
+        "which is wrong for a Mixer",
     ),
     "no npy": (lambda p: zip_of(p, [("head/bias.npy", b"hello")]), "cannot be read"),
     "npy 2": (lambda p: zip_of(p, [("head/bias.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\x7f")]), "unknown npy"),
@@ -347,7 +350,7 @@ ONE = tensor("F32", [1], 0, 4)
 HOSTILE_SAFETENSORS = {
     "integers": ({"head.bias": tensor("I64", [1], 0, 8)}, bytes(8), "head.bias is of type I64: convert"),
     "eight bits": ({"head.bias": tensor("F8_E4M3", [4], 0, 4)}, bytes(4), "is of type F8_E4M3"),
-    "no numbers": ({"head.bias": tensor("F32", [0], 0, 0)}, b"", "is no such parameter"),
+    "no numbers": ({"head.bias": tensor("F32", [0], 0, 0)}, b"", "which is wrong for a Mixer"),
     "negative": ({"head.bias": tensor("F32", [-1], 0, 4)}, bytes(4), "deserializing header"),
     "huge": ({"head.weight": tensor("F32", [2**62, 2**62], 0, 4)}, bytes(4), "deserializing header"),
     "lying": ({"head.bias": tensor("F32", [2], 0, 4)}, bytes(4), "deserializing header"),
@@ -379,7 +382,7 @@ def test_hostile_file_is_refused_in_a_sentence_without_taking_memory(tmp_path, m
         tracemalloc.stop()
     with pytest.raises(UserError, match=expected):
         raise UserError(sentence)
-    assert sorted(tmp_path.rglob("*")) == before  # nothing was extracted, no trap sprung
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was extracted or unpickled
 
 
 @pytest.mark.parametrize("case", HOSTILE_SAFETENSORS)
@@ -389,7 +392,7 @@ def test_hostile_safetensors_is_refused_in_a_sentence(tmp_path, case):
     assert expected in refusal(tmp_path / "a")
 
 
-def test_metadata_of_others_is_no_metadata(tmp_path):
+def test_metadata_of_other_programs_is_ignored(tmp_path):
     zip_of(tmp_path / "a.npz", [HEAD], comment=b"packed by hand")
     assert open_weights(tmp_path / "a.npz").metadata == {}
     save_file(golden("timm_tiny"), tmp_path / "a.safetensors", {"format": "pt", "author": "{"})
@@ -413,7 +416,7 @@ def test_damage_anywhere_gives_a_sentence_or_finite_weights(tmp_path, save):
     refused = 0
     for _ in range(300):
         damaged = whole.copy()
-        # Half of it near the ends, where the headers are.
+        # Half of the damage is near the ends, where the headers are.
         reach = rng.choice([300, whole.size])
         places = rng.integers(-reach, reach, 3) % whole.size
         damaged[places] = rng.integers(0, 256, 3)
@@ -428,7 +431,7 @@ def test_damage_anywhere_gives_a_sentence_or_finite_weights(tmp_path, save):
 
 
 @pytest.mark.parametrize("save", CONTAINERS)
-def test_a_file_damaged_after_opening_is_said_when_it_is_read(tmp_path, save):
+def test_a_file_damaged_after_opening_is_refused_when_it_is_read(tmp_path, save):
     save(golden("timm_tiny"), tmp_path / "a")
     weights = open_weights(tmp_path / "a")
     (tmp_path / "a").write_bytes(b"")
