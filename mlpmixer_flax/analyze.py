@@ -39,8 +39,8 @@ from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.training.setup import make_setup, settle
 
-# Images are drawn from this many times as many training images per class: enough that few are drawn twice, and a
-# large split need not be read to its end.
+# Features are computed for _POOL * shots training images per class, and each draw takes `shots` of them: enough
+# that two draws have few images in common, without reading all of a large split.
 _POOL = 10
 
 
@@ -93,7 +93,7 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         file.write((json.dumps({**named, **result}, indent=2) + "\n").encode())
     draws = ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_seed"])
     print(
-        f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {data.dataset}\n"
+        f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {data.dataset} are correct\n"
         f"  with {shots} images per class; each draw: {draws}; fewshot.json"
     )
     if not arguments.dataset:
@@ -173,19 +173,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(_PARTS)}: see above")
     add_model(parser)
     parser.add_argument(
-        "--output", type=Path, help="directory (default: analysis, in the run directory or else here)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="directory to write (default: analysis, in the run directory or else in the current one)",
     )
     fewshot = parser.add_argument_group("fewshot")
     add_dataset(fewshot)
+    for split in ("train", "test"):
+        fewshot.add_argument(
+            f"--{split}_split",
+            metavar="SPLIT",
+            help=f'such as "{split}[:10%%]" (default: that of the run, else "{split}")',
+        )
+    fewshot.add_argument("--shots", type=int, default=5, metavar="N", help="images per class (default: 5)")
     fewshot.add_argument(
-        "--train_split", help='such as "train[:10%%]" (default: that of the run, else "train")'
+        "--batch_size", type=int, default=64, metavar="N", help="images per forward pass (default: 64)"
     )
-    fewshot.add_argument("--test_split", help='such as "test[:10%%]" (default: that of the run, else "test")')
-    fewshot.add_argument("--shots", type=int, default=5, help="images per class (default: 5)")
-    fewshot.add_argument("--batch_size", type=int, default=64, help="images per forward pass (default: 64)")
     shuffle = parser.add_argument_group("shuffle")
     shuffle.add_argument(
-        "--config", default="configs/digits.py", help="config file to train (default: configs/digits.py)"
+        "--config",
+        default="configs/digits.py",
+        metavar="FILE",
+        help="config file to train (default: configs/digits.py)",
     )
     arguments, arguments.overrides = parser.parse_known_intermixed_args(argv)
     if arguments.overrides and "shuffle" not in arguments.parts:  # they change its config

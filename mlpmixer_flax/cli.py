@@ -24,7 +24,7 @@ from mlpmixer_flax.rundir import CHECKPOINTS
 def make_parser(
     program: str, description: str | None, *, examples: str = "", usage: str | None = None
 ) -> argparse.ArgumentParser:
-    """Returns a parser for a program; --help shows the description, usually the module's docstring, and the examples."""
+    """Returns a parser for a program, whose --help shows a description (usually the docstring) and examples."""
     return argparse.ArgumentParser(
         prog=f"python -m mlpmixer_flax.{program}",
         usage=usage,
@@ -36,17 +36,18 @@ def make_parser(
 
 def add_names(group: argparse._ActionsContainer) -> None:
     """Adds the two options that name a model, --workdir and --weights; the user gives one of them."""
-    group.add_argument("--workdir", type=Path, help="run directory")
+    group.add_argument("--workdir", type=Path, metavar="RUN", help="run directory")
     group.add_argument(
         "--weights",
-        help="published name, file or URL; python -m mlpmixer_flax.pretrained --help explains all",
+        metavar="NAME",
+        help="published name, file or URL; see python -m mlpmixer_flax.pretrained --help",
     )
 
 
 def add_model(
     parser: argparse.ArgumentParser,
     *,
-    default: str = "the weights last evaluated: the EMA if the run keeps one, else the newest",
+    default: str = "the weights that were last evaluated: ema if the run keeps one, else last",
 ) -> None:
     """Adds the options that name a model and choose its weights; `default` describes the program's choice."""
     add_names(parser.add_mutually_exclusive_group(required=True))
@@ -73,9 +74,15 @@ def load_model(arguments: argparse.Namespace) -> Model:
 def add_dataset(group: argparse._ActionsContainer) -> None:
     """Adds the options that name a dataset; each program adds its own options for splits."""
     group.add_argument(
-        "--dataset", help='TFDS name, "digits" or folder:PATH (default: the dataset of the run)'
+        "--dataset",
+        metavar="NAME",
+        help='TFDS name, "digits" or folder:PATH (default: the dataset of the run)',
     )
-    group.add_argument("--data_dir", help="TFDS directory (default: that of the run, else $TFDS_DATA_DIR)")
+    group.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="TFDS directory (default: that of the run, else $TFDS_DATA_DIR)",
+    )
     group.add_argument(
         "--skip_bad_images", action="store_true", help="leave out images of a folder that cannot be used"
     )
@@ -102,7 +109,7 @@ def check_dataset(arguments: argparse.Namespace) -> None:
 def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
     """Returns the dataset that the options of `add_dataset` name.
 
-    Without --dataset it is the dataset of the run, and other options that are not given come from the run's config.
+    Without --dataset it is the dataset of the run; options that are not given then come from the run's config.
 
     Raises:
       UserError: as `check_dataset`.
@@ -120,8 +127,8 @@ def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
 def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
     """Runs a program, prints an error without a traceback, and returns the exit status.
 
-    The status is what the program returns (None = 0); 1 if the loss diverged or nobody reads the output any more;
-    2 for a UserError; 130 for Ctrl-C, after printing `interrupted`.
+    The status is what the program returns (None = 0); 1 if the loss diverged or nobody reads the output any
+    more; 2 for a UserError; 130 for Ctrl-C, after printing `interrupted`.
     """
     # Orbax and TFDS warn about normal things, the hub about every retry, Matplotlib about weights of fonts.
     for name in ("absl", "huggingface_hub", "matplotlib.font_manager"):

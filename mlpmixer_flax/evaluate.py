@@ -169,13 +169,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--split",
         dest="test_split",
         metavar="SPLIT",
-        help='such as "validation" or "train[:10%%]"; for all images of a folder without splits "train+validation" '
-        '(default: the test split of the run, else "test")',
+        help='such as "validation", "train[:10%%]" or, for all images of a folder without splits, '
+        '"train+validation" (default: the test split of the run, else "test")',
     )
     parser.add_argument(
-        "--output", type=Path, help="directory (default: evaluation, in the run directory or else here)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="directory to write (default: evaluation, in the run directory or else in the current one)",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass (default: 64)")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, metavar="N", help="images per forward pass (default: 64)"
+    )
     return parser.parse_args(argv)
 
 

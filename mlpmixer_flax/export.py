@@ -64,8 +64,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
     """Writes the model with its weights, serialized by jax.export, and the metadata as JSON beside it.
 
-    The file contains one function: images uint8 (b, h, w, c), for any b, already cropped to the model's size ->
-    probabilities float32 (b, classes). Returns notes for the user.
+    The file contains one function: images uint8 (b, h, w, c), for any b, already cropped to the model's size
+    -> probabilities float32 (b, classes). Returns notes for the user.
 
     Raises:
       UserError: a file cannot be written.
@@ -119,7 +119,8 @@ def export(model: Model, output: Path, *, format: str) -> list[str]:
         notes = WRITERS[format](output, model.params, metadata=metadata)
     if format == "safetensors" and model.module.gelu == "tanh":
         notes.append(
-            "in timm, create the model with act_layer=timm.layers.GELUTanh, because the weights were trained with tanh GELU"
+            "in timm, create the model with act_layer=timm.layers.GELUTanh, because the weights were trained with "
+            "tanh GELU"
         )
     return [f"{name} -> {output} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
 
@@ -144,7 +145,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model(parser, default="last")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
-        "--output", type=Path, required=True, help="file to write; an existing file is replaced"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write; an existing file is replaced",
     )
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Predict the classes of images: python -m mlpmixer_flax.predict --workdir=RUN cat.jpg
+"""Classify images: python -m mlpmixer_flax.predict --workdir=runs/b16 cat.jpg
 
 Takes files, folders (all images in them and in their subfolders) and quoted
 patterns. Prints a table with the most probable classes of each image, or
@@ -62,8 +62,8 @@ def predict(
 def find_files(path: str) -> list[str]:
     """Returns the files that a path stands for, in a fixed order.
 
-    A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for the
-    files that match it, and any other path for itself.
+    A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for
+    the files that match it, and any other path for itself.
 
     Raises:
       UserError: no such file exists, or a folder cannot be read.
@@ -137,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if header:
         print(header, flush=True)
     predictions = predict(model, list(files), top=arguments.top, batch_size=arguments.batch_size)
-    # No delay: with one, tqdm.write shows the bar at once all the same, and closing the bar does not clear it.
+    # No delay: with one, tqdm.write shows the bar at once all the same, and its end does not clear it.
     bar = tqdm(predictions, "predicting", len(files), unit="img", leave=False, disable=None)
     for prediction in bar:
         if prediction.flaw:
@@ -161,8 +161,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or quoted pattern")
     add_model(parser)
-    parser.add_argument("--top", type=int, default=5, help="classes per image (default: 5)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass (default: 32)")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)"
+    )
     parser.set_defaults(form="table")
     forms = parser.add_mutually_exclusive_group()
     for form in ("csv", "json"):

@@ -29,7 +29,7 @@ __all__ = ["describe", "find", "load", "main", "table"]
 
 def table() -> str:
     """Returns the published weights as text of 80 columns, one line each, and where they come from."""
-    lines = [f"{'name':<36}{'MiB':>6}{'classes':>8} GELU{'mean/std':>9}{'resize':>9}{'top-1':>7}"]
+    lines = [f"{'name':<36}{'MiB':>6}{'classes':>8} GELU{'mean/std':>9}{'resized':>9}{'top-1':>7}"]
     for name, weights in PUBLISHED.items():
         left = f"{name:<36}{weights.size_mib:>7}" if weights.size_mib else f"{name:<43}"
         scale = f"{weights.mean[0]:g}/{weights.std[0]:g}"
@@ -54,7 +54,9 @@ def table() -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the options of the program; exits with a message if they are wrong."""
     parser = make_parser("pretrained", __doc__)
-    parser.add_argument("source", nargs="*", help="weights to download; without any, the table is printed")
+    parser.add_argument(
+        "source", nargs="*", metavar="NAME", help="weights to download; without any, the table is printed"
+    )
     return parser.parse_args(argv)
 
 

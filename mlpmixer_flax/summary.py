@@ -15,11 +15,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_names, exit_status, make_parser
-from mlpmixer_flax.config import resolve
+from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run, module_of
@@ -98,11 +97,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "  python -m mlpmixer_flax.summary --weights=imagenet21k/Mixer-L_16",
     )
     named = parser.add_mutually_exclusive_group(required=True)
-    named.add_argument("--config", help="config file; --config.KEY=VALUE changes a key of it")
+    named.add_argument("--config", metavar="FILE", help="config file; --config.KEY=VALUE changes a key of it")
     add_names(named)
     parser.add_argument(
         "--num_classes",
         type=int,
+        metavar="N",
         help="with --config: number of classes, for images with 3 channels (default: both as in the config's "
         "dataset, which must then be prepared)",
     )

@@ -33,8 +33,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "configs of the package:\n"
         + textwrap.fill("  " + " ".join(shipped_configs()), 79, subsequent_indent="  "),
     )
-    parser.add_argument("--config", required=True, help="config file; those of the package are found by name")
-    parser.add_argument("--workdir", type=Path, help="run directory (default: runs/CONFIG-TIME)")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="config file; those of the package are found by name"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
+    )
     arguments, arguments.overrides = parser.parse_known_args(argv)
     return arguments
 

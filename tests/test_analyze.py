@@ -1,4 +1,4 @@
-"""The pictures and figures of a run: written where they should be, and of the run."""
+"""The files that analyze writes about a run, and their contents."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ PICTURES = ["curves.png", "stem.png", "token_mixing_block00.png", "token_mixing_
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_to_compile():
-    """Which takes nearly all of the time here."""
+    """Compiling takes nearly all of the time here."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(run):
+def model(run):
     return load_run(run)
 
 
@@ -51,7 +51,7 @@ def written(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
-def test_program_shows_all_of_a_run_but_the_experiment_that_trains(run, capsys):
+def test_program_shows_all_parts_of_a_run_except_the_one_that_trains(run, capsys):
     assert main([f"--workdir={run}"]) == 0
     out, err = capsys.readouterr()
     assert not err
@@ -61,7 +61,7 @@ def test_program_shows_all_of_a_run_but_the_experiment_that_trains(run, capsys):
             assert image.width == 1200 and len(set(image.convert("L").tobytes())) > 20
     names = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")]
     assert names[1:] == ["curves", "token_mixing", "stem", "fewshot", "shuffle"]
-    assert "shuffle: left out, since it trains" in out
+    assert "shuffle: left out, because it trains" in out
     assert max(map(len, out.splitlines()[1:])) <= 80
     found = json.loads((run / "analysis" / "fewshot.json").read_text())
     assert (found["dataset"], found["train_split"], found["test_images"]) == ("digits", "train", 364)
@@ -69,53 +69,53 @@ def test_program_shows_all_of_a_run_but_the_experiment_that_trains(run, capsys):
     assert 0.3 < found["accuracy"] < 1
 
 
-def test_features_are_what_the_head_sees_of_every_image_in_order(trained):
-    examples = trained.open("digits", "test")
-    found, labels = features_of_split(trained, examples, batch_size=50)  # 364 images: 14 in the last batch
+def test_features_are_the_input_of_the_head_for_every_image_in_order(model):
+    examples = model.open("digits", "test")
+    found, labels = features_of_split(model, examples, batch_size=50)  # 364 images: 14 in the last batch
     images, expected_labels = examples.read(np.arange(len(examples)))
     np.testing.assert_array_equal(labels, expected_labels)
-    head = trained.params["head"]
-    logits = trained.logits(trained.params, images)
+    head = model.params["head"]
+    logits = model.logits(model.params, images)
     np.testing.assert_allclose(found @ head["kernel"] + head["bias"], logits, atol=1e-4)
 
 
-def test_features_to_draw_from_hold_enough_of_each_class_and_no_image_twice(trained):
-    examples = trained.open("digits", "train")
-    every, _ = features_of_split(trained, examples)
-    some, labels = features_of_split(trained, examples, per_class=5, batch_size=10)
+def test_features_to_draw_from_include_enough_of_each_class_and_no_image_twice(model):
+    examples = model.open("digits", "train")
+    every, _ = features_of_split(model, examples)
+    some, labels = features_of_split(model, examples, per_class=5, batch_size=10)
     counts = np.bincount(labels)
     assert counts.min() >= 5 and len(some) < 250
-    assert min(np.bincount(labels[:-10], minlength=10)) < 5  # and not a batch more than that takes
-    beyond, labels = features_of_split(trained, examples, per_class=10_000)
+    assert min(np.bincount(labels[:-10], minlength=10)) < 5  # no batch more than necessary
+    beyond, labels = features_of_split(model, examples, per_class=10_000)
     assert len(beyond) == len(labels) == len(every)
     np.testing.assert_allclose(np.sort(beyond[:, 0]), np.sort(every[:, 0]), atol=1e-4)
     assert abs(beyond[:, 0] - every[:, 0]).max() > 0.1  # in another order
 
 
-def test_features_of_a_folder_are_cropped_once(trained, tmp_path):
+def test_images_of_a_folder_are_cropped_once(model, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 12, 16), dtype=np.uint8)
     for i, image in enumerate(pixels):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / "ab"[i % 2] / f"{i}.png")
-    cropping = replace(trained, preprocess={**trained.preprocess, "crop_fraction": 0.5})
+    cropping = replace(model, preprocess={**model.preprocess, "crop_fraction": 0.5})
     examples = cropping.open(f"folder:{tmp_path}", "train")
     images, _ = examples.read(np.arange(len(examples)))
     assert images.shape[1:] == (8, 8, 1)
-    headless = replace(trained, model=trained.module.clone(num_classes=0))
-    expected = headless.logits(trained.params, images)
+    headless = replace(model, module=model.module.clone(num_classes=0))
+    expected = headless.logits(model.params, images)
     np.testing.assert_allclose(features_of_split(cropping, examples)[0], expected, atol=1e-4)
 
 
-def test_fewshot_takes_the_test_split_and_shots_that_are_named(run, tmp_path, capsys):
+def test_fewshot_uses_the_test_split_and_shots_of_the_options(run, tmp_path, capsys):
     arguments = ["fewshot", "--dataset=digits", "--test_split=test[:100]", "--shots=2"]
     assert main([f"--workdir={run}", f"--output={tmp_path}", *arguments]) == 0
     assert written(tmp_path) == ["fewshot.json"]
     found = json.loads((tmp_path / "fewshot.json").read_text())
     assert (found["shots"], found["test_images"], found["test_split"]) == (2, 100, "test[:100]")
-    assert "from 2 images a class" in capsys.readouterr().out
+    assert "with 2 images per class" in capsys.readouterr().out
 
 
-def test_shuffle_trains_three_times_and_draws_it(run, tmp_path, capsys):
+def test_shuffle_trains_three_times_and_draws_the_curves(run, tmp_path, capsys):
     small = [*SMALL, "--config.model.num_blocks=1", "--config.eval_every_steps=0"]
     assert main([f"--workdir={run}", f"--output={tmp_path}", "shuffle", "--config=digits.py", *small]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -137,13 +137,16 @@ def test_runs_are_compared_in_the_same_axes():
     assert [line.get_label() for line in accuracy.lines] == ["a, last 0.1", "b, last 0.7"]
 
 
-def test_weights_have_no_curves_and_no_dataset(trained, tmp_path, capsys, monkeypatch):
-    export(trained, tmp_path / "run.npz", format="npz")
+def test_weights_have_no_curves_and_no_dataset(model, tmp_path, capsys, monkeypatch):
+    export(model, tmp_path / "run.npz", format="npz")
     monkeypatch.chdir(tmp_path)
     assert main(["--weights=run.npz"]) == 0
     assert written(Path("analysis")) == PICTURES[1:]
     out = capsys.readouterr().out
-    assert "curves: left out, run.npz has no" in out and "fewshot: left out, run.npz comes" in out
+    assert "curves: left out, because run.npz has no training curves: give --workdir" in out
+    assert (
+        "fewshot: left out, because run.npz is not a run and has no dataset of its own: give --dataset" in out
+    )
     assert main(["curves", "--weights=run.npz"]) == 2
     assert "run.npz has no training curves: give --workdir" in capsys.readouterr().err
 
@@ -151,25 +154,28 @@ def test_weights_have_no_curves_and_no_dataset(trained, tmp_path, capsys, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stm"], "there is nothing called 'stm' to show: choose from curves,"),
-        (["--shots=0", "fewshot"], "shots=0 leaves nothing to do"),
-        (["--batch_size=-1", "fewshot"], "batch_size=-1 leaves nothing"),
-        (["--checkpoint=ema", "stem"], "keeps no average"),
+        (["stm"], "there is no part 'stm': choose from curves,"),
+        (["--shots=0", "fewshot"], "shots=0 must be at least 1"),
+        (["--batch_size=-1", "fewshot"], "batch_size=-1 must be at least 1"),
+        (["--checkpoint=ema", "stem"], "keeps no EMA"),
         (["--train_split=train[:9]", "fewshot"], "shots=5 cannot be drawn from class"),
         (["--dataset=digits", "--test_split=nope", "fewshot"], "nope"),
-        (["shuffle", "--config.init_from=a.npz"], "init_from='a.npz' has learned"),
+        (
+            ["shuffle", "--config.init_from=a.npz"],
+            "init_from='a.npz' was trained on images that are not shuffled: leave it empty",
+        ),
         (["shuffle", "--foo"], "'--foo'"),
         (["--output=/dev/null/here", "stem"], "cannot write to /dev/null/here"),
     ],
 )
-def test_what_cannot_be_shown_is_said_in_a_sentence(run, tmp_path, capsys, arguments, message):
+def test_an_error_is_one_line_and_nothing_is_written(run, tmp_path, capsys, arguments, message):
     assert main([f"--output={tmp_path}", *arguments, f"--workdir={run}"]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_options_that_nothing_takes_are_refused(run, capsys):
+def test_options_that_no_part_uses_are_refused(run, capsys):
     with pytest.raises(SystemExit) as stop:
         main([f"--workdir={run}", "stem", "--config.seed=1"])
     assert stop.value.code == 2 and "--config.seed=1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Scores of a split are the means over its images, however it is cut into batches; the program writes them down."""
+"""Scores of a split are means over its images for any batch size; the program writes them to files."""
 
 import csv
 import json
@@ -25,12 +25,12 @@ from mlpmixer_flax.training.evaluation import evaluate, evaluate_classes, make_e
 from mlpmixer_flax.training.report import read_metrics
 
 CLASSES = 8
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, which takes nearly all of the time here
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all of the time here
 
 
 @cache
 def tiny():
-    """Model, jitted eval_step, parameters without zeros, and a split of 10 images."""
+    """Returns a model, a jitted eval_step, parameters without zeros, and images and labels of a split of 10 images."""
     config = get_config()
     config.update_from_flattened_dict(
         {
@@ -53,7 +53,7 @@ def tiny():
 
 
 def batches(images, labels, *, size, order=slice(None)):
-    """Of one size, the last one padded with white images of label 0."""
+    """Yields batches of one size; the last one is padded with white images of label 0."""
     images, labels = images[order], labels[order]
     for i in range(0, len(images), size):
         pad = size - len(images[i : i + size])
@@ -78,8 +78,8 @@ def by_hand():
     }
 
 
-@pytest.mark.parametrize("size", [1, 4, 10, 16])  # of 10 images: 4 leaves 2 in the last batch
-def test_scores_are_means_over_the_images_whatever_the_batch(size):
+@pytest.mark.parametrize("size", [1, 4, 10, 16])  # of 10 images; 4 leaves 2 in the last batch
+def test_scores_are_means_over_the_images_for_any_batch_size(size):
     _, eval_step, params, images, labels = tiny()
     scores = evaluate(eval_step, params, batches(images, labels, size=size), mesh=sharding.make_mesh())
     assert scores.keys() == by_hand().keys()
@@ -88,7 +88,7 @@ def test_scores_are_means_over_the_images_whatever_the_batch(size):
         np.testing.assert_allclose(scores[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_a_smaller_split_is_divided_by_its_own_size():
+def test_sums_are_divided_by_the_size_of_the_split():
     _, eval_step, params, images, labels = tiny()
     mesh = sharding.make_mesh()
     first, rest = (
@@ -99,8 +99,8 @@ def test_a_smaller_split_is_divided_by_its_own_size():
         np.testing.assert_allclose(0.7 * first[name] + 0.3 * rest[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_the_split_tells_right_from_wrong():
-    """The numbers above could be met by no constant, nor by counting the padding."""
+def test_the_split_can_tell_right_scores_from_wrong_ones():
+    """A constant, or counting the padding, would not give the scores above."""
     expected = by_hand()
     assert 0 < expected["accuracy"] < expected["accuracy_top5"] < 1
     _, eval_step, params, images, labels = tiny()
@@ -109,7 +109,7 @@ def test_the_split_tells_right_from_wrong():
     assert abs(scores["loss"] - expected["loss"]) > 0.01
 
 
-def test_order_of_images_and_of_batches_does_not_matter():
+def test_the_order_of_images_and_batches_does_not_matter():
     _, eval_step, params, images, labels = tiny()
     order = np.random.default_rng(1).permutation(10)
     shuffled = list(batches(images, labels, size=4, order=order))[::-1]  # the padded batch comes first
@@ -118,8 +118,8 @@ def test_order_of_images_and_of_batches_does_not_matter():
         np.testing.assert_allclose(scores[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_a_batch_of_padding_alone_changes_nothing():
-    """Where processes share a split, one may run out of images before the others."""
+def test_a_batch_of_padding_only_changes_nothing():
+    """If several processes share a split, one may run out of images before the others."""
     _, eval_step, params, images, labels = tiny()
     real = list(batches(images, labels, size=4))
     empty = {**real[0], "mask": np.zeros(4, bool)}
@@ -129,17 +129,17 @@ def test_a_batch_of_padding_alone_changes_nothing():
     )
 
 
-def test_parameters_are_those_given():
+def test_the_given_parameters_are_used():
     _, eval_step, params, images, labels = tiny()
     zeros = jax.tree.map(np.zeros_like, params)
     scores = evaluate(eval_step, zeros, batches(images, labels, size=4), mesh=sharding.make_mesh())
     np.testing.assert_allclose(scores["loss"], np.log(CLASSES), rtol=1e-5)
-    # Of equal logits the lower class counts as the better one.
+    # If logits are equal, the lower class counts as better.
     assert scores["accuracy"] == pytest.approx((labels == 0).mean())
     assert scores["accuracy_top5"] == pytest.approx((labels < 5).mean())
 
 
-def test_accuracy_of_each_class_is_of_its_images_and_of_a_class_without_any_not_known():
+def test_accuracy_per_class_is_over_its_images_and_nan_without_images():
     model, eval_step, params, images, labels = tiny()
     images, labels, mesh = images[:6], labels[:6], sharding.make_mesh()
     scores, by_class = evaluate_classes(eval_step, params, batches(images, labels, size=4), mesh=mesh)
@@ -159,7 +159,7 @@ WORDS = "zero one two three four five six seven eight nine".split()
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run too short to be right everywhere, whose average differs from its last weights."""
+    """Returns a run that is too short to get all images right, and whose EMA differs from its last weights."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     values = {"model.num_blocks": 1, "total_steps": 30, "ema_decay": 0.9}
     train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
@@ -174,7 +174,7 @@ def evaluated(run):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The digits' test images as coloured files, in folders that are sorted in another order."""
+    """Returns the test images of the digits as RGB files, in folders whose names sort in another order."""
     root = tmp_path_factory.mktemp("folders") / "digits"
     examples = open_examples("digits", "test")
     for i, (image, label) in enumerate(zip(examples.images, examples.labels, strict=True)):
@@ -189,7 +189,7 @@ def read(output):
     return json.loads((output / "scores.json").read_text(encoding="utf-8"))
 
 
-def test_scores_are_those_that_training_reported(run, evaluated):
+def test_scores_equal_those_that_training_reported(run, evaluated):
     reported = [row for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row][-1]
     found = read(evaluated)
     assert 0.2 < found["accuracy"] < 1
@@ -198,7 +198,7 @@ def test_scores_are_those_that_training_reported(run, evaluated):
     assert found["loss"] == pytest.approx(reported["test/loss"], rel=1e-5)
 
 
-def test_files_agree_with_each_other(run, evaluated):
+def test_the_files_agree_with_each_other(run, evaluated):
     found = read(evaluated)
     assert (found["model"], found["dataset"], found["split"]) == (str(run), "digits", "test")
     assert found["images"] == len(open_examples("digits", "test"))
@@ -215,21 +215,21 @@ def test_files_agree_with_each_other(run, evaluated):
             assert picture.width == 1200
 
 
-def test_every_image_is_scored_once_and_in_order_whatever_the_batch(run):
-    trained = load_run(run)
-    examples, classes = open_split(trained, "digits", "test")
+def test_every_image_is_scored_once_and_in_order_for_any_batch_size(run):
+    model = load_run(run)
+    examples, classes = open_split(model, "digits", "test")
     labels = open_examples("digits", "test").labels
-    one, other = (score_images(trained, examples, classes=classes, batch_size=n) for n in (50, 400))
+    one, other = (score_images(model, examples, classes=classes, batch_size=n) for n in (50, 400))
     np.testing.assert_array_equal(one["label"], labels)
     np.testing.assert_array_equal(one["best"], other["best"])
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4, atol=1e-6)
-    # Of softmax: the probability of the likeliest class is that of the true one, where it is right.
+    # With softmax, if the prediction is right, the confidence is the probability of the true class.
     right = one["best"][:, 0] == labels
     np.testing.assert_allclose(one["confidence"][right], np.exp(-one["loss"][right]), rtol=1e-4)
     assert one["best"].shape == (len(labels), 5)
 
 
-def test_a_folder_is_matched_by_name_and_decoded_as_grey(run, evaluated, folder, tmp_path, capsys):
+def test_a_folder_is_matched_by_name_and_read_in_gray(run, evaluated, folder, tmp_path, capsys):
     named = tmp_path / "run"
     shutil.copytree(run, named)
     (named / "class_names.json").write_text(json.dumps(WORDS))
@@ -252,7 +252,7 @@ def test_a_folder_is_matched_by_name_and_decoded_as_grey(run, evaluated, folder,
     assert len([line for line in table if line.split()[:1] and line.split()[0] in WORDS]) == 10
 
 
-def test_what_cannot_be_scored_is_said_in_a_sentence_and_nothing_is_written(run, folder, tmp_path, capsys):
+def test_an_error_is_one_line_and_nothing_is_written(run, folder, tmp_path, capsys):
     others = tmp_path / "photos"
     for name in [*WORDS[:9], "ten"]:
         (others / name).mkdir(parents=True)
@@ -265,11 +265,11 @@ def test_what_cannot_be_scored_is_said_in_a_sentence_and_nothing_is_written(run,
     for arguments, message in [
         (
             [f"--workdir={renamed}", f"--dataset=folder:{others}", "--split=train"],
-            "of 10 classes, with 'ten', which name none of the model's 10",
+            "the dataset has 10 classes, and the model has no class named 'ten', only 10 such as 'zero'",
         ),
-        (["--weights=gsam/Mixer-S_32"], "--weights=gsam/Mixer-S_32 come without a dataset"),
-        ([f"--workdir={run}", "--split=tset"], "Split 'tset' of dataset 'digits' cannot be read"),
-        ([f"--workdir={run}", "--batch_size=0"], "batch_size=0 leaves nothing to do"),
+        (["--weights=gsam/Mixer-S_32"], "gsam/Mixer-S_32 is not a run and has no dataset .*: give --dataset"),
+        ([f"--workdir={run}", "--split=tset"], "split 'tset' of dataset 'digits' cannot be read"),
+        ([f"--workdir={run}", "--batch_size=0"], "batch_size=0 must be at least 1"),
         ([f"--workdir={run}", f"--output={blocked}"], "cannot write to .*file"),
     ]:
         assert main([f"--output={tmp_path / 'out'}", *arguments]) == 2

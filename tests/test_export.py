@@ -1,4 +1,4 @@
-"""What is written is what was trained, comes back bit by bit, and predicts the same elsewhere."""
+"""Exported files hold the weights bit by bit, and predict the same in other programs."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from mlpmixer_flax.weights.files import open_weights
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run that keeps an average and whose best checkpoint is not its last."""
+    """Returns a short run that keeps an EMA and whose best checkpoint is not the last."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     values = {
         "model.hidden_dim": 16,
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("format", ["npz", "safetensors"])
 @pytest.mark.parametrize("checkpoint", [None, "last", "best", "ema"])
-def test_exported_weights_come_back_bit_by_bit(run, tmp_path, format, checkpoint, capsys):
+def test_exported_weights_are_loaded_bit_by_bit(run, tmp_path, format, checkpoint, capsys):
     file = tmp_path / "weights"
     chosen = [f"--checkpoint={checkpoint}"] if checkpoint else []
     assert main([f"--workdir={run}", f"--format={format}", f"--output={file}", *chosen]) == 0
@@ -67,17 +67,17 @@ def test_exported_weights_come_back_bit_by_bit(run, tmp_path, format, checkpoint
     assert ("GELUTanh" in out) == (format == "safetensors")
 
 
-def test_the_three_kinds_of_weights_differ(run):
+def test_the_three_kinds_of_weights_are_different(run):
     last, best, ema = (read_weights(run, which)[1]["stem"]["kernel"] for which in ("last", "best", "ema"))
     assert (last != ema).any() and (best != ema).any() and (best != last).any()
 
 
-def test_the_layouts_are_googles_and_timms(run, tmp_path):
+def test_the_layouts_are_those_of_google_and_timm(run, tmp_path):
     export(load_run(run), tmp_path / "w.npz", format="npz")
     export(load_run(run), tmp_path / "w.safetensors", format="safetensors")
     google, timm = np.load(tmp_path / "w.npz"), load_file(tmp_path / "w.safetensors")
     golden = Path(__file__).parent / "golden"
-    blocks = ("_2/", ".2.")  # the golden model has a block more
+    blocks = ("_2/", ".2.")  # the golden model has one block more
     assert set(google.files) == {n for n in np.load(golden / "google_tiny.npz").files if blocks[0] not in n}
     assert set(timm) == {n for n in load_file(golden / "timm_tiny.safetensors") if blocks[1] not in n}
     np.testing.assert_array_equal(
@@ -86,7 +86,7 @@ def test_the_layouts_are_googles_and_timms(run, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["npz", "safetensors"])
-def test_a_file_says_how_its_weights_were_trained(run, tmp_path, format):
+def test_a_file_has_metadata_about_its_training(run, tmp_path, format):
     file = tmp_path / "weights"
     export(load_run(run), file, format=format)
     metadata = open_weights(file).metadata
@@ -98,31 +98,36 @@ def test_a_file_says_how_its_weights_were_trained(run, tmp_path, format):
 
 
 @pytest.mark.parametrize(("source", "target"), [("npz", "safetensors"), ("safetensors", "npz")])
-def test_weights_of_a_file_go_into_the_other_format_and_keep_their_origin(run, tmp_path, source, target):
+def test_weights_of_a_file_are_converted_to_the_other_format_with_their_metadata(
+    run, tmp_path, source, target
+):
     first, second = tmp_path / "first", tmp_path / "second"
     export(load_run(run, "best"), first, format=source)
     assert main([f"--weights={first}", f"--format={target}", f"--output={second}"]) == 0
     before, after = load(str(first)), load(str(second))
     chex.assert_trees_all_equal(after.params, before.params)
-    assert after.model == before.model
+    assert after.module == before.module
     assert (after.preprocess, after.class_names) == (before.preprocess, before.class_names)
 
 
 @pytest.mark.parametrize("format", ["npz", "safetensors", "stablehlo"])
-def test_what_cannot_be_written_is_said_in_a_sentence(run, tmp_path, format):
+def test_a_file_that_cannot_be_written_is_an_error(run, tmp_path, format):
     with pytest.raises(UserError, match="cannot write .*folder"):
         export(load_run(run), tmp_path / "no" / "such" / "folder", format=format)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_said_in_a_sentence(run, tmp_path, capsys):
+def test_an_error_is_one_line_and_nothing_is_written(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
     output = ["--format=npz", f"--output={tmp_path}/w"]
     for arguments, message in (
-        ([f"--workdir={tmp_path}"], "holds no checkpoint: train first"),
-        ([f"--weights={run}", "--checkpoint=best"], "--checkpoint=best is for --workdir"),
+        ([f"--workdir={tmp_path}"], "has no checkpoint: train first"),
+        ([f"--weights={run}", "--checkpoint=best"], "--checkpoint=best is for --workdir only: leave it out"),
         ([f"--weights={tmp_path}/w"], "no weights"),
-        ([f"--workdir={run}", "--output=w.safetensors"], "is named as another format: choose --format=safe"),
+        (
+            [f"--workdir={run}", "--output=w.safetensors"],
+            "--output=w.safetensors has the suffix of another format: give --format=safetensors",
+        ),
     ):
         assert main([*output, *arguments]) == 2
         error = capsys.readouterr().err
@@ -158,7 +163,7 @@ assert not loaded & {"mlpmixer_flax", "flax", "optax", "orbax", "ml_collections"
 
 @pytest.fixture(scope="module")
 def stablehlo(run, tmp_path_factory):
-    """The best weights of the run, as the program writes them."""
+    """Returns the file that the program writes for the best weights of the run."""
     file = tmp_path_factory.mktemp("exported") / "b16.stablehlo"
     assert main([f"--workdir={run}", "--checkpoint=best", "--format=stablehlo", f"--output={file}"]) == 0
     return file
@@ -175,17 +180,17 @@ def test_the_five_lines_of_the_help_predict_the_same_in_a_process_without_our_pa
     done = subprocess.run(command, cwd=stablehlo.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    found, trained = np.load(tmp_path / "found.npz"), load_run(run, "best")
-    assert tuple(found["class_names"]) == trained.class_names
-    predict = jax.jit(partial(trained.probabilities, trained.params))
+    found, model = np.load(tmp_path / "found.npz"), load_run(run, "best")
+    assert tuple(found["class_names"]) == model.class_names
+    predict = jax.jit(partial(model.probabilities, model.params))
     for size, images in given.items():
         assert found[size].dtype == np.float32
         np.testing.assert_allclose(found[size], predict(images), atol=1e-6)
         np.testing.assert_allclose(found[size].sum(axis=1), 1, atol=1e-5)
-    assert np.ptp(found["8"], axis=0).max() > 0.01  # weights that say something
+    assert np.ptp(found["8"], axis=0).max() > 0.01  # the predictions differ between images
 
 
-def test_a_stablehlo_file_is_for_any_number_of_images_on_every_platform(stablehlo):
+def test_a_stablehlo_file_works_for_any_number_of_images_on_every_platform(stablehlo):
     exported = jax.export.deserialize(bytearray(stablehlo.read_bytes()))
     assert exported.platforms == PLATFORMS == ("cpu", "cuda", "tpu")
     (images,), (probabilities,) = exported.in_avals, exported.out_avals
@@ -195,7 +200,7 @@ def test_a_stablehlo_file_is_for_any_number_of_images_on_every_platform(stablehl
         exported.call(np.zeros((2, 8, 8, 1), np.float32))
 
 
-def test_beside_a_stablehlo_file_stands_what_a_photo_needs(run, stablehlo, tmp_path):
+def test_the_file_beside_stablehlo_says_how_to_prepare_a_photo(run, stablehlo, tmp_path):
     beside = json.loads(Path(f"{stablehlo}.json").read_text())
     config = load_run(run).config
     assert beside["preprocess"] == config["preprocess"] and beside["model"] == config["model"]
@@ -226,21 +231,21 @@ def test_beside_a_stablehlo_file_stands_what_a_photo_needs(run, stablehlo, tmp_p
 
 
 def test_an_image_is_cropped_once_and_a_sigmoid_head_gives_sigmoids(run, tmp_path):
-    """The function sees images after `read_square`, which has cropped them."""
-    trained = load_run(run)
+    """The function takes images from `read_square`, which has cropped them already."""
+    model = load_run(run)
     cropping = dataclasses.replace(
-        trained, loss="sigmoid", preprocess={**trained.preprocess, "crop_fraction": 0.5}
+        model, loss="sigmoid", preprocess={**model.preprocess, "crop_fraction": 0.5}
     )
     export(cropping, tmp_path / "m", format="stablehlo")
     exported = jax.export.deserialize(bytearray((tmp_path / "m").read_bytes()))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
-    sigmoid = dataclasses.replace(trained, loss="sigmoid")
-    whole = jax.jit(partial(sigmoid.probabilities, trained.params))
+    sigmoid = dataclasses.replace(model, loss="sigmoid")
+    whole = jax.jit(partial(sigmoid.probabilities, model.params))
     np.testing.assert_allclose(exported.call(images), whole(images), atol=1e-6)
     assert json.loads((tmp_path / "m.json").read_text())["preprocess"]["crop_fraction"] == 0.5
 
 
-def test_all_that_is_said_fits_80_columns(run, tmp_path, capsys, monkeypatch):
+def test_output_fits_80_columns(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     assert main([f"--workdir={run}", "--format=safetensors", "--output=w"]) == 0

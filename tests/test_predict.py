@@ -1,4 +1,4 @@
-"""From image files to the names of what is in them: which files, which numbers, in which form."""
+"""Predictions for image files: which files are read, which numbers come out, and how they are printed."""
 
 import contextlib
 import csv
@@ -41,14 +41,14 @@ PHOTO = Image.fromarray(np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A small Mixer that has learned something of the digits."""
+    """Returns a run that has learned the digits to some degree."""
     workdir = tmp_path_factory.mktemp("predict") / "run"
     values = {
         "model.hidden_dim": 32,
         "model.num_blocks": 1,
         "total_steps": 60,
         "eval_every_epochs": 0,
-        "augment.mixup_alpha": 0.0,  # or it compiles for seconds
+        "augment.mixup_alpha": 0.0,  # otherwise compiling takes seconds
         "optimizer.learning_rate": 0.01,
     }
     train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The test digits as PNG files: <label>/<number>.png."""
+    """Returns the folder of the test digits as PNG files: <label>/<number>.png."""
     folder = tmp_path_factory.mktemp("images") / "digits"
     examples = open_examples("digits", "test")
     for i, (image, label) in enumerate(zip(examples.images, examples.labels, strict=True)):
@@ -85,13 +85,13 @@ def run_program(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-# --- what is seen
+# --- predictions
 
 
-def test_predictions_of_files_score_as_the_run_did(run, digits, capsys):
+def test_predictions_of_files_have_the_scores_of_the_run(run, digits, capsys):
     assert main([f"--workdir={run}", "--csv", "--top=10", "--batch_size=50", str(digits)]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert len(rows) == 10 * 364  # 7 full batches and a part
+    assert len(rows) == 10 * 364  # 7 full batches and part of one
     right = [row for row in rows if row["class_name"] == Path(row["file"]).parent.name]
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert sum(row["rank"] == "1" for row in right) / 364 == pytest.approx(last["test/accuracy"], abs=1e-6)
@@ -100,8 +100,8 @@ def test_predictions_of_files_score_as_the_run_did(run, digits, capsys):
     assert loss == pytest.approx(last["test/loss"], rel=1e-4)
 
 
-def test_photos_are_seen_as_in_evaluation(run, tmp_path):
-    """Of any size and mode, cropped, in grey as the model takes them."""
+def test_photos_are_prepared_as_in_evaluation(run, tmp_path):
+    """Photos of any size and mode are cropped, and read in gray because the model needs it."""
     for i in range(10):
         photo = PHOTO.rotate(36 * i).resize((30 + 4 * i, 60 - 3 * i)).convert("RGBA" if i % 2 else "RGB")
         write(tmp_path, f"test/{i}/x.png", f"train/{i}/x.png", data=encode(photo))
@@ -109,33 +109,33 @@ def test_photos_are_seen_as_in_evaluation(run, tmp_path):
     changed["preprocess"] |= {"crop_fraction": 0.75, "interpolation": "bicubic"}
     other = with_class_names(run, tmp_path / "run", read_class_names(run))
     (other / "config.json").write_text(json.dumps(changed))
-    trained = load_run(other)
-    examples, classes = open_split(trained, f"folder:{tmp_path}", "test")
-    rows = score_images(trained, examples, classes=classes)
-    files = [tmp_path / file for file in examples.source.files]
-    predictions = list(predict(trained, files, batch_size=4))
-    assert [p.file for p in predictions] == [str(file) for file in files]
+    model = load_run(other)
+    examples, classes = open_split(model, f"folder:{tmp_path}", "test")
+    rows = score_images(model, examples, classes=classes)
+    files = [tmp_path / file for file in examples.files]
+    predictions = list(predict(model, files, batch_size=4))
+    assert [p.image for p in predictions] == [str(file) for file in files]
     assert [[score.label for score in p.top] for p in predictions] == rows["best"].tolist()
     found = [p.top[0].probability for p in predictions]
     np.testing.assert_allclose(found, rows["confidence"], rtol=1e-5)
     (whole,) = predict(load_run(run), files[:1])
-    assert whole.top[0].probability != pytest.approx(found[0], rel=1e-3)  # the crop counts
+    assert whole.top[0].probability != pytest.approx(found[0], rel=1e-3)  # the crop makes a difference
 
 
 def test_one_compilation_serves_all_batches(run, digits, caplog):
     files = find_files(str(digits))[:8]
-    trained = dataclasses.replace(load_run(run), class_names=(*"012345678", "n02123045"))
-    predictions = predict(trained, files, batch_size=3, top=99)
+    model = dataclasses.replace(load_run(run), class_names=(*"012345678", "n02123045"))
+    predictions = predict(model, files, batch_size=3, top=99)
     first = next(predictions)
     assert len(first.top) == 10 and sum(score.probability for score in first.top) == pytest.approx(1)
     assert {score.label: score.class_name for score in first.top}[9] == "tabby, tabby cat"  # in words
     with jax.log_compiles():
         rest = list(predictions)
-    assert [p.file for p in [first, *rest]] == files
+    assert [p.image for p in [first, *rest]] == files
     assert "ompil" not in caplog.text
 
 
-def test_published_weights_name_the_classes_of_imagenet(tmp_path, monkeypatch, capsys):
+def test_published_weights_have_the_class_names_of_imagenet(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     weights = PUBLISHED["gsam/Mixer-S_32"]
@@ -180,12 +180,14 @@ def test_folders_and_patterns_stand_for_their_images_in_order(tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_files("~/c/*.webp") == [str(tmp_path / "c/é.webp")]
     for nothing in ("absent.png", "*.gif", "c/d", ""):
-        with pytest.raises(UserError, match="no images|as a pattern matches none"):
+        with pytest.raises(
+            UserError, match="(has no images|no file matches it as a pattern): give another path"
+        ):
             find_files(nothing)
 
 
-def test_what_cannot_be_read_is_said_and_the_rest_goes_on(run, tmp_path):
-    """In a process of its own, with an exported file of weights and class names that aren't in ASCII."""
+def test_unusable_files_are_reported_and_the_others_are_predicted(run, tmp_path):
+    """Runs in another process, with an exported file of weights, and class names that are not ASCII."""
     names = [f"Ziffer {i} 数字" for i in range(10)]
     named = with_class_names(run, tmp_path / "run", names)
     weights, folder = tmp_path / "w.npz", tmp_path / "photos"
@@ -210,15 +212,15 @@ def test_what_cannot_be_read_is_said_and_the_rest_goes_on(run, tmp_path):
         for score, expected in zip(line["top"], prediction.top, strict=True):
             assert score["label"] == expected.label and score["class_name"] == names[expected.label]
             assert score["probability"] == pytest.approx(expected.probability, rel=1e-5)
-    said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 4 and all(str(file) in line for file, line in zip(bad, said, strict=True))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4 and all(str(file) in line for file, line in zip(bad, errors, strict=True))
     assert "Traceback" not in err
 
 
-# --- in which form
+# --- output formats
 
 
-def test_the_table_fits_80_columns_whatever_the_names(run, digits, tmp_path, capsys):
+def test_the_table_fits_80_columns_for_any_names(run, digits, tmp_path, capsys):
     for number, names in enumerate([["数字" * 30 + str(i) for i in range(10)], list("0123456789")]):
         named = with_class_names(run, tmp_path / f"run{number}", names)
         folder = tmp_path / f"{number}" / ("写真" * 20)
@@ -235,15 +237,15 @@ def test_the_table_fits_80_columns_whatever_the_names(run, digits, tmp_path, cap
     assert row[0] == str(folder / "bad\\udcff\n.png") and row[1:4] == ["1", row[2], row[2]]
 
 
-def test_a_terminal_is_left_without_a_bar(run, digits):
-    """It shares the terminal with what is printed."""
+def test_no_progress_bar_is_left_in_a_terminal(run, digits):
+    """The bar shares the terminal with the predictions."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (50, 80))
     command = [sys.executable, "-m", "mlpmixer_flax.predict", f"--workdir={run}", "--top=1", digits / "0"]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
         while part := os.read(ours, 4096):
             shown += part
     os.close(ours)
@@ -252,7 +254,7 @@ def test_a_terminal_is_left_without_a_bar(run, digits):
     lines = []
     for line in shown.decode().split("\r\n"):
         seen = ""
-        for part in line.split("\r"):  # each from the left, over what is there
+        for part in line.split("\r"):  # each overwrites the line from the left
             seen = part + seen[len(part) :]
         lines.append(seen.rstrip())
     head, *rows, last = lines
@@ -262,7 +264,7 @@ def test_a_terminal_is_left_without_a_bar(run, digits):
     assert not any("predicting" in row for row in rows)
 
 
-def test_a_reader_may_stop_early(run, digits):
+def test_the_reader_of_the_output_may_stop_early(run, digits):
     with run_program(f"--workdir={run}", "--batch_size=2", digits) as process:
         assert process.stdout.readline().split() == ["file", "%", "class"]
         process.stdout.close()
@@ -273,15 +275,18 @@ def test_a_reader_may_stop_early(run, digits):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workdir={run}", "--top=0", "{photo}"], "top=0 leaves nothing"),
-        (["--workdir={run}", "{photo}", "--batch_size=0"], "batch_size=0 leaves nothing"),
-        (["--workdir={run}", "absent.png"], "'absent.png' is no file"),
+        (["--workdir={run}", "--top=0", "{photo}"], "top=0 must be at least 1"),
+        (["--workdir={run}", "{photo}", "--batch_size=0"], "batch_size=0 must be at least 1"),
+        (
+            ["--workdir={run}", "absent.png"],
+            "'absent.png' does not exist, and no file matches it as a pattern: give another path",
+        ),
         (["--workdir={run}", "{notes}"], "notes.txt' cannot be used"),
         (["--workdir=nowhere", "{photo}"], "no run in nowhere"),
         (["--weights=nothing", "{photo}"], "no weights 'nothing'"),
     ],
 )
-def test_where_nothing_can_be_done_a_sentence_says_why(run, tmp_path, arguments, message, capsys):
+def test_an_error_is_one_line(run, tmp_path, arguments, message, capsys):
     places = {"run": run, "photo": write(tmp_path, "x.png") + "/x.png", "notes": tmp_path / "notes.txt"}
     write(tmp_path, "notes.txt", data=b"no image")
     assert main([argument.format(**places) for argument in arguments]) == 2

@@ -1,4 +1,4 @@
-"""The table of a model: the paper's numbers, sums that add up, and the program that prints it."""
+"""The table of a model: numbers of the paper, correct sums, and the program that prints it."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ B16 = 59_880_472  # parameters with 1000 classes
 
 
 def table(model, image_shape, **optimizer):
-    """The lines, and the shapes of the parameters."""
+    """Returns the lines of the table, and the shapes of the parameters."""
     base = get_config()
     base.optimizer.update(optimizer)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
@@ -50,7 +50,7 @@ def published(name):
 
 
 def numbers(lines, column):
-    """Module -> output, parameters or MACs; a part's name is behind that of its module."""
+    """Returns a column of the table by module name; a part is named MODULE/PART."""
     found, outer = {}, None
     for line in lines[1:-2]:
         name, *values = re.split(r"\s{2,}", line.strip())
@@ -61,7 +61,7 @@ def numbers(lines, column):
 
 
 def total(lines, column):
-    """The sum over the column's modules, with the blocks that one line stands for."""
+    """Returns the sum of a column over all modules; a line "11 more, each" counts 11 times."""
     found = {name: value for name, value in numbers(lines, column).items() if "/" not in name}
     return sum(
         value * int(name.split()[0]) if name.endswith("more, each") else value
@@ -70,12 +70,12 @@ def total(lines, column):
 
 
 @pytest.mark.parametrize(
-    ("name", "gmacs"),  # timm's, results/benchmark-infer-amp-nchw-pt110-cu113-rtx3090.csv
+    ("name", "gmacs"),  # from timm, results/benchmark-infer-amp-nchw-pt110-cu113-rtx3090.csv
     [("s32", 1.0), ("s16", 3.79), ("b32", 3.24), ("b16", 12.62), ("l32", 11.27), ("l16", 44.6)],
 )
-def test_macs_equal_timms_which_add_five_per_element_of_layer_norm(name, gmacs):
+def test_macs_equal_those_of_timm_which_add_five_per_element_of_layer_norm(name, gmacs):
     lines = published(name)
-    # timm's counter, fvcore, takes an affine LayerNorm for 5 operations an element; ours leaves it out.
+    # The counter that timm uses, fvcore, counts 5 operations per element of an affine LayerNorm; ours counts none.
     num_blocks = getattr(config, f"mixer_{name}_config")["num_blocks"]
     elements = math.prod(map(int, numbers(lines, "output")["pre_head_layer_norm"].split("x")))
     norms = 5 * (2 * num_blocks + 1) * elements
@@ -83,7 +83,7 @@ def test_macs_equal_timms_which_add_five_per_element_of_layer_norm(name, gmacs):
 
 
 @pytest.mark.parametrize("name", ["s32", "b16", "l16", "h14"])
-def test_macs_said_are_the_sum_of_the_table_and_of_the_formula(name):
+def test_total_macs_equal_the_sum_of_the_table_and_the_formula(name):
     lines = published(name)
     size = getattr(config, f"mixer_{name}_config")
     (patch, _), hidden, blocks = size["patches"]["size"], size["hidden_dim"], size["num_blocks"]
@@ -92,7 +92,7 @@ def test_macs_said_are_the_sum_of_the_table_and_of_the_formula(name):
     macs = tokens * patch**2 * 3 * hidden + blocks * in_block + hidden * 1000
     assert total(lines, "MACs") == macs
     assert lines[-1] == f"{macs / 1e9:.3g} GMACs per image of 224x224x3"
-    if name == "h14":  # which timm has not
+    if name == "h14":  # timm has no H/14
         assert f"{macs / 1e9:.1f}" == "121.0"
 
 
@@ -100,7 +100,7 @@ def test_b16_has_the_published_parameters_and_fits_80_columns():
     lines = published("b16")
     mib = 4 * B16 / 2**20
     assert lines[-2] == (
-        # Adam's two moments, and two counters of 4 bytes
+        # Adam has two moments, and two counters of 4 bytes
         f"total: 59,880,472 parameters ({mib:.1f} MiB), optimizer state {2 * mib:.1f} MiB,"
     )
     assert total(lines, "parameters") == B16
@@ -156,7 +156,7 @@ def test_every_line_equals_the_formula(num_blocks, num_classes):
     assert lines[-1] == f"{total(lines, 'MACs') / 1e9:.3g} GMACs per image of 16x12x3"
 
 
-def test_dropout_depth_remat_and_precision_change_no_line():
+def test_dropout_stochastic_depth_remat_and_dtype_change_no_line():
     make = partial(MlpMixer, num_classes=5, **TINY)
     plain, _ = table(make(), (8, 8, 3))
     loaded, _ = table(
@@ -189,11 +189,11 @@ SMALL = ["--config.model.num_blocks=2", "--config.model.hidden_dim=16", "--confi
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two steps, and what it printed."""
-    workdir, said = tmp_path_factory.mktemp("runs") / "run", io.StringIO()
-    with contextlib.redirect_stdout(said):
+    """Returns a run of two steps, and what it printed."""
+    workdir, output = tmp_path_factory.mktemp("runs") / "run", io.StringIO()
+    with contextlib.redirect_stdout(output):
         train(load_config("digits.py", [*SMALL, "--config.total_steps=2"]), workdir)
-    return workdir, said.getvalue()
+    return workdir, output.getvalue()
 
 
 def printed(capsys, *arguments):
@@ -201,19 +201,19 @@ def printed(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_a_run_begins_with_the_table_of_its_config_and_keeps_it(run, capsys):
-    workdir, said = run
+def test_a_run_prints_the_table_of_its_config_and_has_the_same_table_later(run, capsys):
+    workdir, output = run
     of_config = printed(capsys, "--config=digits.py", *SMALL)
-    assert said.startswith(of_config)
+    assert output.startswith(of_config)
     assert printed(capsys, f"--workdir={workdir}") == of_config
 
 
-def test_weights_have_the_table_of_their_run_without_an_optimizer(run, tmp_path, capsys):
-    workdir, said = run
+def test_weights_have_the_table_of_their_run_without_the_optimizer(run, tmp_path, capsys):
+    workdir, output = run
     write_npz(tmp_path / "weights.npz", read_weights(workdir)[1], metadata={})
     of_file = printed(capsys, f"--weights={tmp_path}/weights.npz")
     assert of_file == printed(capsys, f"--weights={workdir}")
-    assert said.startswith(of_file.replace("MiB),", "MiB), optimizer state 0.1 MiB,"))
+    assert output.startswith(of_file.replace("MiB),", "MiB), optimizer state 0.1 MiB,"))
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def test_published_weights_are_summarized_without_a_download(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_needs_no_data_where_the_number_of_classes_is_given(capsys):
+def test_a_config_needs_no_dataset_if_the_number_of_classes_is_given(capsys):
     arguments = ["--config=b16_imagenet21k.py", "--config.data_dir=nowhere"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: Dataset 'imagenet21k' is") and "give --num_classes" in error
+    assert error.startswith("error: dataset 'imagenet21k' is") and "give --num_classes" in error
     out = printed(capsys, *arguments, "--num_classes=21843")
     assert f"total: {B16 + 20_843 * 769:,} parameters" in out
 
@@ -244,22 +244,22 @@ def test_a_config_needs_no_data_where_the_number_of_classes_is_given(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=digits.py", "--num_classes=0"], "error: num_classes=0 leaves nothing"),
+        (["--config=digits.py", "--num_classes=0"], "error: num_classes=0 must be at least 1"),
         (["--config=digits.py", "--config.model.hiden_dim=8"], "error: the config has no key"),
         (["--weights=imagenet1k/Mixer-B_17"], "error: no weights 'imagenet1k/Mixer-B_17'"),
         (["--workdir=nowhere"], "error: no run in nowhere"),
     ],
 )
-def test_what_cannot_be_summarized_is_said_in_a_sentence(arguments, message, capsys):
+def test_an_error_is_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("extra", ["--config.model.num_blocks=2", "--num_classes=5"])
-def test_knobs_of_a_config_are_refused_for_weights(extra, capsys):
+def test_options_for_configs_are_refused_for_weights(extra, capsys):
     assert main(["--weights=imagenet1k/Mixer-B_16", extra]) == 2
-    assert capsys.readouterr().err == f"error: {extra} cannot be used without --config: leave it out\n"
+    assert capsys.readouterr().err == f"error: {extra} is for --config only: leave it out\n"
 
 
 def test_the_program_starts_and_its_help_fits_80_columns(monkeypatch):

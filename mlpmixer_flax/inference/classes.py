@@ -15,13 +15,13 @@ IMAGENET21K_NAMES = "https://storage.googleapis.com/bit_models/imagenet21k_wordn
 
 
 def in_words(class_names: Sequence[str]) -> list[str]:
-    """Returns the class names; a WordNet number of ImageNet-1k, such as "n01440764", is replaced by its words."""
+    """Returns class names with WordNet numbers of ImageNet-1k, such as "n01440764", replaced by words."""
     words = dict(_imagenet1k())
     return [words.get(name, name) for name in class_names]
 
 
 def _imagenet1k() -> list[tuple[str, str]]:
-    """Returns (WordNet number, words) per class, in the order of a model's outputs; no two classes have the same words."""
+    """Returns (WordNet number, words) per class, in the order of a model's outputs; no words occur twice."""
     lines = (Path(__file__).parent / "imagenet1k.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
     times = Counter(words for _, words in rows)  # a crane is a bird and a machine
@@ -57,9 +57,9 @@ def imagenet_names(num_classes: int) -> list[str]:
 def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool = True) -> np.ndarray:
     """Returns the model's class for each class of a dataset: int32 (classes of the dataset,).
 
-    Classes are matched by name; the dataset may have only some of the model's classes. If the class names of the
-    dataset or the model are only "0", "1", ..., and both have the same number of classes, classes are matched by
-    number, and a note is printed. In a folder of images, such numbers mean nothing: give `numbered=False`.
+    Classes are matched by name; the dataset may have only some of the model's classes. If the class names of
+    the dataset or the model are only "0", "1", ..., and both have the same number of classes, classes are
+    matched by number, and a note is printed. For a folder, whose numbers mean nothing, give `numbered=False`.
 
     Raises:
       UserError: the dataset has a class that the model does not have.

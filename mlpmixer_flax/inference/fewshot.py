@@ -15,7 +15,7 @@ from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, iterat
 from mlpmixer_flax.inference.forward import concatenate, forward, on_all_devices, rows_per_batch
 from mlpmixer_flax.inference.model import Model
 
-# The strength that big_vision reports (`configs/common_fewshot.py`). Fixed, so that test labels do not choose it.
+# big_vision reports this strength (`configs/common_fewshot.py`). It is fixed, so test labels do not choose it.
 HEADLINE_L2 = 2.0**10
 _BIAS = 100.0  # so large that its weight is small and hardly regularized; as in big_vision
 
@@ -64,11 +64,11 @@ def few_shot(
 ) -> dict[str, Any]:
     """Returns the test accuracy of ridge regression from `shots` images per class, with a new draw per seed.
 
-    Features are pooled features, float (n, hidden_dim); labels are int (n,). Each feature is whitened with its
-    mean and standard deviation over the images drawn. Targets are 1 for the class of an image and -1 for others.
+    Features are pooled features, float (n, hidden_dim); labels are int (n,). Each feature is whitened with
+    its mean and deviation over the images drawn. Targets are 1 for the class of an image and -1 for others.
 
     Returns:
-      A dict: `accuracy`, the mean over the seeds at HEADLINE_L2; `accuracy_by_seed`, the accuracy of each seed;
+      A dict: `accuracy`, the mean over the seeds at HEADLINE_L2; `accuracy_by_seed`, one value per seed;
       `l2`, HEADLINE_L2; and `accuracy_by_l2`, the means at HEADLINE_L2 and at every strength of the argument
       `l2`, which must be above 0. The best of these is chosen on the test set, so it is optimistic.
 

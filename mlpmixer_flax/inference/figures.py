@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH_INCHES, _DOTS_PER_INCH = 8, 150  # 1200 px
-# Matplotlib's own font has Latin, Greek, Cyrillic and Arabic. These are Noto's fonts, and fonts that come with
-# operating systems.
+# Matplotlib's own font has Latin, Greek, Cyrillic and Arabic. These are Noto's fonts, and fonts that come
+# with operating systems.
 _FONTS_OF_MORE_SCRIPTS = (
     "Noto Sans CJK JP,Noto Sans JP,Noto Sans SC,Noto Sans KR,Noto Sans Devanagari,Noto Sans Thai,Noto Sans Bengali,"
     "Noto Sans Tamil,Hiragino Sans,Apple SD Gothic Neo,Arial Unicode MS,Microsoft YaHei,Malgun Gothic,Nirmala UI,"
@@ -48,8 +48,8 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)
     if any("missing from font" in str(warning.message) for warning in caught):
         print(
-            f"{path.name}: a character that no installed font has is drawn as a box; install a Noto font for its "
-            "script"
+            f"{path.name}: a character that no installed font has is drawn as a box; install a Noto font for "
+            "its script"
         )
 
 
@@ -92,7 +92,7 @@ def compare(runs: Mapping[str, Sequence[Mapping[str, float]]], *, title: str) ->
 
 
 def _over_steps(panels: Mapping[str, Mapping[str, list]], title: str) -> "Figure":
-    """Draws panels: label of the axes -> name of a line -> its points (step, value); lines without points are left out."""
+    """Draws one panel per label: name of a line -> its points (step, value). Empty lines are left out."""
     figure = new_figure(0.6 + 2.2 * len(panels), title)
     grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (label, lines) in zip(grid, panels.items(), strict=True):
@@ -103,17 +103,18 @@ def _over_steps(panels: Mapping[str, Mapping[str, list]], title: str) -> "Figure
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    axes.set_xlabel("step")
-    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    lowest = grid[-1]
+    lowest.set_xlabel("step")
+    lowest.locator_params(axis="x", integer=True, min_n_ticks=1)
+    lowest.xaxis.set_major_formatter("{x:,.0f}")
     return figure
 
 
 def confusion(counts: Sequence[tuple[int, int, int]], class_names: Sequence[str]) -> "Figure":
     """Draws the confusion matrix; the colour of a cell is its fraction of the images of the true class.
 
-    Up to 20 classes, counts are written into the cells. Up to 50 classes, the axes show class names, else class
-    numbers. With more than 1,000 classes, neighbouring classes share a cell.
+    Up to 20 classes, counts are written into the cells. Up to 50 classes, the axes show class names, else
+    class numbers. With more than 1,000 classes, neighbouring classes share a cell.
 
     Args:
       counts: (true class, predicted class, number of images), as `scores.confusions` returns.
@@ -162,7 +163,7 @@ def mistakes(
       images: only mistakes, in any order: uint8 (h, w, c) with 1, 3 or 4 channels, of any sizes.
       true_names, predicted_names, probabilities: one per image.
     """
-    order = np.argsort(probabilities, kind="stable")[::-1][:30]
+    order: list[int] = np.argsort(probabilities, kind="stable")[::-1][:30].tolist()
     rows = max(-(-len(order) // 6), 1)
     title = "No mistakes"
     if len(order):

@@ -25,9 +25,9 @@ def on_all_devices(function: RowFunction) -> RowFunction:
 
 
 def forward(function: RowFunction, params: Params, batches: Iterable[Batch]) -> Iterator[Rows]:
-    """Yields the results for each batch, without the rows of padding, while the devices work on the next batch.
+    """Yields the results of each batch, without rows of padding, while the devices work on the next batch.
 
-    `function` comes from `on_all_devices`. All batches must have the number of rows that `rows_per_batch` returns.
+    `function` comes from `on_all_devices`, and the number of rows of all batches from `rows_per_batch`.
     """
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))

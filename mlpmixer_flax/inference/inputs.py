@@ -17,9 +17,9 @@ from mlpmixer_flax.inference.forward import rows_per_batch
 class ImageBatches:
     """Batches of square images as a model gets them at test time; iterate over it once.
 
-    All batches have the same shape, so one compilation serves them. Threads read the next batch while the caller
-    works on this one. An image that cannot be used is black in its batch, and `flaws` says why when the batch is
-    yielded.
+    All batches have the same shape, so one compilation serves them. Threads read the next batch while the
+    caller works on this one. An image that cannot be used is black in its batch, and `flaws` says why when
+    the batch is yielded.
 
     Raises:
       UserError: `images` is a single image.

@@ -25,8 +25,8 @@ def load(source: str | Path, *, checkpoint: str | None = None) -> Model:
         model.predict(["cat.jpg"])
 
     Args:
-      source: a published name (`python -m mlpmixer_flax.pretrained` lists them), an npz or safetensors file, the
-        URL of one, "hf-hub:OWNER/NAME", or a run directory.
+      source: a published name (`python -m mlpmixer_flax.pretrained` lists them), an npz or safetensors file,
+        the URL of one, "hf-hub:OWNER/NAME", or a run directory.
       checkpoint: for a run directory: "last", "best" or "ema". None: the weights that the run's last test
         accuracy belongs to, which is "ema" if the run keeps an EMA, else "last".
 
@@ -82,7 +82,7 @@ def _load_weights(source: str) -> Model:
 
 
 def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, int]]:
-    """Returns the Linen module of weights, and the (height, width, channels) of its images; sizes are read from shapes.
+    """Returns the Linen module of weights and the (height, width, channels) of its images, from array shapes.
 
     Raises:
       UserError: the weights have no head, or are not those of a Mixer; the message contains `name`.

@@ -1,11 +1,12 @@
-"""A trained model: a Linen module with weights, class names and preprocessing, and what it says about images."""
+"""A trained model: a Linen module with weights, class names and preprocessing; it predicts images."""
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mlpmixer_flax import UserError
@@ -45,11 +46,11 @@ class Model:
 
     name: str  # as the user gave it
     module: MlpMixer  # for your own JAX code: module.apply({"params": params}, images)
-    params: Params  # a tree of float32 numpy arrays
+    params: Params = dataclasses.field(repr=False)  # a tree of float32 numpy arrays
     preprocess: Mapping[str, Any]  # config.preprocess: image_size_px, crop_fraction, interpolation, mean, std
-    class_names: tuple[str, ...]  # in the order of the head's outputs; "0", "1", ... if unknown
+    class_names: tuple[str, ...] = dataclasses.field(repr=False)  # by output of the head; "0", ... if unknown
     loss: str  # that the model was trained with, a key of LOSSES
-    config: Mapping[str, Any]  # of the run, as plain data; {} for weights
+    config: Mapping[str, Any] = dataclasses.field(repr=False)  # of the run, as plain data; {} for weights
     step: int | None = None  # of the run's checkpoint; None for weights
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -68,9 +69,9 @@ class Model:
                 print(prediction.top[0].class_name, prediction.top[0].probability)
 
         Args:
-          images: files, the bytes of files, Pillow images, or uint8 arrays (h, w) or (h, w, c); also one array
-            (n, h, w, c). They may have any size and mode, and are cropped and resized as in evaluation, except
-            that evaluation enlarges a dataset of small images on the device, and here Pillow does it, with rounding.
+          images: files, the bytes of files, Pillow images, or uint8 arrays (h, w) or (h, w, c); also one
+            array (n, h, w, c). They may have any size and mode, and are cropped and resized as in evaluation;
+            but for datasets of small images, evaluation resizes on the device, without rounding to uint8.
           top: how many classes to return; all if the model has fewer.
           batch_size: images per forward pass.
 
@@ -85,7 +86,7 @@ class Model:
         return predictions
 
     def predict_each(self, images: Images, *, top: int = 5, batch_size: int = 32) -> Iterator[Prediction]:
-        """Yields predictions as soon as they are known; an image that cannot be used has a `flaw` instead of classes.
+        """Yields predictions one after another, with a `flaw` and no classes for an image that cannot be used.
 
         Arguments and other errors are those of `predict`.
         """
@@ -96,7 +97,8 @@ class Model:
 
         def most_probable(params, batch):
             probabilities = self.probabilities(params, batch["image"], cropped=True)
-            return dict(zip(("probabilities", "labels"), jax.lax.top_k(probabilities, count), strict=True))
+            probabilities, labels = jax.lax.top_k(probabilities, count)
+            return {"labels": labels, "probabilities": probabilities}
 
         results = forward(self._compile(("top", count), most_probable), self.params, batches)
         rows = (zip(part["labels"].tolist(), part["probabilities"].tolist(), strict=True) for part in results)
@@ -110,13 +112,13 @@ class Model:
 
         Args:
           images: as for `predict`, at least one.
-          layer: "pooled": the input of the head (pre-logits), (n, hidden_dim). "tokens": the final tokens, after
-            the last LayerNorm, whose mean is "pooled": (n, tokens, hidden_dim). A number from 0: the output of that
-            Mixer block, (n, tokens, hidden_dim). Tokens are in raster order.
+          layer: "pooled": the input of the head (pre-logits), (n, hidden_dim). "tokens": the final tokens,
+            after the last LayerNorm, whose mean is "pooled": (n, tokens, hidden_dim). A number from 0: the
+            output of that Mixer block, (n, tokens, hidden_dim). Tokens are in raster order.
           batch_size: images per forward pass.
 
         Raises:
-          UserError: there is no image, an image cannot be used, the layer does not exist, or `batch_size` is below 1.
+          UserError: as `predict`; or there is no image, or the layer does not exist.
         """
         check_positive(batch_size=batch_size)
         function = self._compile(("features", layer), self.features_of(layer, cropped=True))
@@ -154,11 +156,10 @@ class Model:
     def logits(self, params: Params, images: jax.Array, *, cropped: bool = False) -> jax.Array:
         """Returns float32 logits (n, classes) of uint8 images (n, h, w, c), prepared as in evaluation.
 
-        Images of any one size are resized. `cropped` is that of `Examples`: the images are square crops already.
+        The images are cropped and resized; with `cropped`, as in `Examples`, they are square crops already.
         """
-        return self.module.apply(
-            {"params": params}, augment.prepare(images, cropped=cropped, **self.preprocess)
-        )
+        prepared = augment.prepare(images, cropped=cropped, **self.preprocess)
+        return cast(jax.Array, self.module.apply({"params": params}, prepared))
 
     def probabilities(self, params: Params, images: jax.Array, *, cropped: bool = False) -> jax.Array:
         """Returns float32 probabilities (n, classes); the arguments are those of `logits`."""
@@ -179,7 +180,7 @@ class Model:
                 f"layer={layer!r} does not exist: choose 'pooled', 'tokens' or a block from 0 to {len(blocks) - 1}"
             )
         name = names[layer]
-        module = self.module.clone(num_classes=0, remat=False)
+        module = self.module.clone(num_classes=0)
 
         def features(params, batch):
             pooled, state = module.apply(
@@ -189,7 +190,7 @@ class Model:
                 mutable=["intermediates"],
             )
             found = state["intermediates"][name]["__call__"][0] if name else pooled
-            return {"features": found.astype("float32")}
+            return {"features": jnp.asarray(found, jnp.float32)}
 
         return features
 

@@ -1,7 +1,8 @@
 """Scores a split: predicts the classes of each image, and measures over all images.
 
-`rows` is a dict of arrays with one row per image: `label` int (n,); `best` int (n, up to 5), the most probable
-classes, the most probable first; `confidence` float (n,), the probability of the first; and `loss` float (n,).
+`rows` is a dict of arrays with one row per image: `label` int (n,); `best` int (n, up to 5), the most
+probable classes, the most probable first; `confidence` float (n,), the probability of the first; and `loss`
+float (n,).
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from mlpmixer_flax.training.losses import LOSSES
 def open_split(
     model: Model, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
 ) -> tuple[Examples, np.ndarray]:
-    """Opens a split for `score_images`; also returns the model's class for each class of the dataset, int32 (classes,).
+    """Returns a split for `score_images`, and the model's class for each class of the dataset: int32 (classes,).
 
     Raises:
       UserError: as `Model.open` and `match_classes`.
@@ -69,12 +70,13 @@ def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch
 def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns all wrong predictions, the most confident first; `file` is None if the dataset is not a folder."""
     files = examples.files
+    true, predicted = rows["label"].tolist(), rows["best"][:, 0].tolist()
     return [
         {
             "image": i,
             "file": files and files[i],
-            "is": names[rows["label"][i]],
-            "said": names[rows["best"][i, 0]],
+            "is": names[true[i]],
+            "said": names[predicted[i]],
             "confidence": float(rows["confidence"][i]),
         }
         for i in confident_mistakes(rows, len(examples)).tolist()
@@ -99,7 +101,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 
 def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns, per bin of confidence, the number of images, the sum of confidences and the number of correct images.
+    """Returns, per bin of confidence, the number of images, the sum of confidences, and how many are correct.
 
     The 15 bins are (0, 1/15] to (14/15, 1].
     """
@@ -114,7 +116,7 @@ def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.nda
 
 
 def confusions(rows: Rows) -> list[tuple[int, int, int]]:
-    """Returns (true class, predicted class, number of images) of all pairs of classes that occur, most images first."""
+    """Returns (true class, predicted class, number of images) of all pairs that occur, most images first."""
     pairs, counts = np.unique(np.stack([rows["label"], rows["best"][:, 0]]), axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return list(zip(*pairs[:, order].tolist(), counts[order].tolist(), strict=True))

@@ -1,7 +1,7 @@
 """Shuffles images, in the same random order for every image, and weights to match (paper, §3.4).
 
-A Mixer learns as well from images with shuffled patches, and shuffled pixels inside each patch, as from the original
-images; but not from pixels shuffled over the whole image. The functions take and return NumPy or JAX arrays.
+A Mixer learns as well from images with shuffled patches, and shuffled pixels inside each patch, as from the
+original images; but not if all pixels are shuffled. The functions take and return NumPy or JAX arrays.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from mlpmixer_flax.training.setup import Setup
 
 
 def shuffle_patches(images: Any, *, patch_px: tuple[int, int], seed: int) -> Any:
-    """Returns images (n, h, w, c) with patches in a random order, and pixels in another one, the same in each patch.
+    """Returns images (n, h, w, c) with patches in a random order, and the pixels of each patch in another one.
 
     Raises:
       UserError: patches of `patch_px` (height, width) do not divide the image.
@@ -89,7 +89,7 @@ def seeing(function: Callable, shuffle: Callable[[Any], Any]) -> Callable:
 
 
 def symmetry(model: Model, *, seed: int = 0) -> tuple[float, float]:
-    """Returns the largest logit, and how much logits change at most if patches and weights are shuffled in the same way.
+    """Returns (largest logit, largest change of a logit) if patches and weights are shuffled in the same way.
 
     The images are random.
     """

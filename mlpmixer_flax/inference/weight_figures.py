@@ -17,8 +17,8 @@ _TINY = np.finfo(np.float64).tiny  # in a divisor, so that zeros stay zeros
 def token_mixing(kernel: np.ndarray, *, grid: tuple[int, int], title: str) -> "Figure":
     """Draws the hidden units of a token-mixing MLP in pairs with opposite weights (paper, Figure 5).
 
-    A unit is drawn as a map of its weights. Pairs are ordered from low to high spatial frequency; of more than 96
-    pairs, 96 are drawn, evenly spaced in this order.
+    A unit is drawn as a map of its weights. Pairs are ordered from low to high spatial frequency; of more
+    than 96 pairs, 96 are drawn, evenly spaced in this order.
 
     Args:
       kernel: float (tokens, units), the kernel of the MLP's first layer.
@@ -54,8 +54,8 @@ def token_mixing(kernel: np.ndarray, *, grid: tuple[int, int], title: str) -> "F
 def stem(kernel: np.ndarray, *, title: str) -> "Figure":
     """Draws the kernels of the patch embedding as small images.
 
-    Each kernel is scaled to its own range around 0, which is drawn as gray. Kernels are ordered from low to high
-    spatial frequency; of more than 256 kernels, 256 are drawn, evenly spaced in this order.
+    Each kernel is scaled to its own range around 0, which is drawn as gray. Kernels are ordered from low to
+    high spatial frequency; of more than 256 kernels, 256 are drawn, evenly spaced in this order.
 
     Args:
       kernel: float (h, w, channels, hidden_dim), for 1, 3 or 4 channels; the fourth, alpha, is not drawn.

@@ -50,7 +50,7 @@ _MIIL = {"gelu": "erf", "mean": (0.0,), "std": (1.0,)}
 # These are Google's own weights in timm's layout. They were trained with tanh GELU, so it stays tanh.
 _GOOG = {"interpolation": "bicubic"}
 _FROM_SCRATCH = (
-    "trained on ImageNet-1k only, despite its name (timm pull request 651); accuracy with erf GELU"
+    "trained on ImageNet-1k only, despite the name (timm pull request 651); accuracy with erf GELU"
 )
 
 _ROWS = [

@@ -1,4 +1,4 @@
-"""Finds weights by name and loads them: published names, files, URLs, the Hugging Face hub, run directories."""
+"""Finds and loads weights by name: published names, files, URLs, the Hugging Face hub, run directories."""
 
 import difflib
 import json
@@ -31,7 +31,7 @@ ASSUMED = {
 
 
 def describe(source: str) -> Mapping[str, Any]:
-    """Returns how weights were trained: `model` and `preprocess` as in a run's config, and `class_names` if known.
+    """Returns how weights were trained: `model` and `preprocess` as in a run's config, `class_names` if known.
 
     Downloads nothing for a published name.
 
@@ -57,17 +57,17 @@ def load(
         params = pretrained.load("imagenet21k/Mixer-B_16", like=params)
 
     Args:
-      source: a published name, file, URL, "hf-hub:OWNER/NAME" or run directory, as `pretrained --help` explains.
+      source: a published name, file, URL, "hf-hub:OWNER/NAME" or run directory; see `pretrained --help`.
       like: the model's parameters, arrays or jax.ShapeDtypeStruct; a new head is copied from it.
-      grid: (rows, columns) of the model's tokens; None = square. If the weights have another grid, token mixing
-        is changed exactly (paper, Appendix C) or resampled: see `adapt.adapt`.
+      grid: (rows, columns) of the model's tokens; None = square. If the weights have another grid, token
+        mixing is changed exactly (paper, Appendix C) or resampled: see `adapt.adapt`.
       head: "keep", "reset", or "auto": keep the head if it has the same number of classes, and the same class
         names if both are known.
       class_names: of the model, if known.
 
     Raises:
-      UserError: the weights cannot be found, downloaded or read, or do not fit the model; the message lists all
-        reasons why they do not fit.
+      UserError: the weights cannot be found, downloaded or read, or do not fit the model; the message lists
+        all reasons why they do not fit.
     """
     weights = find(source)
     theirs = weights.metadata.get("class_names")
@@ -146,7 +146,7 @@ def _check_origin(name: str, metadata: Mapping[str, Any]) -> None:
 
 def _open_run(workdir: Path) -> Weights:
     run = open_run(workdir)
-    flat = flatten_dict(run.params, sep="/")
+    flat: dict[str, Any] = flatten_dict(run.params, sep="/")
     return Weights(
         name=str(workdir),
         shapes={name: array.shape for name, array in flat.items()},

@@ -1,4 +1,4 @@
-"""Few-shot evaluation: against scikit-learn's ridge regression, and on features of known worth."""
+"""Few-shot evaluation: compared with scikit-learn's ridge regression, and on features whose accuracy is known."""
 
 import json
 
@@ -12,7 +12,7 @@ from mlpmixer_flax.inference.fewshot import HEADLINE_L2, few_shot, ridge
 
 
 def clusters(images_per_class, *, num_classes=4, dim=12, spread=0.1, seed=0):
-    """Features around one random centre a class, the same centres for every seed."""
+    """Returns features around one random centre per class, and labels; the centres are the same for every seed."""
     centres = np.random.default_rng(99).normal(size=(num_classes, dim))
     labels = np.repeat(np.arange(num_classes), images_per_class)
     noise = np.random.default_rng(seed).normal(size=(len(labels), dim))
@@ -20,17 +20,17 @@ def clusters(images_per_class, *, num_classes=4, dim=12, spread=0.1, seed=0):
 
 
 @pytest.mark.parametrize(("n", "d"), [(40, 7), (7, 40), (20, 20)])
-def test_weights_are_scikit_learns_at_every_strength(n, d):
+def test_weights_equal_those_of_scikit_learn_at_every_strength(n, d):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(n, d)), rng.normal(size=(n, 3))
-    x[:, -1] = 100  # as the bias is
+    x[:, -1] = 100  # as the bias
     strengths = [2.0**-10, 1.0, 2.0**10, 2.0**20]
     for strength, weights in zip(strengths, ridge(x, y, l2=strengths), strict=True):
         expected = Ridge(alpha=strength, fit_intercept=False, solver="cholesky").fit(x, y).coef_.T
         np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_weights_are_finite_where_features_repeat_or_are_constant():
+def test_weights_are_finite_if_features_repeat_or_are_constant():
     column = np.random.default_rng(0).normal(size=(30, 1))
     x = np.hstack([column, column, np.zeros((30, 1)), np.full((30, 1), 100.0)])
     (weights,) = ridge(x, np.sign(column), l2=[2.0**-10])
@@ -39,8 +39,8 @@ def test_weights_are_finite_where_features_repeat_or_are_constant():
 
 
 @pytest.mark.parametrize("dim", [6, 60])  # fewer and more than the 4 · 5 images drawn
-def test_accuracy_is_that_of_scikit_learn_on_the_same_images(dim):
-    # A training set of just `shots` images a class: every seed draws all of them.
+def test_accuracy_equals_that_of_scikit_learn_on_the_same_images(dim):
+    # The training set has only `shots` images per class, so every seed draws all of them.
     train, train_labels = clusters(5, dim=dim, spread=2)
     test, test_labels = clusters(50, dim=dim, spread=2, seed=1)
     result = few_shot(train, train_labels, test, test_labels, seeds=(0, 1), l2=(1.0, 2.0**14))
@@ -63,11 +63,11 @@ def test_separable_features_score_one_and_random_features_score_chance():
     assert few_shot(train, train_labels, test, test_labels, shots=1)["accuracy"] == 1
     noise = np.random.default_rng(2)
     train, test = noise.normal(size=train.shape), noise.normal(size=test.shape)
-    # Four classes, 2,000 images: a deviation of 0.01
+    # With 4 classes and 2,000 images, the standard deviation is 0.01.
     assert few_shot(train, train_labels, test, test_labels)["accuracy"] == pytest.approx(0.25, abs=0.05)
 
 
-def test_seeds_draw_different_images_and_each_the_same_again():
+def test_each_seed_draws_other_images_and_the_same_ones_again():
     train, train_labels = clusters(30, spread=2)
     test, test_labels = clusters(200, spread=2, seed=1)
     result = few_shot(train, train_labels, test, test_labels)
@@ -82,7 +82,7 @@ def test_seeds_draw_different_images_and_each_the_same_again():
     json.dumps(result, allow_nan=False)
 
 
-def test_scale_shift_and_constants_of_features_and_numbering_of_classes_change_nothing():
+def test_scale_shift_and_constant_features_and_numbers_of_classes_change_nothing():
     train, train_labels = clusters(30, spread=2)
     test, test_labels = clusters(200, spread=2, seed=1)
     plain = few_shot(train, train_labels, test, test_labels)
@@ -93,12 +93,12 @@ def test_scale_shift_and_constants_of_features_and_numbering_of_classes_change_n
     assert plain == few_shot(train, train_labels * 10 + 3, test, test_labels * 10 + 3)
 
 
-def test_images_that_are_not_drawn_have_no_part_not_even_in_the_whitening():
+def test_images_that_are_not_drawn_do_not_matter_even_for_whitening():
     train, train_labels = clusters(30, spread=2)
     test, test_labels = clusters(200, spread=2, seed=1)
     plain = few_shot(train, train_labels, test, test_labels, shots=1)
     changed = 0
-    for i in range(30):  # three seeds draw three of these at most
+    for i in range(30):  # three seeds draw at most three of these
         poisoned = train.copy()
         poisoned[i] *= 1e9
         changed += few_shot(poisoned, train_labels, test, test_labels, shots=1) != plain
@@ -111,10 +111,14 @@ def test_images_that_are_not_drawn_have_no_part_not_even_in_the_whitening():
         (6, [], "shots=6 cannot be drawn from class 0, which has 5"),
         (5, [7], "shots=5 cannot be drawn from class 1, which has 4"),
         (1, range(15, 20), "shots=1 cannot be drawn from class 3, which has 0"),
-        (0, [], "shots=0 .* choose from 1"),
+        (
+            0,
+            [],
+            "shots=0 cannot be drawn from class 0, which has 5 .* choose at least 1 and at most that many",
+        ),
     ],
 )
-def test_class_with_too_few_images_is_said(shots, missing, message):
+def test_an_error_names_a_class_with_too_few_images(shots, missing, message):
     train, labels = clusters(5)
     kept = np.setdiff1d(np.arange(20), missing)
     with pytest.raises(UserError, match=message):

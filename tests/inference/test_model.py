@@ -1,4 +1,4 @@
-"""One way of naming a model: runs, published weights and files give the same thing."""
+"""Models loaded by name: runs and files give the same model, and wrong ones are refused."""
 
 import argparse
 import json
@@ -33,13 +33,13 @@ SIZES = ("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that keeps an average and whose best checkpoint is not its last; of random weights."""
+    """Returns a run of random weights that keeps an EMA and whose best checkpoint is not the last."""
     values = {"hidden_dim": 16, "num_blocks": 1, "gelu": "erf"}
     overrides = [f"--config.model.{key}={value}" for key, value in values.items()]
     config = resolve(
         load_config("digits.py", ["--config.loss=sigmoid", "--config.ema_decay=0.9", *overrides]), {}
     )
-    workdir = tmp_path_factory.mktemp("trained") / "run"
+    workdir = tmp_path_factory.mktemp("models") / "run"
     write_run(workdir, config.to_dict(), class_names=list("0123456789"))
     model, rng = MlpMixer(num_classes=10, **config.model.to_dict()), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
@@ -76,23 +76,23 @@ def copy_with(run, copy, **changes):
     return copy
 
 
-def test_a_run_gives_the_weights_that_its_last_accuracy_is_of(run, tmp_path):
+def test_a_run_gives_the_weights_that_its_last_accuracy_belongs_to(run, tmp_path):
     for options, which in [((), "ema"), (["--checkpoint=last"], "last"), (["--checkpoint=best"], "best")]:
         step, params = read_weights(run, which)
-        trained = named(f"--workdir={run}", *options)
-        chex.assert_trees_all_equal(trained.params, params)
-        assert trained.step == step
+        model = named(f"--workdir={run}", *options)
+        chex.assert_trees_all_equal(model.params, params)
+        assert model.step == step
     chex.assert_trees_all_equal(
         load_run(copy_with(run, tmp_path / "copy", ema_decay=0.0)).params, read_weights(run, "last")[1]
     )
 
 
-def test_probabilities_are_those_that_evaluation_scores(run, digits):
-    trained = load_run(run)
-    probabilities = np.float64(probabilities_of(trained, digits.images))
-    assert probabilities.shape == (364, 10) and trained.channels == 1
+def test_probabilities_are_those_that_training_evaluates(run, digits):
+    model = load_run(run)
+    probabilities = np.float64(probabilities_of(model, digits.images))
+    assert probabilities.shape == (364, 10) and model.channels == 1
     batch = {"image": digits.images, "label": digits.labels, "mask": np.ones(364, bool)}
-    sums = jax.jit(make_eval_step(trained.module, ConfigDict(trained.config)))(trained.params, batch)
+    sums = jax.jit(make_eval_step(model.module, ConfigDict(model.config)))(model.params, batch)
     right = np.arange(10) == digits.labels[:, None]
     loss = -np.log(np.where(right, probabilities, 1 - probabilities)).sum()
     assert loss == pytest.approx(float(sums["loss"]), rel=1e-4)
@@ -115,7 +115,7 @@ def test_an_exported_file_is_the_same_model_as_its_run(run, tmp_path, format):
     ours, theirs = load_run(run), named(f"--weights={file}")
     chex.assert_trees_all_equal(theirs.params, ours.params)
     assert theirs.class_names == ours.class_names == tuple("0123456789")
-    assert theirs.model.gelu == "erf" and theirs.model.patches["size"] == (2, 2)
+    assert theirs.module.gelu == "erf" and theirs.module.patches["size"] == (2, 2)
     assert {**theirs.preprocess} == {**ours.preprocess}
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8)
     np.testing.assert_array_equal(probabilities_of(theirs, images), probabilities_of(ours, images))
@@ -124,7 +124,7 @@ def test_an_exported_file_is_the_same_model_as_its_run(run, tmp_path, format):
 def test_a_run_is_the_same_model_by_either_option(run):
     one, other = named(f"--workdir={run}"), named(f"--weights={run}")
     chex.assert_trees_all_equal(one.params, other.params)
-    assert (one.loss, one.class_names, one.model) == (other.loss, other.class_names, other.model)
+    assert (one.loss, one.class_names, one.module) == (other.loss, other.class_names, other.module)
 
 
 def test_a_file_keeps_the_precision_and_the_loss_that_its_run_computes_with(run, tmp_path):
@@ -132,33 +132,33 @@ def test_a_file_keeps_the_precision_and_the_loss_that_its_run_computes_with(run,
     copy = copy_with(run, tmp_path / "copy", model={**config["model"], "dtype": "bfloat16"})
     export.export(load_run(copy), tmp_path / "w.npz", format="npz")
     theirs = load(str(tmp_path / "w.npz"))
-    assert (theirs.model.dtype, theirs.loss) == ("bfloat16", "sigmoid")
+    assert (theirs.module.dtype, theirs.loss) == ("bfloat16", "sigmoid")
     write_npz(tmp_path / "w.npz", theirs.params, metadata={"loss": "hinge", "model": {}, "preprocess": {}})
     with pytest.raises(UserError, match="loss 'hinge'"):
         load(str(tmp_path / "w.npz"))
 
 
-def test_a_thousand_classes_of_ones_own_are_not_imagenets(tmp_path):
-    model = MlpMixer(num_classes=1000, patches={"size": (4, 4)}, **dict.fromkeys(SIZES, 8), num_blocks=1)
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+def test_a_run_with_a_thousand_classes_has_no_names_of_imagenet(tmp_path):
+    module = MlpMixer(num_classes=1000, patches={"size": (4, 4)}, **dict.fromkeys(SIZES, 8), num_blocks=1)
+    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     own = {"model": {"gelu": "tanh"}, "preprocess": {}, "num_classes": 1000}
     for metadata, first in [({}, "tench, Tinca tinca"), (own, "0")]:
         write_npz(tmp_path / "w.npz", jax.device_get(params), metadata=metadata)
         assert load(str(tmp_path / "w.npz")).class_names[0] == first
     write_npz(tmp_path / "w.npz", jax.device_get(params), metadata={**own, "class_names": ["a", "b"]})
-    with pytest.raises(UserError, match="2 names of 1000 classes"):
+    with pytest.raises(UserError, match="contradicts itself .*2 names for 1000 classes"):
         load(str(tmp_path / "w.npz"))
 
 
 @pytest.mark.parametrize("file", ["google_tiny.npz", "timm_tiny.safetensors"])
-def test_a_file_that_says_nothing_of_itself_is_read_off_its_shapes(file):
-    trained = load(str(GOLDEN / file))
-    assert trained.preprocess["image_size_px"] == 32 and trained.preprocess["crop_fraction"] == 0.875
-    assert trained.class_names == tuple("0123456789") and trained.channels == 3
-    assert trained.module.gelu == ("erf" if file.startswith("timm") else "tanh")
+def test_sizes_of_a_file_without_metadata_are_read_from_its_shapes(file):
+    model = load(GOLDEN / file)
+    assert model.preprocess["image_size_px"] == 32 and model.preprocess["crop_fraction"] == 0.875
+    assert model.class_names == tuple("0123456789") and model.channels == 3
+    assert model.module.gelu == ("erf" if file.startswith("timm") else "tanh")
 
 
-def test_weights_that_name_no_classes_are_refused(run, tmp_path):
+def test_weights_without_a_head_or_blocks_are_refused(run, tmp_path):
     params = load_run(run).params
     write_npz(tmp_path / "w.npz", {k: v for k, v in params.items() if k != "head"}, metadata={})
     with pytest.raises(UserError, match="w.npz has no head: give other weights"):
@@ -168,24 +168,31 @@ def test_weights_that_name_no_classes_are_refused(run, tmp_path):
         load(str(tmp_path / "x.npz"))
 
 
-def test_a_model_is_named_once(run, capsys):
+def test_exactly_one_option_names_a_model(run, capsys):
     for arguments in ([], [f"--workdir={run}", "--weights=w.npz"]):
         with pytest.raises(SystemExit):
             named(*arguments)
     assert "--weights" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--checkpoint=best is for --workdir"):
+    with pytest.raises(UserError, match="--checkpoint=best is for --workdir only: leave it out"):
         named("--weights=w.npz", "--checkpoint=best")
+    with pytest.raises(
+        UserError, match="checkpoint='best' is for run directories only: leave it out for .*timm_tiny"
+    ):
+        load(GOLDEN / "timm_tiny.safetensors", checkpoint="best")
     with pytest.raises(UserError, match="no run in nowhere"):
         named("--workdir=nowhere")
+    for nothing in ("nowhere", "x" * 300, "~nobody-at-all/w.npz"):
+        with pytest.raises(UserError, match=f"no weights '{nothing}'"):
+            load(nothing)
 
 
-def test_a_config_of_something_else_makes_no_run(tmp_path):
+def test_the_config_of_another_program_is_not_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "mixer_b16_224"}')
     with pytest.raises(UserError, match=f"no run in {tmp_path}"):
         load_run(tmp_path)
 
 
-def test_the_names_of_imagenet_are_in_the_order_of_its_classes():
+def test_names_of_imagenet_are_in_the_order_of_its_classes():
     names = imagenet_names(1000)
     assert len(names) == 1000 and all(name.isascii() and name == name.strip() for name in names)
     known = {
@@ -198,14 +205,16 @@ def test_the_names_of_imagenet_are_in_the_order_of_its_classes():
     assert imagenet_names(3) == ["0", "1", "2"]
 
 
-def test_the_names_of_imagenet_21k_are_fetched_and_are_numbers_without_a_network(
+def test_names_of_imagenet_21k_are_downloaded_and_are_numbers_without_a_network(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     numbers = [str(number) for number in range(21843)]
     assert imagenet_names(21843) == numbers
-    assert "cannot be fetched: https://storage.googleapis.com" in capsys.readouterr().err
+    note = capsys.readouterr().err
+    assert "shown by number, because their names cannot be downloaded: " in note
+    assert "https://storage.googleapis.com" in note
     names = [f"name {number}, épée" for number in numbers]
     file = download.cache_file(IMAGENET21K_NAMES)
     file.write_text("\n".join(names) + "\n", encoding="utf-8")

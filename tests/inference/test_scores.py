@@ -1,4 +1,4 @@
-"""Scores by hand, classes matched by name, and a table that stays in its columns."""
+"""Scores computed by hand, classes matched by name, and the table of classes in its columns."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ from rich.cells import cell_len
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import pad
+from mlpmixer_flax.evaluate import as_table
 from mlpmixer_flax.inference import scores
-from mlpmixer_flax.inference.classes import imagenet_names, in_words
+from mlpmixer_flax.inference.classes import imagenet_names, in_words, match_classes
 
 ROWS = {
     "label": np.array([0, 0, 0, 0, 1, 3]),
@@ -18,9 +19,9 @@ ROWS = {
 NAMES = ["ant", "bee", "cat", "dog"]
 
 
-def test_measures_are_means_over_the_images():
+def test_measures_are_means_over_all_images():
     found = scores.measure(ROWS)
-    # Each confidence is in a bin of its own.
+    # Each confidence is in another bin.
     error = ((1 - 0.9) + 0.8 + 0.7 + 0.4 + (1 - 0.6) + 0.95) / 6
     expected = {"accuracy": 2 / 6, "accuracy_top5": 3 / 6, "loss": 2.0, "calibration_error": error}
     assert found == pytest.approx(expected)
@@ -32,20 +33,20 @@ def test_measures_are_means_over_the_images():
     [
         ([0.9, 0.9], [True, True], 0.1),
         ([0.9, 0.9], [True, False], 0.4),
-        ([0.95, 0.95, 0.55, 0.55], [True, True, True, False], 0.05),  # 0.05 in either bin
+        ([0.95, 0.95, 0.55, 0.55], [True, True, True, False], 0.05),  # the error is 0.05 in both bins
         ([0.95, 0.95, 0.95, 0.55], [True, True, True, False], 0.175),  # (3 · 0.05 + 0.55) / 4
-        ([0.61, 0.65], [True, False], 0.13),  # one bin, (9/15, 10/15]: the errors cancel in part
-        ([0.59, 0.61], [True, False], 0.51),  # 9/15 parts them: (0.41 + 0.61) / 2
-        ([0.6, 0.61], [True, False], 0.505),  # which belongs to the bin below
-        ([0.0, 1.0, 1.0000001], [False, True, True], 0.0),  # float32 rounds past 1
+        ([0.61, 0.65], [True, False], 0.13),  # both in the bin (9/15, 10/15]: the errors partly cancel
+        ([0.59, 0.61], [True, False], 0.51),  # on both sides of 9/15: (0.41 + 0.61) / 2
+        ([0.6, 0.61], [True, False], 0.505),  # 9/15 belongs to the lower bin
+        ([0.0, 1.0, 1.0000001], [False, True, True], 0.0),  # float32 may round to more than 1
     ],
 )
-def test_calibration_error_is_that_by_hand(confidence, correct, expected):
+def test_calibration_error_equals_that_computed_by_hand(confidence, correct, expected):
     error = scores.calibration_error(np.array(confidence), np.array(correct))
     assert error == pytest.approx(expected, abs=1e-7)
 
 
-def test_each_class_has_its_accuracy_and_what_it_is_most_often_taken_for():
+def test_each_class_has_its_accuracy_and_the_class_it_is_most_often_mistaken_for():
     keys = ("class", "name", "images", "accuracy", "taken_for", "times")
     rows = [
         (0, "ant", 4, 0.25, "bee", 2),
@@ -65,49 +66,45 @@ def test_the_most_confident_mistakes_come_first():
     assert scores.confident_mistakes(right).tolist() == []
 
 
-def test_classes_are_matched_by_name_and_without_names_by_number_which_is_said(capsys):
-    assert scores.match_classes(["dog", "ant", "cat", "bee"], NAMES).tolist() == [3, 0, 2, 1]
-    assert scores.match_classes(["cat", "ant"], NAMES).tolist() == [2, 0]
+def test_classes_are_matched_by_name_and_without_names_by_number_with_a_note(capsys):
+    assert match_classes(["dog", "ant", "cat", "bee"], NAMES).tolist() == [3, 0, 2, 1]
+    assert match_classes(["cat", "ant"], NAMES).tolist() == [2, 0]
     assert capsys.readouterr().out == ""
     numbers = ["0", "1", "2", "3"]
     for theirs, ours in [(numbers, NAMES), (NAMES, numbers)]:
-        assert scores.match_classes(theirs, ours).tolist() == [0, 1, 2, 3]
+        assert match_classes(theirs, ours).tolist() == [0, 1, 2, 3]
         assert "matched by number" in capsys.readouterr().out
-        with pytest.raises(
-            UserError, match="which name none of the model's 4"
-        ):  # a folder's are in any order
-            scores.match_classes(theirs, ours, numbered=False)
-    # As a folder sorts them, against a dataset's numbers: these are names.
+        # The numbers of a folder's classes mean nothing.
+        with pytest.raises(UserError, match="the model has no class named '.*, only 4 such as"):
+            match_classes(theirs, ours, numbered=False)
+    # A folder sorts numbers as text; against the numbers of a dataset they are names.
     theirs = sorted(str(i) for i in range(12))
-    assert scores.match_classes(theirs, [str(i) for i in range(12)]).tolist() == [
-        int(name) for name in theirs
-    ]
+    assert match_classes(theirs, [str(i) for i in range(12)]).tolist() == [int(name) for name in theirs]
 
 
-def test_imagenets_classes_are_known_by_their_wordnet_numbers():
+def test_classes_of_imagenet_are_matched_by_wordnet_number():
     names = imagenet_names(1000)
-    assert len(set(names)) == 1000  # though a crane is a bird and a machine
+    assert len(set(names)) == 1000  # even though a crane is a bird and a machine
     cranes = ["crane (n02012849)", "crane (n03126707)"]
     assert in_words(["n01440764", "n02012849", "n03126707", "cat"]) == [names[0], *cranes, "cat"]
-    assert scores.match_classes(names, names).tolist() == list(range(1000))
-    assert scores.match_classes(in_words(["n03126707", "n01440764"]), names).tolist() == [517, 0]
+    assert match_classes(names, names).tolist() == list(range(1000))
+    assert match_classes(in_words(["n03126707", "n01440764"]), names).tolist() == [517, 0]
 
 
 def test_other_classes_are_refused():
-    with pytest.raises(
-        UserError, match="of 10 classes, with '0', '1', '2', which name none of the model's 4, such"
-    ):
-        scores.match_classes([str(i) for i in range(10)], NAMES)
+    message = "has 10 classes, and the model has no class named '0', '1', '2', only 4 such as 'ant', .*: choose a dataset"
+    with pytest.raises(UserError, match=message):
+        match_classes([str(i) for i in range(10)], NAMES)
     twice = ["crane", "crane", "tench"]
-    assert scores.match_classes(twice, twice).tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="with 'crane'"):
-        scores.match_classes(["crane", "tench"], twice)
-    with pytest.raises(UserError, match="of 4 classes, with 'eel', which name none"):
-        scores.match_classes(["ant", "bee", "cat", "eel"], NAMES)
+    assert match_classes(twice, twice).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="the model has no class named 'crane', only 3"):
+        match_classes(["crane", "tench"], twice)
+    with pytest.raises(UserError, match="has 4 classes, and the model has no class named 'eel', only 4"):
+        match_classes(["ant", "bee", "cat", "eel"], NAMES)
 
 
-def test_few_classes_are_listed_in_order_and_of_many_the_worst_and_best():
-    few = scores.as_table(scores.per_class(ROWS, NAMES)).splitlines()
+def test_few_classes_are_all_listed_and_of_many_the_worst_and_the_best():
+    few = as_table(scores.per_class(ROWS, NAMES)).splitlines()
     assert [line.split() for line in few[1:]] == [
         ["ant", "4", "25.00%", "bee", "(2)"],
         ["bee", "1", "100.00%"],
@@ -117,7 +114,7 @@ def test_few_classes_are_listed_in_order_and_of_many_the_worst_and_best():
         {"name": f"{i:03}", "images": 1000, "accuracy": (i * 7 % 100) / 100, "taken_for": "x", "times": 1}
         for i in range(100)
     ]
-    table = scores.as_table(many).splitlines()
+    table = as_table(many).splitlines()
     ends = [line.split()[2] for line in table if "1,000" in line]
     assert ends == [f"{i}.00%" for i in [*range(10), *range(99, 89, -1)]]
 
@@ -126,9 +123,9 @@ def test_few_classes_are_listed_in_order_and_of_many_the_worst_and_best():
     "name",
     ["杜鹃花" * 12, "Ka\u0308fer " * 9, "great white shark, white shark, man-eater", "\x1b[31mred\n" * 9],
 )
-def test_a_name_in_any_script_keeps_the_table_in_its_columns(name):
+def test_names_in_any_script_stay_in_the_columns_of_the_table(name):
     row = {"name": name, "images": 12345, "accuracy": 1 / 3, "taken_for": name, "times": 1234}
-    head, line = scores.as_table([row]).split("\n")
+    head, line = as_table([row]).split("\n")
     assert cell_len(head) <= 80 and cell_len(line) <= 80 and "\x1b" not in line
     assert cell_len(pad(name, 28)) == 28 and line.startswith(pad(name, 28) + "  12,345")
     assert line.endswith(" (1,234)")

@@ -1,4 +1,4 @@
-"""Weights by any name: published ones, files, URLs, the hub, runs."""
+"""Weights found by name: published names, files, URLs, the hub, runs."""
 
 import functools
 import http.server
@@ -41,7 +41,7 @@ def shapes_of(model, size_px=32, channels=3):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves tmp_path/served; `paths` are what was asked for."""
+    """Serves the folder tmp_path/served; `asked` lists the paths of all requests."""
     folder = tmp_path / "served"
     folder.mkdir()
     asked = []
@@ -61,7 +61,7 @@ def server(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["google_tiny.npz", "google_tiny_prelinen.npz", "timm_tiny.safetensors"])
-def test_loaded_golden_weights_give_the_originals_logits_and_pre_logits(file):
+def test_golden_weights_give_the_logits_and_features_of_the_original_code(file):
     timm = file.startswith("timm")
     io = np.load(GOLDEN / ("timm_tiny_io.npz" if timm else "google_tiny_io.npz"))
     images = io["images_nchw"].transpose(0, 2, 3, 1) if timm else io["images"]
@@ -75,16 +75,16 @@ def test_loaded_golden_weights_give_the_originals_logits_and_pre_logits(file):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_in_mib_are_those_of_the_model_we_build_for_them(name):
+def test_published_sizes_in_mib_are_those_of_our_models(name):
     weights = PUBLISHED[name]
     model = MlpMixer(num_classes=weights.num_classes, **weights.origin["model"])
     size_mib = sum(4 * p.size for p in jax.tree.leaves(shapes_of(model, 224))) / 2**20
     if weights.size_mib:
-        assert size_mib == pytest.approx(weights.size_mib, abs=0.1)  # the rest are headers
+        assert size_mib == pytest.approx(weights.size_mib, abs=0.1)  # the rest is headers
     assert pretrained.describe(name)["model"]["gelu"] == ("erf" if ".miil" in name else "tanh")
 
 
-def test_the_table_holds_what_the_reference_says():
+def test_the_table_has_the_values_of_the_references():
     google = {name: weights for name, weights in PUBLISHED.items() if not name.startswith("hf-hub:")}
     for name, weights in google.items():
         assert weights.url == f"https://storage.googleapis.com/mixer_models/{name}.npz"
@@ -97,7 +97,7 @@ def test_the_table_holds_what_the_reference_says():
     assert len(google) == 11 and len(PUBLISHED) == 17
 
 
-def test_published_weights_come_from_a_warm_cache_without_a_network(tmp_path, monkeypatch):
+def test_published_weights_in_the_cache_need_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     name = "gsam/Mixer-S_32"
@@ -123,16 +123,19 @@ def test_a_url_is_downloaded_once(server, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_what_a_file_says_of_its_origin_counts_before_its_layout(tmp_path, capsys):
+def test_the_metadata_of_a_file_is_used_before_what_its_layout_suggests(tmp_path, capsys):
     params = pretrained.load(str(GOLDEN / "timm_tiny.safetensors"), shapes_of(tiny_model("erf")))
-    assert "doesn't say how it was trained" in capsys.readouterr().out
+    assert (
+        "the file does not say how it was trained; assumed from its layout: model.gelu=erf"
+        in capsys.readouterr().out
+    )
     origin = {"model": {"gelu": "tanh"}, "preprocess": {"image_size_px": 32, "mean": [0.1], "std": [0.2]}}
     write_safetensors(tmp_path / "w.safetensors", params, metadata=origin)
     assert pretrained.describe(str(tmp_path / "w.safetensors")) == origin
-    assert "doesn't say" not in capsys.readouterr().out
+    assert "does not say" not in capsys.readouterr().out
 
 
-def test_the_head_is_kept_for_the_same_classes_only(tmp_path, capsys):
+def test_the_head_is_kept_only_for_the_same_classes(tmp_path, capsys):
     params = pretrained.load(str(GOLDEN / "google_tiny.npz"), shapes_of(tiny_model("tanh")))
     names = [f"class {i}" for i in range(10)]
     file = tmp_path / "w.npz"
@@ -151,32 +154,32 @@ def test_the_head_is_kept_for_the_same_classes_only(tmp_path, capsys):
     ("source", "message"),
     [
         ("imagenet21k/Mixer-B16", "did you mean imagenet21k/Mixer-B_16"),
-        ("no/such/thing.npz", "no published name, file, run directory or URL"),
-        ("{folder}", "no run in .*: it has no config.json of one"),
-        ("x" * 300, "no published name, file"),
-        ("~nobody-at-all/w.npz", "no published name, file"),
+        ("no/such/thing.npz", "not a published name, file, run directory or URL; .* lists all names"),
+        ("{folder}", "no run in .*: it has no config.json of a run"),
+        ("x" * 300, "not a published name, file"),
+        ("~nobody-at-all/w.npz", "not a published name, file"),
     ],
 )
-def test_weights_that_are_not_there_are_said_in_a_sentence(source, message, tmp_path):
+def test_an_error_for_missing_weights_is_one_line(source, message, tmp_path):
     for use in (pretrained.describe, lambda source: pretrained.load(source, {"stem": {}})):
         with pytest.raises(UserError, match=message) as error:
             use(source.format(folder=tmp_path))
         assert "\n" not in str(error.value)
 
 
-def test_the_whole_of_init_is_not_taken_for_its_parameters():
+def test_the_result_of_init_with_all_its_collections_is_refused():
     with pytest.raises(UserError, match=r"under variables\['params'\]"):
         pretrained.load(str(GOLDEN / "google_tiny.npz"), {"params": shapes_of(tiny_model("tanh"))})
 
 
-def test_names_of_no_mixer_are_reported(tmp_path):
+def test_arrays_that_are_not_part_of_a_mixer_are_reported(tmp_path):
     arrays = dict(np.load(GOLDEN / "google_tiny.npz"))
     np.savez(tmp_path / "w.npz", **arrays, **{"opt/momentum": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match="opt: unexpected, not in the model"):
         pretrained.load(str(tmp_path / "w.npz"), shapes_of(tiny_model("tanh")))
 
 
-def test_the_program_prints_a_table_of_80_columns_and_downloads_ahead(server, tmp_path):
+def test_the_program_prints_a_table_of_80_columns_and_downloads_weights(server, tmp_path):
     (server.folder / "tiny.npz").write_bytes((GOLDEN / "google_tiny.npz").read_bytes())
     environment = os.environ | {"MLPMIXER_CACHE": str(tmp_path / "cache")}
 
@@ -204,8 +207,8 @@ sys.exit(pretrained.main(["hf-hub:someone/mixer"]))
 """
 
 
-def test_the_hub_is_read_through_its_own_library(tmp_path):
-    """A local server that answers as the hub does, the real client, then the same with the server gone."""
+def test_the_hub_is_read_with_its_own_library(tmp_path):
+    """The real client with a local server that answers like the hub; then again without the server."""
     pytest.importorskip("huggingface_hub")
     config = {
         "pretrained_cfg": {
@@ -269,7 +272,7 @@ print(1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[
 """
 
 
-def test_large_weights_load_within_little_more_memory_than_they_have(tmp_path):
+def test_loading_large_weights_needs_little_more_memory_than_they_have(tmp_path):
     model = MlpMixer(num_classes=21843, **mixer_l16_config)
     zeros = jax.tree.map(lambda p: np.broadcast_to(np.float32(0.5), p.shape), shapes_of(model, 224))
     file = tmp_path / "Mixer-L_16.npz"
@@ -278,4 +281,4 @@ def test_large_weights_load_within_little_more_memory_than_they_have(tmp_path):
     assert size / 2**20 == pytest.approx(875.78, abs=0.1)
     done = subprocess.run([sys.executable, "-c", LARGE, str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) < 2.2 * size  # of the whole process, JAX included
+    assert int(done.stdout.splitlines()[-1]) < 2.2 * size  # of the whole process, with JAX

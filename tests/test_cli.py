@@ -1,0 +1,94 @@
+"""Text, options and errors that all programs share."""
+
+import argparse
+import importlib
+import signal
+
+import pytest
+from rich.cells import cell_len
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.cli import (
+    add_dataset,
+    add_model,
+    check_dataset,
+    exit_status,
+    pad,
+    printable,
+    shorten,
+    shorten_start,
+)
+
+PROGRAMS = ["train", "predict", "evaluate", "analyze", "export", "summary", "pretrained"]
+TEXTS = ["", "cat", "a" * 30, "数字" * 9, "Ka\u0308fer " * 5, "bad\udcff\n.png", "\x1b[31mred", "é" * 20]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_fits_80_columns_and_begins_with_a_command(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"mlpmixer_flax.{program}").main(["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert lines[0].startswith(f"usage: python -m mlpmixer_flax.{program} ")
+    assert any(f": python -m mlpmixer_flax.{program}" in line for line in lines)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("columns", [4, 7, 12, 40])
+def test_text_fits_its_columns_in_any_script(text, columns):
+    shown = printable(text)
+    assert shown.isprintable()
+    for short in (shorten(text, columns), shorten_start(text, columns)):
+        assert cell_len(short) <= columns and short.isprintable()
+        assert short == shown if cell_len(shown) <= columns else "…" in short
+    assert cell_len(pad(text, columns)) == columns
+    assert pad(text, columns).rstrip() == shorten(text, columns).rstrip()
+
+
+def test_the_start_or_the_end_of_a_text_is_kept():
+    assert shorten("holiday/cat.jpg", 8) == "holiday…"
+    assert shorten_start("holiday/cat.jpg", 8) == "…cat.jpg"
+    assert pad("cat", 5) == "cat  "
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    add_dataset(parser)
+    return parser.parse_args(arguments)
+
+
+def test_weights_need_a_dataset_and_a_run_has_one(tmp_path):
+    check_dataset(parse("--workdir=nowhere"))
+    check_dataset(parse(f"--weights={tmp_path}"))  # a run directory
+    check_dataset(parse("--weights=w.npz", "--dataset=digits"))
+    with pytest.raises(UserError, match="^w.npz is not a run and has no dataset of its own: give --dataset$"):
+        check_dataset(parse("--weights=w.npz"))
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "err"),
+    [
+        (None, 0, ""),
+        (1, 1, ""),
+        (UserError("no cat: give one"), 2, "error: no cat: give one\n"),
+        (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
+        (KeyboardInterrupt(), 128 + signal.SIGINT, "stopped\n"),
+    ],
+    ids=repr,
+)
+def test_exit_status(result, status, err, capsys):
+    def program():
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    assert exit_status(program, interrupted="stopped") == status
+    assert capsys.readouterr().err == err
+
+
+def test_other_exceptions_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_status(lambda: 1 // 0)
