@@ -49,14 +49,16 @@ def digits_run(tmp_path_factory):
         root = root.parent  # of all processes that run tests
     workdir = root / "digits_run"
     changes = {
-        "model.hidden_dim": 32,
+        "model.hidden_dim": 16,
+        "model.channels_mlp_dim": 16,
         "model.num_blocks": 2,
-        "augment.mixup_alpha": 0.0,
+        "augment.mixup_alpha": 0.0,  # otherwise compiling takes seconds
         "ema_decay": 0.9,
         "optimizer.learning_rate": 0.01,
         "schedule.name": "constant",
-        "total_steps": 60,
+        "total_steps": 40,
         "eval_every_steps": 20,
+        "save_every_steps": 10,
         "keep_checkpoints": 4,
     }
     with FileLock(f"{workdir}.lock"):

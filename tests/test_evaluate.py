@@ -18,9 +18,7 @@ from mlpmixer_flax.evaluate import main
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.train import train
 from mlpmixer_flax.training import sharding
-from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.evaluation import evaluate, evaluate_classes, make_eval_step
 from mlpmixer_flax.training.report import read_metrics
 
@@ -158,12 +156,9 @@ WORDS = "zero one two three four five six seven eight nine".split()
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Returns a run that is too short to get all images right, and whose EMA differs from its last weights."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    values = {"model.num_blocks": 1, "total_steps": 30, "ema_decay": 0.9}
-    train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
-    return workdir
+def run(digits_run, tmp_path_factory):
+    """Returns a run that gets some images wrong, and whose EMA differs from its last weights."""
+    return shutil.copytree(digits_run, tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -24,28 +25,13 @@ from mlpmixer_flax.export import PLATFORMS, export, main
 from mlpmixer_flax.export import __doc__ as help_text
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.rundir import read_weights
-from mlpmixer_flax.train import train
-from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.weights.files import open_weights
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Returns a short run that keeps an EMA and whose best checkpoint is not the last."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    values = {
-        "model.hidden_dim": 16,
-        "model.channels_mlp_dim": 16,
-        "model.num_blocks": 2,
-        "ema_decay": 0.9,
-        "total_steps": 40,
-        "eval_every_steps": 20,
-        "save_every_steps": 10,
-        "keep_checkpoints": 4,
-        "schedule.name": "constant",
-        "optimizer.learning_rate": 0.01,
-    }
-    train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
+def run(digits_run, tmp_path_factory):
+    """Returns a run that keeps an EMA and whose best checkpoint is not the last."""
+    workdir = shutil.copytree(digits_run, tmp_path_factory.mktemp("runs") / "run")
     metrics = workdir / "checkpoints" / "20" / "metrics" / "metrics"
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"test/accuracy": 0.999}))
     return workdir

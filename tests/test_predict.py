@@ -28,8 +28,6 @@ from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.predict import find_files, main, predict
 from mlpmixer_flax.rundir import read_class_names
-from mlpmixer_flax.train import train
-from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights import download
 from mlpmixer_flax.weights.catalog import PUBLISHED
@@ -40,19 +38,9 @@ PHOTO = Image.fromarray(np.stack([ACROSS, DOWN, (ACROSS + DOWN) / 2], -1).astype
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(digits_run, tmp_path_factory):
     """Returns a run that has learned the digits to some degree."""
-    workdir = tmp_path_factory.mktemp("predict") / "run"
-    values = {
-        "model.hidden_dim": 32,
-        "model.num_blocks": 1,
-        "total_steps": 60,
-        "eval_every_epochs": 0,
-        "augment.mixup_alpha": 0.0,  # otherwise compiling takes seconds
-        "optimizer.learning_rate": 0.01,
-    }
-    train(load_config("digits.py", [f"--config.{key}={value}" for key, value in values.items()]), workdir)
-    return workdir
+    return shutil.copytree(digits_run, tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +179,7 @@ def test_unusable_files_are_reported_and_the_others_are_predicted(run, tmp_path)
     names = [f"Ziffer {i} 数字" for i in range(10)]
     named = with_class_names(run, tmp_path / "run", names)
     weights, folder = tmp_path / "w.npz", tmp_path / "photos"
-    assert export.main([f"--workdir={named}", "--format=npz", f"--output={weights}"]) == 0
+    assert export.main([f"--workdir={named}", "--checkpoint=ema", "--format=npz", f"--output={weights}"]) == 0
     jpeg = encode(PHOTO, "JPEG", quality=95)
     write(folder, "cut.jpg", data=jpeg[: len(jpeg) // 2])
     write(folder, "empty.png", data=b"")

@@ -76,6 +76,18 @@ def copy_with(run, copy, **changes):
     return copy
 
 
+def test_an_ema_that_a_run_does_not_keep_is_refused(run, tmp_path):
+    copy = copy_with(run, tmp_path / "copy", ema_decay=0.0)
+    shutil.rmtree(copy / "checkpoints")
+    _, params = read_weights(run)
+    checkpoints = Checkpoints(copy, keep=1)
+    checkpoints.save(5, TrainState(jnp.asarray(5), params, (), None), None)
+    checkpoints.close()
+    assert load(copy).step == 5
+    with pytest.raises(UserError, match="keeps no EMA of its weights: choose last or best"):
+        load(copy, checkpoint="ema")
+
+
 def test_a_run_gives_the_weights_that_its_last_accuracy_belongs_to(run, tmp_path):
     for options, which in [((), "ema"), (["--checkpoint=last"], "last"), (["--checkpoint=best"], "best")]:
         step, params = read_weights(run, which)
