@@ -2,8 +2,9 @@
 
     python -m mlpmixer_flax.train --config=configs/b16_cifar10_384.py --workdir=runs/b16_384
 
-384 is no multiple of 224, so the token-mixing weights are resampled from 14x14 to 24x24 tokens: approximate, where
-b16_cifar10_448.py is exact, but of any size (docs/weights.md has what that costs). Not measured by us yet.
+384 is not a multiple of 224, so the token-mixing weights are resampled from 14x14 to 24x24 tokens. That is
+approximate but works for any size, while b16_cifar10_448.py is exact (docs/weights.md says how much accuracy
+resampling costs). We have not measured it yet.
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
@@ -11,7 +12,7 @@ from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
 
 def get_config():
     config = get_finetuning_config()
-    config.dataset = "cifar10"  # travels with 32 px, and is enlarged on the device
+    config.dataset = "cifar10"  # images have 32 px, and are enlarged on the device
     config.init_from = "imagenet21k/Mixer-B_16"
     config.model.update(mixer_b16_config)
     config.preprocess.image_size_px = 384

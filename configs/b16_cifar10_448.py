@@ -2,8 +2,9 @@
 
     python -m mlpmixer_flax.train --config=configs/b16_cifar10_448.py --workdir=runs/b16_448
 
-The paper's way (Appendix C): four times the tokens and four times the width of the token-mixing MLPs, which start as
-four copies of the published ones, one for each quarter of the image. Not measured by us yet.
+This is the method of the paper (Appendix C): there are four times as many tokens, and the token-mixing MLPs
+are four times as wide. They start as four copies of the published ones, one for each quarter of the image. We
+have not measured it yet.
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
@@ -11,7 +12,7 @@ from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
 
 def get_config():
     config = get_finetuning_config()
-    config.dataset = "cifar10"  # travels with 32 px, and is enlarged on the device
+    config.dataset = "cifar10"  # images have 32 px, and are enlarged on the device
     config.init_from = "imagenet21k/Mixer-B_16"
     config.model.update(mixer_b16_config)
     config.preprocess.image_size_px = 448

@@ -1,8 +1,9 @@
-"""A look at fine-tuning in 100 steps: Mixer-B/16 on CIFAR-10 at 224 px.
+"""Fine-tune Mixer-B/16 on CIFAR-10 at 224 px in only 100 steps.
 
     python -m mlpmixer_flax.train --config=configs/b16_cifar10_quick.py --workdir=runs/quick
 
-For notebooks and for trying out a machine: 12,800 images, scored on 1,000. Not measured by us yet.
+For notebooks and for trying out a machine: it trains on 12,800 images and is evaluated on 1,000. We have not
+measured it yet.
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
@@ -10,7 +11,7 @@ from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
 
 def get_config():
     config = get_finetuning_config()
-    config.dataset = "cifar10"  # travels with 32 px, and is enlarged on the device
+    config.dataset = "cifar10"  # images have 32 px, and are enlarged on the device
     config.init_from = "imagenet21k/Mixer-B_16"
     config.model.update(mixer_b16_config)
     config.batch_size = 128

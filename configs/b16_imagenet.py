@@ -1,8 +1,8 @@
-"""Mixer-B/16 on ImageNet-1k from scratch: 300 epochs, as Table 4 of the paper (arXiv 2105.01601) has it.
+"""Train Mixer-B/16 on ImageNet-1k from scratch for 300 epochs, as in Table 4 of the paper (arXiv 2105.01601).
 
     python -m mlpmixer_flax.train --config=configs/b16_imagenet.py --workdir=runs/b16_imagenet
 
-Needs `imagenet2012` as a TFDS directory in ArrayRecord format.
+It needs the dataset `imagenet2012` as a TFDS directory in ArrayRecord format.
 Google reports 76.44 % top-1 for its published weights of this size. We have not run it.
 """
 

@@ -1,9 +1,9 @@
-"""Pre-train Mixer-B/16 on ImageNet-21k: 300 epochs, as Table 4 of the paper (arXiv 2105.01601) has it.
+"""Pre-train Mixer-B/16 on ImageNet-21k for 300 epochs, as in Table 4 of the paper (arXiv 2105.01601).
 
     python -m mlpmixer_flax.train --config=configs/b16_imagenet21k.py --workdir=runs/b16_imagenet21k
 
-TFDS cannot download ImageNet-21k: prepare a dataset of your copy under the name `imagenet21k`, in ArrayRecord
-format. The last 51,200 images are held out for testing. We have not run it.
+TFDS cannot download ImageNet-21k: prepare a TFDS dataset from your copy, with the name `imagenet21k` and in
+ArrayRecord format. The last 51,200 images are the test images. We have not run it.
 """
 
 from mlpmixer_flax.config import get_pretraining_config, mixer_b16_config

@@ -1,9 +1,9 @@
-"""Handwritten digits, 8 px, from scratch: the embedded dataset, no download.
+"""Train a small Mixer on handwritten digits (8 px) from scratch; the dataset is included in the package.
 
     python -m mlpmixer_flax.train --config=configs/digits.py --workdir=runs/digits
 
-Measured with --config.seed=0, 1, 2: test accuracy 98.35, 98.08, 98.08 %, mean 98.17 % (n = 3), each 16.6 s from
-process start to end, on 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8.
+Measured with --config.seed=0, 1 and 2: test accuracy 98.35, 98.08 and 98.08 %, mean 98.17 % (n = 3). Each run
+took 16.6 s from process start to end, on 2 cores of an AMD EPYC, with jax 0.10.2 and flax 0.12.8.
 """
 
 from mlpmixer_flax.config import get_config as get_base_config

@@ -4,12 +4,13 @@
     python -m mlpmixer_flax.evaluate --workdir=runs/photos --split=test
     python -m mlpmixer_flax.predict --workdir=runs/photos new.jpg
 
-The photos are photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg, in any format; where there is no val, a fifth
-of each class in train takes its place. Every pass over train is scored on it, so that test is new to the model
-and to you. --config.dataset=folder:PATH looks elsewhere. Made for a hundred to some ten thousand photos; with
-fewer, raise --config.total_epochs. Not measured by us yet.
-Classes that a mirror confuses, such as letters: add --config.augment.flip=false
-Out of memory: add --config.accumulation_steps=4 (or 8, ...), then --config.model.dtype=bfloat16
+The photos are photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg, in any image format. Add
+--config.dataset=folder:PATH if they are in another folder. If there is no val, a fifth of each class in train
+is used instead. Each epoch ends with an evaluation on val, so the test photos stay new to the model and to
+you. The config is made for a hundred to some ten thousand photos; if you have fewer, increase
+--config.total_epochs. We have not measured it yet.
+If a mirrored image may belong to another class, as with letters: add --config.augment.flip=false
+If the device runs out of memory: add --config.accumulation_steps=4 or 8, then --config.model.dtype=bfloat16
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config
@@ -24,10 +25,10 @@ def get_config():
     config.batch_size = 64
     config.total_epochs = 20.0
     config.total_steps = 0
-    config.optimizer.learning_rate = 0.01  # of the paper's grid, 0.003 to 0.06
+    config.optimizer.learning_rate = 0.01  # from the grid of the paper, 0.003 to 0.06
     config.schedule.warmup_epochs = 2.0
     config.schedule.warmup_steps = 0
-    config.augment.min_crop_area = 0.3  # a smaller part may show nothing of the class
+    config.augment.min_crop_area = 0.3  # a smaller part of a photo may not show its class
     config.log_every_steps = 10
     config.eval_every_epochs = 1.0
     config.eval_every_steps = 0

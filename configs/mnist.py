@@ -1,9 +1,10 @@
-"""MNIST, 28 px, from scratch.
+"""Train a small Mixer on MNIST (28 px) from scratch.
 
     JAX_NUM_CPU_DEVICES=2 python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist
 
-Measured so, as two devices on 2 cores of an AMD EPYC, jax 0.10.2, flax 0.12.8: test accuracy 97.63 % after the
-first epoch, 99.21 % at the end (n = 1), 4 min 14 s from process start to end. A GPU needs no such variable.
+Measured with this command, which makes two devices of 2 cores of an AMD EPYC, with jax 0.10.2 and flax
+0.12.8: test accuracy 97.63 % after the first epoch and 99.21 % at the end (n = 1), in 4 min 14 s from process
+start to end. On a GPU, leave out the variable.
 """
 
 from mlpmixer_flax.config import get_config as get_base_config

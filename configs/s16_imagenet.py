@@ -1,8 +1,8 @@
-"""Mixer-S/16 on ImageNet-1k from scratch: 300 epochs, as Table 4 of the paper (arXiv 2105.01601) has it.
+"""Train Mixer-S/16 on ImageNet-1k from scratch for 300 epochs, as in Table 4 of the paper (arXiv 2105.01601).
 
     python -m mlpmixer_flax.train --config=configs/s16_imagenet.py --workdir=runs/s16_imagenet
 
-Needs `imagenet2012` as a TFDS directory in ArrayRecord format.
+It needs the dataset `imagenet2012` as a TFDS directory in ArrayRecord format.
 The paper gives no result for this size and dataset. We have not run it.
 """
 

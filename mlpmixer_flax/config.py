@@ -1,4 +1,4 @@
-"""Every key of a run's config, with its unit and meaning, and the Mixer sizes.
+"""Defines every key of a run's config, with its unit and meaning, and the Mixer sizes.
 
 A config file in `configs/` calls `get_config()` and changes some values; on the command line,
 `--config.optimizer.learning_rate=0.01` changes one key.
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import ml_collections
-from ml_collections import FrozenConfigDict
 
 from mlpmixer_flax import UserError
 
@@ -22,11 +21,18 @@ if TYPE_CHECKING:
         def __getitem__(self, key: str) -> Any: ...
 
         def lock(self) -> Self: ...
+
+    class FrozenConfigDict(ml_collections.FrozenConfigDict):
+        """The same for configs that cannot be changed."""
+
+        def __getattr__(self, attribute: str) -> Any: ...
 else:
-    from ml_collections import ConfigDict
+    from ml_collections import ConfigDict, FrozenConfigDict
 
 
-def _mixer(patch_px, hidden_dim, num_blocks, tokens_mlp_dim, channels_mlp_dim) -> FrozenConfigDict:
+def _mixer(
+    patch_px: int, hidden_dim: int, num_blocks: int, tokens_mlp_dim: int, channels_mlp_dim: int
+) -> FrozenConfigDict:
     return FrozenConfigDict(
         {
             "patches": {"size": (patch_px, patch_px)},
@@ -88,7 +94,7 @@ def get_config() -> ConfigDict:
     config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
     config.batch_size = 64  # images per update, over all devices
     config.accumulation_steps = 1  # microbatches per update: less memory, same result except for dropout
-    config.cache_bytes = 4 * 1024**3  # splits up to this size, decoded, stay in memory; others are streamed
+    config.cache_bytes = 4 * 1024**3  # decoded size of the largest split kept in memory; others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process
 
     # Preprocessing: from stored pixels to the model's input, in training and afterwards (stored with the run)
@@ -105,7 +111,7 @@ def get_config() -> ConfigDict:
     config.augment.crop_padding_px = 0  # pixels of zeros around the image before a random crop to its size
     config.augment.min_crop_area = 1.0  # smallest share of the area that a random resized crop keeps; 1 = off
     config.augment.flip = False  # mirror left to right with probability 0.5
-    config.augment.randaugment_layers = 0  # ops applied to each image in a row, drawn at random; 0 = off
+    config.augment.randaugment_layers = 0  # ops per image, one after another, each drawn at random; 0 = off
     config.augment.randaugment_ops = tuple(RANDAUGMENT_OPS)  # the ops to draw from
     config.augment.randaugment_magnitude = 10.0  # strength of the ops, from 0 to 30
     config.augment.erase_probability = 0.0  # probability that a rectangle of an image becomes noise
@@ -118,7 +124,9 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(mixer_digits_config.to_dict())
     config.model.gelu = ""  # "tanh" as in Google's weights, or "erf" as in timm's own
     config.model.dropout_rate = 0.0  # inside both MLPs of every block
-    config.model.stochastic_depth_rate = 0.0  # of dropping the last block's branches; falls to 0 at the first
+    config.model.stochastic_depth_rate = (
+        0.0  # probability of dropping a branch of the last block; falls linearly to 0 at the first
+    )
     config.model.head_bias_init = 0.0  # initial bias of the head; -6.9 suits the sigmoid loss
     config.model.dtype = "float32"  # or "bfloat16" = mixed precision: computes in it, parameters are float32
     config.model.remat = False  # compute blocks again in the backward pass: less memory, a third slower
@@ -126,7 +134,9 @@ def get_config() -> ConfigDict:
     # Fine-tuning
     config.init_from = ""  # weights to start from: "imagenet21k/Mixer-B_16", a file, URL or run; "" = random
     config.init_head = "auto"  # "keep" or "reset" their head; "auto" = keep it if its classes are the data's
-    config.freeze = ""  # layers that don't learn: "stem,MixerBlock_0"; "all_but_head" = linear probe
+    config.freeze = (
+        ""  # layers that do not learn: "stem,MixerBlock_0"; "all_but_head" = linear probe; "" = none
+    )
 
     # Optimisation
     config.loss = "softmax"  # or "sigmoid": one binary cross-entropy per class

@@ -1,4 +1,7 @@
-"""A run directory: the config, class names and weights of a run; training writes it, all later programs read it."""
+"""Reads and writes run directories: the config, class names and weights of a run.
+
+Training writes them; all later programs read them.
+"""
 
 import contextlib
 import json
@@ -18,29 +21,30 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 
 BEST_BY = "test/accuracy"
-CHECKPOINTS = ("last", "best", "ema")  # the weights of a run that one can ask for
+CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run read from its directory."""
+    """A run, as read from its directory."""
 
     config: dict[str, Any]  # as plain data
     class_names: list[str]  # in the order of the head's outputs
-    step: int  # of the checkpoint that the weights are from
+    step: int  # of the checkpoint that has the weights
     params: dict[str, Any]  # a tree of float32 numpy arrays
 
 
 def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
-    """Reads a run and one set of its weights; the directory is not changed, and may belong to a run in training.
+    """Reads a run and one set of its weights; changes nothing, and works while the run is in training.
 
     Args:
-      checkpoint: "last": the parameters of the newest checkpoint; "ema": their moving average, if the run keeps
-        one; "best": the weights with the best test accuracy, from the EMA if the run keeps one. None: the weights
-        that the last test accuracy belongs to, which is "ema" if the run keeps an EMA, else "last".
+      workdir: the run directory.
+      checkpoint: "last": the parameters of the newest checkpoint. "ema": their moving average, if the run
+        keeps one. "best": the weights with the best test accuracy; they are an EMA if the run keeps one.
+        None: the weights of the last test accuracy: "ema" if the run keeps an EMA, else "last".
 
     Raises:
-      UserError: the directory is not that of a run, or the weights do not exist or cannot be read.
+      UserError: the directory is not a run directory, or the weights do not exist or cannot be read.
     """
     config = read_config(workdir)
     if not {"model", "preprocess", "ema_decay", "loss"} <= config.keys():
@@ -50,7 +54,11 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
-    """Returns the config of a run as plain data, or {} if the directory holds no run."""
+    """Returns the config of a run as plain data, or {} if the directory has no config.json.
+
+    Raises:
+      UserError: config.json cannot be read.
+    """
     file = workdir / "config.json"
     if not file.exists():
         return {}
@@ -64,12 +72,18 @@ def read_config(workdir: Path) -> dict[str, Any]:
 
 
 def read_class_names(workdir: Path) -> list[str]:
-    """Returns the class names, in the order of the head's outputs."""
+    """Returns the class names, in the order of the head's outputs.
+
+    Raises:
+      UserError: class_names.json does not exist or cannot be read.
+    """
     file = workdir / "class_names.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): the run directory is incomplete") from None
+        raise UserError(
+            f"{file} cannot be read ({error}): the run directory is incomplete; choose another"
+        ) from None
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -79,17 +93,16 @@ def saved_steps(workdir: Path) -> list[int]:
     )
 
 
-def read_weights(workdir: Path, which: str = "last") -> tuple[int, Any]:
-    """Returns (step, tree of float32 numpy arrays) of one of CHECKPOINTS; see `open_run`.
+def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
+    """Returns (step, tree of float32 numpy arrays) of the weights that `which`, one of CHECKPOINTS, names.
 
     Raises:
       UserError: the run has no such weights, or they cannot be read.
     """
     steps = saved_steps(workdir)
     if which == "best":
-        files = {step: workdir / "checkpoints" / str(step) / "metrics" / "metrics" for step in steps}
-        scores = {step: json.loads(file.read_text()) for step, file in files.items() if file.exists()}
-        steps = sorted(scores, key=lambda step: (scores[step][BEST_BY], step))
+        accuracies = _test_accuracies(workdir)
+        steps = sorted(accuracies, key=lambda step: (accuracies[step], step))
     if not steps:
         raise UserError(
             f"{workdir} has no checkpoint{' with a test accuracy' * (which == 'best')}: train first"
@@ -101,7 +114,7 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, Any]:
             if which == "ema" and stored["ema"] is None:
                 raise UserError(f"the run in {workdir} keeps no EMA of its weights: choose last or best")
             name = "params" if which == "last" or stored["ema"] is None else "ema"
-            wanted = {name: stored[name]}  # but not the optimizer's state
+            wanted = {name: stored[name]}  # without the optimizer's state
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
             return steps[-1], checkpointer.restore(folder, args=restore)[name]
@@ -114,9 +127,19 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, Any]:
         ) from None
 
 
+def _test_accuracies(workdir: Path) -> dict[int, float]:
+    """Returns step -> test accuracy of the checkpoints that have one."""
+    accuracies = {}
+    for step in saved_steps(workdir):
+        file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
+        with contextlib.suppress(OSError, ValueError):  # does not exist, or is damaged
+            accuracies[step] = json.loads(file.read_text())[BEST_BY]
+    return accuracies
+
+
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Hides Orbax's warning that it finds no metadata where it wrote none."""
+    """Hides Orbax's warning about missing metadata, which it did not write in the first place."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -127,7 +150,11 @@ def _without_warnings() -> Iterator[None]:
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Raises UserError, and writes nothing, if a run with this config cannot use the directory."""
+    """Checks that a run with this config can use the directory; writes nothing.
+
+    Raises:
+      UserError: the directory cannot be written to, or it holds a run with another config.
+    """
     stored = workdir / "config.json"
     try:
         existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
@@ -146,7 +173,7 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
             )
         return
     theirs = flatten_dict(read_config(workdir), sep=".")
-    ours = flatten_dict(json.loads(json.dumps(config)), sep=".")  # tuples become lists, as in the file
+    ours = flatten_dict(json.loads(json.dumps(config)), sep=".")  # JSON turns tuples into lists
     differing = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
     if differing:
         changes = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing)
@@ -154,7 +181,11 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
 
 
 def check_class_names(workdir: Path, class_names: list[str]) -> None:
-    """Raises UserError if the directory holds a run with other classes."""
+    """Checks that a run already in the directory, if there is one, has the same classes.
+
+    Raises:
+      UserError: it has others.
+    """
     theirs = read_class_names(workdir) if (workdir / "class_names.json").exists() else class_names
     if theirs != class_names:
         lost, new = (
@@ -168,10 +199,10 @@ def check_class_names(workdir: Path, class_names: list[str]) -> None:
 
 
 def write_run(workdir: Path, config: dict[str, Any], *, class_names: list[str]) -> None:
-    """Creates the directory and writes what later programs need besides the weights.
+    """Creates the directory and writes config and class names, which later programs need besides the weights.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: they cannot be written.
     """
     make_folder(workdir)
     contents: dict[str, Any] = {"config": config, "class_names": class_names}

@@ -1,4 +1,4 @@
-"""Every shipped config builds, validates and takes a step of a shrunken copy."""
+"""Tests every config of the package: it is valid, it builds, and a small copy of it takes a step."""
 
 import ast
 import re
@@ -30,13 +30,13 @@ def test_config_builds_at_full_size(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_shrunken_config_takes_a_step(file):
+def test_a_small_copy_of_the_config_takes_a_step(file):
     config = load_config(str(file))
     patch = config.model.patches["size"]
     assert patch[0] == patch[1]
     config.update_from_flattened_dict(
         {
-            # Data that is there: what a config names may take a download of 150 GB.
+            # The included digits: the dataset of the config may be a download of 150 GB.
             "dataset": "digits",
             "train_split": "train[:40]",
             "test_split": "test[:8]",
@@ -55,18 +55,18 @@ def test_shrunken_config_takes_a_step(file):
             "schedule.warmup_steps": min(config.schedule.warmup_steps, 1),
         }
     )
-    plan = make_setup(resolve(config, {}))
-    update = jax.jit(plan.update)
-    state = plan.init(None)
-    for k in range(2):  # with a warmup the first step has learning rate 0
-        state, metrics = update(state, plan.train_batches[k])
+    setup = make_setup(resolve(config, {}))
+    update = jax.jit(setup.update)
+    state = setup.init(None)
+    for k in range(2):  # with a warmup, the learning rate of the first update is 0
+        state, metrics = update(state, setup.train_batches[k])
     assert int(state.step) == 2
     assert all(np.isfinite(value) for value in metrics.values()), metrics
     moved = jax.tree.map(
-        lambda a, b: bool((a != b).any()), plan.init(None).params["head"], state.params["head"]
+        lambda a, b: bool((a != b).any()), setup.init(None).params["head"], state.params["head"]
     )
     assert all(jax.tree.leaves(moved))
-    sums = jax.jit(plan.score)(state.eval_params, plan.test_batches[0])
+    sums = jax.jit(setup.score)(state.eval_params, setup.test_batches[0])
     assert sums["count"] == 8
 
 
@@ -91,7 +91,7 @@ def test_finetuning_is_the_recipe_of_vision_transformer():
     ],
 )
 def test_published_weights_fit_the_model_of_the_config(name, note):
-    """By the shapes alone: the published model's, and zeros for what is read."""
+    """Compares shapes only: the weights have the shapes of the published model, and zeros as values."""
     config = resolve(load_config(f"{name}.py"), {})
     published = PUBLISHED[config.init_from]
     theirs = MlpMixer(num_classes=published.num_classes, **published.origin["model"])
@@ -110,6 +110,6 @@ def test_published_weights_fit_the_model_of_the_config(name, note):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_docstring_holds_the_command(file):
+def test_the_docstring_has_the_command(file):
     text = ast.get_docstring(ast.parse(file.read_text()))
     assert re.search(rf"python -m mlpmixer_flax\.train --config=configs/{file.name} --workdir=runs/", text)

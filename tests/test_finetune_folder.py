@@ -1,4 +1,4 @@
-"""From a folder of photos to predictions, through the config made for it."""
+"""Tests the way from a folder of photos to predictions, with the config made for it."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ MODEL["channels_mlp_dim"] = 32
 
 
 def write_photos(root, split, number):
-    """`number` digits of each class in colour, not square, in three formats."""
+    """Writes `number` digits of each class: in colour, not square, in three formats."""
     examples = open_examples("digits", split)
     rng = np.random.default_rng(0)
     for name, digit in CLASSES.items():
@@ -35,7 +35,7 @@ def write_photos(root, split, number):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Fine-tuned from weights of seven other classes."""
+    """A run that is fine-tuned from weights with seven other classes."""
     root = tmp_path_factory.mktemp("photos")
     write_photos(root / "photos", "train", 40)
     model = MlpMixer(num_classes=7, **MODEL)
@@ -56,13 +56,13 @@ def test_the_run_follows_the_config_and_knows_the_classes(run):
     assert json.loads((run / "class_names.json").read_text()) == sorted(CLASSES)
     rows = read_metrics(run / "metrics.jsonl")
     tested = [row["step"] for row in rows if "test/accuracy" in row]
-    # 96 photos to train on are 6 steps of 16, scored after each of the 20 passes.
+    # 96 photos to train on are 6 steps of 16 images; each of the 20 epochs ends with an evaluation.
     assert tested == list(range(6, 121, 6))
     rates = {row["step"]: row["train/learning_rate"] for row in rows if "train/learning_rate" in row}
     assert rates[120] < rates[10]
 
 
-def test_new_photos_are_named_as_the_test_accuracy_has_it(run, tmp_path, capsys):
+def test_new_photos_are_classified_as_well_as_the_test_accuracy_says(run, tmp_path, capsys):
     write_photos(tmp_path / "new", "test", 30)
     assert predict.main([f"--workdir={run}", "--top=1", "--csv", str(tmp_path / "new")]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))

@@ -1,4 +1,4 @@
-"""The model is the paper's: sizes, Google's and timm's numbers, symmetry, gradients."""
+"""Tests that the model is that of the paper: sizes, outputs of Google's and timm's code, symmetry, gradients."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def normal(seed, shape):
 
 
 def random_params(model, images, seed=0):
-    """Parameters without the zeros (head, biases) that would hide what multiplies them."""
+    """Returns parameters without zeros: those of head and biases would hide errors in what they multiply."""
     params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
     return jax.tree.map(lambda p: p + 0.2 * normal(p.size, p.shape), params)
 
@@ -49,7 +49,7 @@ def random_params(model, images, seed=0):
         ("h14", 432_350_952),
     ],
 )
-def test_published_sizes_have_the_published_parameter_counts(name, count):
+def test_the_published_sizes_have_the_published_parameter_counts(name, count):
     model = MlpMixer(num_classes=1000, **getattr(config, f"mixer_{name}_config"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert sum(p.size for p in jax.tree.leaves(shapes)) == count
@@ -60,7 +60,7 @@ def test_published_sizes_have_the_published_parameter_counts(name, count):
     [("digits", 8, 1, 50_000, 60_000), ("mnist", 28, 1, 2e5, 4e5), ("nano4", 32, 3, 665_000, 675_000)]
     + [("tiny4", 32, 3, 6.4e6, 6.8e6)],
 )
-def test_small_sizes_have_the_parameter_counts_we_promise(name, size_px, channels, low, high):
+def test_the_small_sizes_have_the_parameter_counts_we_promise(name, size_px, channels, low, high):
     model = MlpMixer(num_classes=10, **getattr(config, f"mixer_{name}_config"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size_px, size_px, channels)))
     assert low <= sum(p.size for p in jax.tree.leaves(shapes)) <= high
@@ -84,7 +84,7 @@ def google_golden():
 
 
 def timm_golden():
-    """timm's weights in our tree: (out, in) kernels are transposed, NCHW images become NHWC."""
+    """Returns timm's weights in our tree: (out, in) kernels are transposed, NCHW images become NHWC."""
     sizes = json.loads((GOLDEN / "timm_tiny.json").read_text())
     places = [("stem.proj", "stem"), ("norm", "pre_head_layer_norm"), ("head", "head")]
     for i in range(sizes["num_blocks"]):
@@ -111,7 +111,7 @@ def timm_golden():
 
 
 @pytest.mark.parametrize("golden", [google_golden, timm_golden])
-def test_logits_and_pre_logits_equal_those_of_the_originals(golden):
+def test_logits_and_pre_logits_equal_those_of_the_original_code(golden):
     sizes, params, io = golden()
     images = io["images"]
     logits = golden_model(sizes).apply({"params": params}, images)
@@ -124,7 +124,7 @@ def test_logits_and_pre_logits_equal_those_of_the_originals(golden):
     )
 
 
-def test_parameter_tree_is_exactly_googles():
+def test_the_parameter_tree_is_exactly_googles():
     sizes, params, io = google_golden()
     ours = golden_model(sizes).init(jax.random.key(0), io["images"])["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, params)
@@ -147,8 +147,8 @@ def test_every_parameter_gets_a_gradient(remat):
     params = random_params(model, images)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, images) ** 2)))(params)
     for name, grad in flatten_dict(grads, sep="/").items():
-        # That bias moves all channels of a token alike, and every LayerNorm after it takes this out again:
-        # but for rounding its gradient is zero, in the original too.
+        # This bias shifts all channels of a token by the same amount, and every LayerNorm after it removes the
+        # shift. So its gradient is zero except for rounding, in the original too.
         largest = float(jnp.abs(grad).max())
         assert largest < 1e-4 if name.endswith("token_mixing/Dense_1/bias") else largest > 1e-2, name
 
@@ -211,17 +211,19 @@ def test_rectangular_patches_and_any_number_of_channels(channels):
     assert jax.eval_shape(model.apply, {"params": params}, images).shape == (2, 3)
 
 
-def test_a_patch_that_does_not_divide_the_image_is_said_in_a_sentence():
-    with pytest.raises(UserError, match="patch of 4x4 px does not divide an image of 8x10 px"):
+def test_a_patch_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(
+        UserError, match="patch of 4x4 px does not divide an image of 8x10 px: choose another"
+    ):
         MlpMixer(num_classes=3, **TINY).init(jax.random.key(0), jnp.zeros((1, 8, 10, 3)))
 
 
-def test_unknown_gelu_is_said_in_a_sentence():
-    with pytest.raises(UserError, match="unknown gelu 'relu'"):
+def test_an_unknown_gelu_is_refused():
+    with pytest.raises(UserError, match="unknown gelu 'relu': choose one of tanh, erf"):
         MlpMixer(num_classes=3, gelu="relu", **TINY).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
-def test_head_starts_at_zero_with_the_bias_asked_for():
+def test_the_head_starts_at_zero_with_the_bias_of_the_config():
     model = MlpMixer(num_classes=3, head_bias_init=-6.9, **TINY)
     logits, _ = model.init_with_output(jax.random.key(0), normal(1, (2, 8, 8, 3)))
     np.testing.assert_allclose(logits, -6.9, rtol=1e-6)
@@ -231,7 +233,7 @@ def test_stochastic_depth_skips_whole_branches_and_keeps_the_expectation():
     block = MixerBlock(tokens_mlp_dim=8, channels_mlp_dim=8, stochastic_depth_rate=0.4)
     x = normal(1, (1, 4, 6))
     params = block.init(jax.random.key(0), x)["params"]
-    # With constant branches (kernels 0, biases not) the two branches add up independently.
+    # If kernels are 0 and biases are not, the branches are constant and add up independently.
     params = jax.tree_util.tree_map_with_path(
         lambda path, p: jnp.zeros_like(p) if path[-1].key == "kernel" else normal(p.size, p.shape), params
     )
@@ -241,7 +243,7 @@ def test_stochastic_depth_skips_whole_branches_and_keeps_the_expectation():
     )
     np.testing.assert_allclose(added.mean(0), full, atol=5 * float(added.std()) / 4000**0.5)
     none = jnp.all(added == 0, axis=(1, 2, 3)).mean()
-    np.testing.assert_allclose(none, 0.4**2, atol=0.03)  # both branches skipped
+    np.testing.assert_allclose(none, 0.4**2, atol=0.03)  # both branches are skipped
 
 
 def test_stochastic_depth_rises_linearly_from_0_to_the_rate():
@@ -270,7 +272,7 @@ def test_dropout_acts_in_training_only():
     np.testing.assert_array_equal(still, MlpMixer(num_classes=0, **TINY).apply({"params": params}, images))
 
 
-def test_the_first_page_of_the_design_runs():
+def test_a_size_of_the_config_and_the_classes_of_a_dataset_make_a_model():
     num_classes = get_dataset_info("digits", "train")["num_classes"]
     model = MlpMixer(num_classes=num_classes, **config.mixer_b16_config)
     assert model.num_classes == 10 and model.hidden_dim == 768

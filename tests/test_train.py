@@ -1,4 +1,4 @@
-"""The program, as its user meets it: real processes, real kills, real data."""
+"""Tests the training program as a user runs it: real processes, real kills, real data."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from written_events import events, scalars
 from mlpmixer_flax.train import main, train
 from mlpmixer_flax.training.configfile import load_config
 
-# Everything random is on, so that a resumed run has much to get wrong.
+# Everything random is on, so that a resumed run could get many things wrong.
 SMALL = [
     "--config.model.hidden_dim=16",
     "--config.model.channels_mlp_dim=16",
@@ -47,7 +47,7 @@ def start_process(workdir, *arguments, **options):
         "--config=digits.py",
         f"--workdir={workdir}",
     ]
-    # A compiled program is kept on disk, so that a restart takes less of the test's time.
+    # Compiled programs stay on disk, so that a restart takes less time.
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -81,15 +81,22 @@ def last_state(workdir):
         return checkpointer.restore((workdir / "checkpoints" / str(steps[-1]) / "default").absolute())
 
 
-def test_run_directory_holds_what_later_programs_need(tmp_path, capsys):
+def test_the_run_directory_has_what_later_programs_need(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
     out = capsys.readouterr().out
     names = {file.name for file in workdir.iterdir()}
-    assert {"config.json", "class_names.json", "preprocess.json", "metrics.jsonl", "checkpoints"} <= names
+    assert {"config.json", "class_names.json", "metrics.jsonl", "checkpoints"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     config = json.loads((workdir / "config.json").read_text())
     assert config["total_steps"] == 30 and config["model"]["hidden_dim"] == 16
+    assert config["preprocess"] == {
+        "image_size_px": 8,
+        "crop_fraction": 1.0,
+        "interpolation": "bilinear",
+        "mean": [0.5],
+        "std": [0.5],
+    }
     assert json.loads((workdir / "class_names.json").read_text()) == [str(i) for i in range(10)]
     logged = rows(workdir)
     assert [row["step"] for row in logged if "train/loss" in row] == [10, 20, 30]
@@ -102,7 +109,7 @@ def test_run_directory_holds_what_later_programs_need(tmp_path, capsys):
     assert f"best: {best:.2%}" in out and str(workdir) in out
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 90
 
-    # Of what TensorBoard shows beyond these, the files hold as much as there is.
+    # TensorBoard also gets the config, images, and the accuracy per class.
     found = events(workdir)
     tags = [value.tag for event in found for value in event.summary.value]
     assert tags.count("config/text_summary") == tags.count("training_images") == 1
@@ -113,16 +120,18 @@ def test_run_directory_holds_what_later_programs_need(tmp_path, capsys):
             if step == row["step"] and tag.startswith("test_class_accuracy/")
         }
         assert by_class.keys() == {f"test_class_accuracy/{i}" for i in range(10)}
-        assert abs(np.mean(list(by_class.values())) - row["test/accuracy"]) < 0.02  # classes are nearly equal
+        assert (
+            abs(np.mean(list(by_class.values())) - row["test/accuracy"]) < 0.02
+        )  # classes have nearly the same size
 
-    # The same command again has nothing to do, says so, and leaves all as it is.
+    # The same command again has nothing to do, says so, and changes nothing.
     before = (workdir / "metrics.jsonl").read_text()
     assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
     assert "done: test accuracy" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_intervals_are_independent_and_the_end_counts_for_all(tmp_path):
+def test_intervals_are_independent_and_everything_is_due_at_the_end(tmp_path):
     intervals = {"log_every_steps": 4, "eval_every_steps": 5, "save_every_steps": 3, "keep_checkpoints": 9}
     arguments = [f"--config.{key}={value}" for key, value in intervals.items()]
     assert run_small(tmp_path / "run", "--config.total_steps=11", *arguments) == 0
@@ -130,10 +139,10 @@ def test_intervals_are_independent_and_the_end_counts_for_all(tmp_path):
     assert [row["step"] for row in logged if "train/loss" in row] == [4, 8, 11]
     assert [row["step"] for row in logged if "test/accuracy" in row] == [5, 10, 11]
     saved = {int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert {3, 6, 9, 11} <= saved <= {3, 5, 6, 9, 10, 11}  # 5 and 10 where they were the best so far
+    assert {3, 6, 9, 11} <= saved <= {3, 5, 6, 9, 10, 11}  # 5 and 10 only if they were the best so far
 
 
-def test_killed_at_random_moments_ends_bit_identical(tmp_path):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     arguments = ["--config.total_steps=300", "--config.save_every_steps=7", "--config.eval_every_steps=90"]
     whole = start_process(tmp_path / "whole", *arguments)
     out = whole.stdout.read()
@@ -154,13 +163,13 @@ def test_killed_at_random_moments_ends_bit_identical(tmp_path):
     assert process.wait() == 0, out
     assert int(re.search(r"continuing from step (\d+)", out)[1]) >= moments[-1] - 20
     chex.assert_trees_all_equal(last_state(tmp_path / "killed"), last_state(tmp_path / "whole"))
-    # Every evaluation too, and each once; the means of training differ in what they are over.
+    # Every evaluation is the same too, and is there once. Training means may be over other steps.
     evaluations = [[row for row in rows(tmp_path / run) if "test/loss" in row] for run in ("whole", "killed")]
     assert evaluations[0] == evaluations[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_says_so_and_the_same_command_continues(tmp_path, number):
+def test_a_signal_makes_the_run_save_and_the_same_command_continues(tmp_path, number):
     workdir = tmp_path / "run"
     arguments = ["--config.total_steps=100000", "--config.save_every_steps=100000"]
     process = start_process(workdir, *arguments, "--config.eval_every_steps=100000")
@@ -187,8 +196,8 @@ STREAMED += ["--config.eval_every_steps=20", "--config.save_every_steps=100000"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_the_workers_too_saves_all_the_same(tmp_path, number):
-    """As a terminal's Ctrl-C and a cluster's SIGTERM do: the whole process group gets it."""
+def test_the_run_also_saves_if_its_workers_get_the_signal(tmp_path, number):
+    """Ctrl-C in a terminal and a cluster's SIGTERM go to the whole process group."""
     process = start_process(tmp_path / "run", *STREAMED, start_new_session=True)
     read_until(process, r"^step \d+/100000")
     os.killpg(process.pid, number)
@@ -207,7 +216,7 @@ def test_workers_of_a_killed_run_end(tmp_path):
     def alive():
         stats = []
         for file in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # ended since it was listed
+            with contextlib.suppress(OSError):  # the process ended after it was listed
                 stats.append(file.read_text().rpartition(")")[2].split())
         return sum(int(group) == process.pid and state != "Z" for state, _, group, *_ in stats)
 
@@ -220,7 +229,7 @@ def test_workers_of_a_killed_run_end(tmp_path):
     assert alive() == 0
 
 
-def test_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
+def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e4"]
     arguments += ["--config.optimizer.clip_norm=0", "--config.save_every_steps=1", "--config.total_steps=200"]
@@ -232,8 +241,8 @@ def test_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, ca
     assert all(np.isfinite(leaf).all() for leaf in state["params"]["head"].values())
 
 
-def test_accumulation_and_streaming_train_the_same_as_one_pass_from_memory(tmp_path):
-    """The order of the data doesn't depend on how it is held, nor the result on how it is cut up."""
+def test_microbatches_and_streaming_train_the_same_as_whole_batches_from_memory(tmp_path):
+    """Streamed data has the same order as data in memory, and microbatches give the same result as one batch."""
     scores = []
     for name, *arguments in (
         ["plain"],
@@ -256,10 +265,13 @@ def test_accumulation_and_streaming_train_the_same_as_one_pass_from_memory(tmp_p
             ["--config.accumulation_steps=7"],
             "batch_size=64 is not divisible by 1 devices x accumulation_steps=7",
         ),
-        (["--config.dataset=digit"], "Dataset 'digit' is unknown: did you mean 'digits'"),
-        (["--config.train_split=trian"], "Split 'trian' of dataset 'digits' cannot be read"),
-        (["--config.test_split=test[:0]"], "Split 'test.:0.' of dataset 'digits' has no examples"),
-        (["--config.preprocess.mean=0.1,0.2,0.3"], "preprocess.mean=.* has 3 values, .* 1 channel"),
+        (["--config.dataset=digit"], "dataset 'digit' is unknown: did you mean 'digits'"),
+        (["--config.train_split=trian"], "split 'trian' of dataset 'digits' cannot be read"),
+        (["--config.test_split=test[:0]"], "split 'test.:0.' of dataset 'digits' has no examples"),
+        (
+            ["--config.preprocess.mean=0.1,0.2,0.3"],
+            "preprocess.mean=.* has 3 values, but images of 'digits' have 1 channel: give one value, or one per",
+        ),
         (
             ["--config.init_from=imagenet21k/Mixer-B16"],
             "no weights 'imagenet21k/Mixer-B16': .*did you mean imagenet21k/Mixer-B_16",
@@ -267,7 +279,9 @@ def test_accumulation_and_streaming_train_the_same_as_one_pass_from_memory(tmp_p
         (["--config.modle.remat=1"], "no key 'modle.remat': did you mean 'model.remat'"),
     ],
 )
-def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys, arguments, message):
+def test_bad_input_ends_with_one_sentence_and_status_2_and_writes_nothing(
+    tmp_path, capsys, arguments, message
+):
     assert run_small(tmp_path / "run", *arguments) == 2
     captured = capsys.readouterr()
     assert re.search(f"^error: .*{message}", captured.err) and captured.err.count("\n") == 1
@@ -279,12 +293,12 @@ def test_bad_input_is_one_sentence_status_2_and_nothing_written(tmp_path, capsys
     [
         (
             lambda image: (image[: len(image) // 2], 1),
-            r"Image 3 \(train-3\) of split 'train' of dataset 'broken' ",
+            r"image 3 \(train-3\) of split 'train' of dataset 'broken' ",
         ),
         (lambda image: (image, -1), "its label -1 is not in "),
     ],
 )
-def test_bad_example_is_named_and_nothing_written(tmp_path, capsys, damage, message):
+def test_a_bad_example_is_named_and_nothing_is_written(tmp_path, capsys, damage, message):
     image = encode(np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)[..., 0])
     examples = [(image, i % 3) for i in range(8)]
     examples[3] = damage(image)
@@ -299,7 +313,7 @@ def test_bad_example_is_named_and_nothing_written(tmp_path, capsys, damage, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_batch_that_devices_cannot_share_is_refused(tmp_path):
+def test_a_batch_size_not_divisible_by_the_devices_is_refused(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     command = [
         sys.executable,
@@ -317,7 +331,7 @@ def test_batch_that_devices_cannot_share_is_refused(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_workdir_of_another_config_is_refused_with_the_keys(tmp_path, capsys):
+def test_a_workdir_with_another_config_is_refused_with_the_keys(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run_small(workdir, "--config.total_steps=2") == 0
     before = {file: file.stat().st_mtime_ns for file in workdir.rglob("*")}
@@ -328,32 +342,34 @@ def test_workdir_of_another_config_is_refused_with_the_keys(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == before
 
 
-def test_help_teaches_and_missing_config_is_said():
+def test_help_explains_the_options_and_a_missing_config_is_an_error():
     done = subprocess.run(
         [sys.executable, "-m", "mlpmixer_flax.train", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    assert "--config.KEY=VALUE" in done.stdout and "mnist.py" in done.stdout and "continues" in done.stdout
+    assert "--config.KEY=VALUE" in done.stdout and "mnist.py" in done.stdout
+    continuing = "To continue a run that was stopped, repeat the command with the same --workdir"
+    assert continuing in " ".join(done.stdout.split())
     done = subprocess.run([sys.executable, "-m", "mlpmixer_flax.train"], capture_output=True, text=True)
     assert done.returncode == 2 and "--config" in done.stderr
 
 
-def test_images_of_varying_size_train_and_continue_with_the_config_as_it_was(tmp_path, capsys):
+def test_images_that_vary_in_size_train_and_continue_with_the_same_config(tmp_path, capsys):
     rng = np.random.default_rng(0)
     examples = [(encode(rng.integers(0, 256, (9 + i, 12, 3), np.uint8), "JPEG"), i % 3) for i in range(12)]
     data_dir = write_dataset(tmp_path / "data", "photos", {"train": examples, "test": examples[:5]})
     arguments = ["--config.dataset=photos", f"--config.data_dir={data_dir}", "--config.total_steps=3"]
     arguments += ["--config.augment.min_crop_area=0.3", "--config.preprocess.crop_fraction=0.875"]
     assert run_small(tmp_path / "run", *arguments) == 0
-    assert json.loads((tmp_path / "run" / "preprocess.json").read_text())["crop_fraction"] == 0.875
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["augment"]["min_crop_area"] == 0.3
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["preprocess"]["crop_fraction"] == 0.875 and config["augment"]["min_crop_area"] == 0.3
     assert run_small(tmp_path / "run", *arguments) == 0, capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert run_small(tmp_path / "run", *arguments) == 0
     assert "done\n" in capsys.readouterr().out
 
 
-def test_default_workdir_is_named_after_config_and_time(tmp_path, monkeypatch):
+def test_the_default_workdir_has_the_name_of_the_config_and_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--config=digits.py", *SMALL, "--config.total_steps=1"]) == 0
     (workdir,) = Path("runs").iterdir()

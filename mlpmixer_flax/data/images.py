@@ -1,4 +1,4 @@
-"""Decodes any image file to pixels: upright, in the wanted channels, cropped to a square and resized."""
+"""Turns any image into pixels: upright, in the wanted channels, cropped to a square and resized."""
 
 import io
 import math
@@ -47,7 +47,7 @@ def read_square(
 
 
 def open_image(image: ImageLike, mode: str) -> Image.Image:
-    """Decodes an image and converts it with `to_mode`; a Pillow image or an array is decoded already.
+    """Decodes an image, if it is not a Pillow image or an array, and converts it with `to_mode`.
 
     Raises:
       UserError: the file does not exist, is damaged, is not an image that Pillow can read, or is refused by
@@ -57,9 +57,8 @@ def open_image(image: ImageLike, mode: str) -> Image.Image:
         return to_mode(_from_array(image), mode)
     try:
         if isinstance(image, Image.Image):
-            with (
-                _ONE_AT_A_TIME
-            ):  # Pillow reads the file late, and not safely if two threads have the same image
+            # Pillow may not have read its file yet, and two threads must not read the same file.
+            with _ONE_AT_A_TIME:
                 return to_mode(image, mode)
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return to_mode(opened, mode)
@@ -73,8 +72,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     gray = array.ndim == 2 or array.shape[2:] == (1,)
     if array.dtype != np.uint8 or not array.size or not (gray or array.shape[2:] in ((3,), (4,))):
         raise UserError(
-            f"an array {array.dtype} {array.shape} is not an image: give uint8 (h, w) or (h, w, c) with 1, 3 or 4 "
-            "channels"
+            f"an array {array.dtype} {array.shape} is not an image: give uint8 (h, w) or (h, w, c) with 1, 3 or "
+            "4 channels"
         )
     return Image.fromarray(array.reshape(array.shape[:2]) if gray else array)
 
@@ -94,8 +93,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     whatever range the image uses. Of an animation the first frame is used. Colour profiles are not applied.
 
     Raises:
-      ValueError: the image has no pixels; or the values are floating-point or need more than 16 bits, so which
-        is white is unknown.
+      ValueError: the image has no pixels; or the values are floating-point or need more than 16 bits, so
+        which is white is unknown.
       Exception: the data is damaged; Pillow raises exceptions of many classes.
     """
     if 0 in image.size:

@@ -64,9 +64,7 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
-    def restore(
-        self, like: TrainState, sharding: jax.sharding.Sharding
-    ) -> tuple[int, TrainState | None]:
+    def restore(self, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.
 
         `like` is a state with shapes and dtypes only. Damaged checkpoints that are newer than the one read

@@ -20,13 +20,13 @@ def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> C
     """Returns the config of a file, changed and checked.
 
     Args:
-      path: path of the file, or the name of a config of the package: "digits.py" or "configs/digits.py". A file
-        that exists comes first.
+      path: of the file. If no such file exists, the name of a config of the package: "digits.py" or
+        "configs/digits.py".
       changes: {"optimizer.learning_rate": 0.01}, {"optimizer": {"learning_rate": 0.01}}, or arguments as a
         program gets them: ["--config.optimizer.learning_rate=0.01"].
 
     Raises:
-      UserError: the file is missing or broken, a key is unknown, or a value has the wrong type or cannot be used.
+      UserError: the file is missing or broken, a key is unknown, or a value cannot be used.
     """
     config = _run_config_file(_find_config_file(path))
     if isinstance(changes, Mapping):
@@ -40,9 +40,9 @@ def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> C
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Returns name -> path of the configs of the package, which are inside it if installed, beside it in a clone."""
+    """Returns name -> path of the configs of the package."""
     package = Path(mlpmixer_flax.__file__).parent
-    inside = package / "configs"
+    inside = package / "configs"  # if the package is installed; in a clone, they are beside it
     folder = inside if inside.is_dir() else package.parent / "configs"
     return {file.name: file for file in sorted(folder.glob("*.py"))}
 
@@ -73,7 +73,7 @@ def _run_config_file(file: Path) -> ConfigDict:
         raise UserError(f"{file}, line {line}: {type(error).__name__}: {message}") from None
     if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(get_config()).keys():
         raise UserError(
-            f"get_config() in {file} must return the base config with changed values: do not add or remove keys"
+            f"get_config() in {file} must return the base config with other values: do not add or remove keys"
         )
     return config
 
@@ -91,7 +91,7 @@ def _parse_argument(config: ConfigDict, argument: str) -> None:
 
 
 def _change(config: ConfigDict, key: str, value: Any, *, given: str) -> None:
-    """Sets a key, unless it is unknown or the value has the wrong type; None has the wrong type for every key."""
+    """Sets a key of the config. The value None has the wrong type for every key."""
     values = flatten(resolve(config, {}))  # a key left open also gets an example of its type
     if key not in values:
         raise UserError(f"the config has no key {key!r}: {_suggest(key, list(values))}")

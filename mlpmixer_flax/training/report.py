@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard events and the terminal. For the lead process only."""
+"""Reports the progress of a run in metrics.jsonl, TensorBoard and the terminal; for the lead process only."""
 
 import contextlib
 import json
@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,18 +14,24 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.training.step import Metrics
 
 
 class Recent:
-    """Metrics of the steps since the last summary, fetched a step late so that the device never waits."""
+    """The metrics of the updates since the last summary, and their speed.
+
+    Metrics are fetched from the device one update late, so that the device never waits for the host. Every
+    method raises FloatingPointError if a metric that it fetches is not finite.
+    """
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
-        self.waiting: list[tuple[int, Any]] = []
+        self.waiting: list[tuple[int, Metrics]] = []
         self.fetched: list[dict[str, float]] = []
         self.started = time.monotonic()
 
-    def add(self, step: int, metrics) -> None:
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Adds the metrics of an update, and fetches those of the one before."""
         self.waiting.append((step, metrics))
         self._fetch(keep=1)
 
@@ -37,13 +42,13 @@ class Recent:
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"{name} is {value} at step {step}: the run stops, its last checkpoint stays; lower "
-                        "optimizer.learning_rate, lengthen the warmup or set optimizer.clip_norm"
+                        f"{name} is {value} at step {step}: the run stops and keeps its last checkpoint; "
+                        "lower optimizer.learning_rate, lengthen the warmup or set optimizer.clip_norm"
                     )
             self.fetched.append(values)
 
     def summary(self) -> dict[str, float]:
-        """Means by their TensorBoard names, and images a second; starts anew."""
+        """Returns means since the last summary by their TensorBoard names, and `images_per_second`."""
         self._fetch(keep=0)
         rows, seconds = self.fetched, time.monotonic() - self.started
         self.fetched, self.started = [], time.monotonic()
@@ -52,7 +57,7 @@ class Recent:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside, after the steps so far are done, counts for no speed."""
+        """Waits for all updates so far; the time spent in the `with` block does not count in the speed."""
         self._fetch(keep=0)
         paused = time.monotonic()
         yield
@@ -60,10 +65,10 @@ class Recent:
 
 
 class Reporter:
-    """Writes scalars to `metrics.jsonl` and TensorBoard, and shows them: a progress bar with a line per
-    evaluation on a terminal, plain lines elsewhere.
+    """Writes scalars to `metrics.jsonl` and TensorBoard, and shows them.
 
-    Opening one for a run that resumes at `start_step` drops what was written about later steps.
+    A terminal shows a progress bar and a line per evaluation; any other output gets lines only. If a run
+    resumes at `start_step`, everything that was written about later steps is dropped.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
@@ -83,22 +88,22 @@ class Reporter:
         self._started = time.monotonic()
 
     def beginning(self, config: Mapping[str, object], images: np.ndarray) -> None:
-        """For TensorBoard: the config by dotted key, and images of the first step, uint8 (n, h, w, c)."""
-        # Indented, a block of code to Markdown.
+        """Writes the config by dotted key and images of the first step, uint8 (n, h, w, c), to TensorBoard."""
+        # Indented lines are a block of code in Markdown.
         self._events.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in config), 1)
         self._events.add_image("training_images", _tile(images), 1, dataformats="HWC")
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Moves the progress bar on by one update."""
         self._bar.update()
 
     def say(self, line: str) -> None:
-        """Prints a line; above the bar, if there is one."""
+        """Prints a line, above the progress bar if there is one."""
         with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 
     def training(self, step: int, scalars: dict[str, float]) -> None:
-        """Means over the steps since the last call: `train/loss`, `train/accuracy`, `images_per_second`, …"""
+        """Reports a `Recent.summary`: `train/loss`, `train/accuracy`, `images_per_second` and more."""
         self._write(step, scalars)
         speed = f"{scalars['images_per_second']:,.0f} img/s"
         loss, accuracy = scalars["train/loss"], scalars["train/accuracy"]
@@ -114,20 +119,25 @@ class Reporter:
         )
 
     def evaluation(self, step: int, scalars: dict[str, float]) -> None:
-        """Scores of a whole split: `test/loss`, `test/accuracy`, `test/accuracy_top5`."""
+        """Reports the scores of the test split: `test/loss`, `test/accuracy`, `test/accuracy_top5`."""
         self._write(step, scalars)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
         self.say(f"step {step}: {shown}")
 
     def class_accuracy(self, step: int, by_class: Mapping[str, float]) -> None:
-        """For TensorBoard: test accuracy of each class, NaN where there are no images.
+        """Writes the test accuracy per class to TensorBoard; NaN means that the class has no images.
 
-        Up to 20 classes have a curve each; more share a histogram.
+        Up to 20 classes get a curve each; more classes share a histogram.
         """
         known = {name: value for name, value in by_class.items() if not math.isnan(value)}
         if len(by_class) > 20:
-            bins = np.linspace(0, 1, 21)
-            self._events.add_histogram("test_class_accuracy", np.array(list(known.values())), step, bins=bins)
+            values, bins = np.array(list(known.values())), np.linspace(0, 1, 21)
+            self._events.add_histogram(
+                "test_class_accuracy",
+                values,
+                step,
+                bins=bins,  # pyright: ignore[reportArgumentType]  # tensorboardX hands it to NumPy
+            )
             return
         for name, value in known.items():
             self._events.add_scalar(f"test_class_accuracy/{name}", value, step)
@@ -139,13 +149,14 @@ class Reporter:
             self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Ends the progress bar and closes the files."""
         self._bar.close()
         self._jsonl.close()
         self._events.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    """Returns the rows of a metrics.jsonl, [] if it does not exist; leaves out a line that a kill cut off."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
@@ -156,7 +167,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 
 
 def _tile(images: np.ndarray) -> np.ndarray:
-    """Images uint8 (n, h, w, c) as one, a square of them, the small ones enlarged: uint8 (H, W, c)."""
+    """Returns images uint8 (n, h, w, c) in a square grid, enlarged if they are small: uint8 (H, W, c)."""
     n, h, w, c = images.shape
     times, columns = max(64 // w, 1), math.isqrt(n - 1) + 1
     rows = -(-n // columns)
@@ -168,5 +179,5 @@ def _tile(images: np.ndarray) -> np.ndarray:
 
 def _drop_after(file: Path, step: int) -> None:
     kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] <= step]
-    with replacing(file) as whole:
-        whole.write("".join(kept).encode())
+    with replacing(file) as new:
+        new.write("".join(kept).encode())

@@ -75,20 +75,23 @@ def _print_origin(config: ConfigDict, settled: ConfigDict, origin: Mapping[str, 
     for key in LEFT_OPEN:
         value = flatten(settled)[key]
         if key in origin and is_left_open(config, key):
-            print(f"{key}={value}, as {config.init_from} was trained")
+            print(f"{key}={value}, as in the training of {config.init_from}")
         elif key in origin and origin[key] != _canonical(value):
             print(f"{key}={value}, although {config.init_from} was trained with {origin[key]}")
 
 
 def _canonical(value: Any) -> Any:
-    """Returns a list, as JSON has it, as a tuple; if all its values are equal, as one value for any channels."""
+    """Returns a list, which JSON has instead of a tuple, as a tuple; equal values of all channels become one.
+
+    One value fits any number of channels.
+    """
     if not isinstance(value, (list, tuple)):
         return value
     return tuple(value[:1] if len(value) > 1 and all(element == value[0] for element in value) else value)
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as plain data to store; the path of a folder is absolute, so it is valid anywhere."""
+    """Returns the config as a run stores it: with the absolute path of a folder, valid from any directory."""
     dataset = config.dataset
     if dataset.startswith("folder:"):
         dataset = f"folder:{os.path.abspath(os.path.expanduser(dataset.removeprefix('folder:')))}"
@@ -176,8 +179,8 @@ def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]
         return score.lower(state.eval_params, batch_of(setup.test_batches.examples)).compile()
 
     with ThreadPoolExecutor(2) as pool:
-        jobs = pool.submit(compile_update), pool.submit(compile_score)
-    update, score = jobs[0].result(), jobs[1].result()
+        update_job, score_job = pool.submit(compile_update), pool.submit(compile_score)
+    update, score = update_job.result(), score_job.result()
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return update, score
 
@@ -196,8 +199,8 @@ def _check_channels(config: ConfigDict, channels: int) -> None:
         values = config.preprocess[key]
         if len(values) not in (1, channels):
             raise UserError(
-                f"preprocess.{key}={values} has {len(values)} values, but the number of channels of "
-                f"{config.dataset!r} is {channels}: give one value, or one per channel"
+                f"preprocess.{key}={values} has {len(values)} values, but images of {config.dataset!r} have "
+                f"{channels} channel{'s' * (channels > 1)}: give one value, or one per channel"
             )
 
 

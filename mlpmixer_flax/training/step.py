@@ -67,9 +67,9 @@ def make_train_step(
     """Returns the update: (state, batch) -> (state, metrics).
 
     Metrics are loss and accuracy before the update (compared with the augmented labels), global norms of the
-    gradient and of the updated parameters (only of those that learn), and the learning rate. All randomness is
-    a function of the config's seed and the step, so nothing random is stored. `cropped` is `Examples.cropped`:
-    True if the host has cropped the images already.
+    gradient and of the updated parameters (only of those that learn), and the learning rate. All randomness
+    is a function of the config's seed and the step, so nothing random is stored. `cropped` is
+    `Examples.cropped`: True if the host has cropped the images already.
 
     If `optimizer.sam_rho` is above 0, the gradient is computed at parameters that are moved uphill by this
     distance (SAM, arXiv 2010.01412). The direction uphill comes from the whole batch, with the same
@@ -78,9 +78,7 @@ def make_train_step(
 
     def loss_fn(learning, frozen, images, labels, key):
         params = {**learning, **frozen}
-        logits = cast(
-            jax.Array, model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        )
+        logits = cast(jax.Array, model.apply({"params": params}, images, train=True, rngs={"dropout": key}))
         correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return LOSSES[config.loss].per_image(logits, labels).mean(), correct.mean()
 

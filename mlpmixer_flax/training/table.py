@@ -1,4 +1,4 @@
-"""A model as a table: shapes, parameters and multiply-accumulates per module."""
+"""Describes a model in a table: output shape, parameters and multiply-accumulates (MACs) per module."""
 
 import math
 import re
@@ -7,20 +7,36 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict
+
+from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training.optimizer import Params
+
+Path = tuple[str, ...]  # the names from the model to one of its modules: ("MixerBlock_0", "token_mixing")
+Shape = tuple[int, ...]
 
 
 def summarize(
-    model: nn.Module, image_shape: tuple[int, int, int], *, params: Any, opt_state: Any = None
+    model: MlpMixer,
+    image_shape: tuple[int, int, int],
+    *,
+    params: Params,
+    opt_state: optax.OptState | None = None,
 ) -> str:
-    """Per module: output shape, parameters, MACs of one image; then the totals.
+    """Returns a table with a row per module, for one image, and then the totals.
 
-    `params` and `opt_state` are trees of arrays or jax.ShapeDtypeStruct; None = not trained. MACs are those of
-    convolution and dense layers; LayerNorm, GELU and sums are left out. Only the first of the equal Mixer blocks is
-    listed with its parts.
+    MACs are counted in convolutions and dense layers; LayerNorm, GELU and sums are left out. All Mixer blocks
+    are equal, so only the first one is listed with its parts.
+
+    Args:
+      image_shape: (height, width, channels) of the model's input.
+      params: a tree of arrays or jax.ShapeDtypeStruct.
+      opt_state: also such a tree; None = leave out the optimizer.
     """
     rows, total_macs = [], 0
-    shapes, leaves = _output_shapes(model, image_shape, params), flatten_dict(params)
+    shapes = _output_shapes(model, image_shape, params)
+    leaves: dict[Path, Any] = flatten_dict(params)
     for path, shape in shapes.items():
         inside = {name: leaf for name, leaf in leaves.items() if name[: len(path)] == path}
         macs = sum(
@@ -45,13 +61,13 @@ def summarize(
 _HEADER = ("module", "output", "parameters", "MACs")
 
 
-def _output_shapes(model, image_shape, params) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path of every module that has parameters -> shape of its output, in the order of the forward pass."""
-    shapes = {}
+def _output_shapes(model: MlpMixer, image_shape: Shape, params: Params) -> dict[Path, Shape]:
+    """Returns path -> output shape of every module with parameters, in the order of the forward pass."""
+    shapes: dict[Path, Shape] = {}
 
     def note(call, args, kwargs, context):
         path = context.module.path
-        shapes[path] = None  # holds the place before the modules inside
+        shapes[path] = ()  # puts the module before the modules inside it
         output = call(*args, **kwargs)
         shapes[path] = output.shape
         return output
@@ -62,10 +78,10 @@ def _output_shapes(model, image_shape, params) -> dict[tuple[str, ...], tuple[in
     return {path: shape for path, shape in shapes.items() if path and not path[-1].startswith("Dropout")}
 
 
-def _macs(output_shape, kernel_shape) -> int:
-    """Every output element is a dot product over all but the last axis of the kernel."""
+def _macs(output_shape: Shape, kernel_shape: Shape) -> int:
+    # Every output element is a dot product over all axes of the kernel except the last.
     return math.prod(output_shape[1:]) * math.prod(kernel_shape[:-1])
 
 
-def _mib(tree) -> float:
+def _mib(tree: Any) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 2**20

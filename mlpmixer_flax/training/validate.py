@@ -94,7 +94,7 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError("total_steps and total_epochs are both 0: set one of them to the length of the run")
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
         raise UserError(
-            f"optimizer.weight_decay={config.optimizer.weight_decay} does nothing with optimizer.name='adam': "
+            f"optimizer.weight_decay={config.optimizer.weight_decay} has no effect with 'adam': "
             "set optimizer.name to 'adamw', or optimizer.weight_decay to 0"
         )
     schedule = config.schedule

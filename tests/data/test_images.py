@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -188,3 +189,59 @@ def test_an_image_cut_short_anywhere_is_found(tmp_path, file_format, options):
     for share in (0, 0.001, 0.03, 0.25, 0.5, 0.75, 0.9, 0.98):
         path.write_bytes(encoded[: int(len(encoded) * share)])
         assert find_flaw(str(path)), f"{share:.1%} of a {file_format} file are taken for an image"
+
+
+# --- Pillow images and arrays
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_pillow_images_and_arrays_equal_the_file_with_the_same_pixels(mode):
+    rgba = np.concatenate([PICTURE, GRAY[..., None]], -1)
+    for array in (GRAY, GRAY[..., None], PICTURE, rgba, PICTURE[::-1, ::2], PICTURE.swapaxes(0, 1)):
+        squeezed = np.ascontiguousarray(array.squeeze())
+        from_file = open_image(encode(squeezed), mode)
+        assert from_file.mode == mode
+        for image in (array, Image.fromarray(squeezed), Image.open(io.BytesIO(encode(squeezed)))):
+            np.testing.assert_array_equal(open_image(image, mode), from_file)
+
+
+def test_a_pillow_image_is_turned_upright_and_not_changed():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.open(io.BytesIO(encode(np.ascontiguousarray(STORED[6](PICTURE)), exif=exif)))
+    np.testing.assert_array_equal(open_image(turned, "RGB"), PICTURE)
+    assert turned.size == (16, 24)
+    deep = Image.fromarray(DEEP)
+    np.testing.assert_array_equal(open_image(deep, "L"), [[0, 1, 128, 255]])
+    assert deep.mode == "I;16" and np.asarray(deep)[0, 3] == 65535
+
+
+def test_one_pillow_image_may_be_read_by_several_threads():
+    encoded = encode(np.tile(PICTURE, (60, 40, 1)))
+    expected = np.asarray(open_image(encoded, "RGB"))
+    for _ in range(5):
+        image = Image.open(io.BytesIO(encoded))  # not read yet
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(open_image, [image] * 4, ["RGB"] * 4):
+                np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (PICTURE / 255, r"an array float64 \(16, 24, 3\) is not an image: give uint8 \(h, w\) or \(h, w, c\) with"),
+        (GRAY > 99, r"an array bool \(16, 24\) is not an image"),
+        (DEEP, r"an array uint16 \(1, 4\) is not an image"),
+        (PICTURE[..., :2], r"an array uint8 \(16, 24, 2\) is not an image: .* 1, 3 or 4 channels"),
+        (PICTURE[None], r"an array uint8 \(1, 16, 24, 3\) is not"),
+        (GRAY[0], r"an array uint8 \(24,\) is not"),
+        (GRAY[:0], r"an array uint8 \(0, 24\) is not"),
+        (Image.new("RGB", (0, 5)), "the Pillow image of 0x5 px cannot be used .*it has no pixels.*: repair it"),
+        (Image.new("F", (4, 5)), "the Pillow image of 4x5 px cannot be used .*float32 from 0.0 to 0.0"),
+        (None, "image None cannot be used"),
+        ([1, 2], r"image \[1, 2\] cannot be used"),
+    ],
+)  # fmt: skip
+def test_objects_that_are_not_images_are_refused(image, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        open_image(image, "RGB")

@@ -1,4 +1,4 @@
-"""A run on disk: what is kept, what is restored, what is refused, what survives damage."""
+"""Tests what a run keeps on disk, restores exactly, refuses, and survives if files are damaged."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import check_class_names, check_workdir, write_run
+from mlpmixer_flax.rundir import check_class_names, check_workdir, read_class_names, read_weights, write_run
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 
@@ -26,7 +26,7 @@ def scores(accuracy):
 
 
 def save(workdir, accuracies, keep=2):
-    """A closed run that saved a step for each accuracy; None = a step that wasn't evaluated."""
+    """Saves a step for each accuracy, and closes the checkpoints; None = a step that was not evaluated."""
     checkpoints = Checkpoints(workdir, keep=keep)
     for step, accuracy in accuracies.items():
         checkpoints.save(step, state(step), None if accuracy is None else scores(accuracy))
@@ -44,7 +44,7 @@ def restore(workdir):
     return step, restored
 
 
-def test_newest_is_restored_exactly(tmp_path):
+def test_the_newest_is_restored_exactly(tmp_path):
     save(tmp_path, {1: 0.5, 2: None})
     step, restored = restore(tmp_path)
     assert step == 2
@@ -52,17 +52,17 @@ def test_newest_is_restored_exactly(tmp_path):
     assert restored["params"]["kernel"].sharding == PLACE
 
 
-def test_nothing_there_gives_step_0(tmp_path):
+def test_without_checkpoints_the_step_is_0(tmp_path):
     assert restore(tmp_path) == (0, None)
 
 
-def test_newest_and_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 0.1, 2: 0.9, 3: None, 4: 0.3, 5: None, 6: 0.2})
     assert kept(tmp_path) == [2, 5, 6]
     reopened = Checkpoints(tmp_path, keep=2)
     assert reopened.best() == (2, 0.9)
     reopened.close()
-    save(tmp_path, {7: 0.95, 8: None})  # a later process finds the new best
+    save(tmp_path, {7: 0.95, 8: None})  # by a later process
     assert kept(tmp_path) == [7, 8]
 
 
@@ -72,19 +72,19 @@ def test_saving_a_step_twice_is_harmless(tmp_path):
     assert kept(tmp_path) == [1, 2]
 
 
-def test_what_a_kill_left_half_written_is_ignored(tmp_path):
+def test_a_checkpoint_half_written_by_a_killed_run_is_ignored(tmp_path):
     save(tmp_path, {1: None})
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-1").mkdir()
     assert restore(tmp_path)[0] == 1
 
 
-def damaging_files(folder: Path):
+def files_with_content(folder: Path):
     return [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size > 0]
 
 
-def test_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+def test_if_the_newest_checkpoint_is_truncated_the_one_before_is_restored(tmp_path, capsys):
     save(tmp_path, {1: None, 2: None})
-    for file in damaging_files(tmp_path / "checkpoints" / "2" / "default" / "d"):
+    for file in files_with_content(tmp_path / "checkpoints" / "2" / "default" / "d"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     step, restored = restore(tmp_path)
     assert step == 1
@@ -96,10 +96,10 @@ def test_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path, caps
 
 
 @pytest.mark.parametrize("folder", [".", "default/d", "default/ocdbt.process_0", "metrics"])
-def test_no_file_cut_short_goes_unnoticed(tmp_path, folder):
-    """Whichever file of the newest checkpoint is empty: the state is restored exactly, or the older one is."""
+def test_an_empty_file_never_leads_to_a_wrong_state(tmp_path, folder):
+    """If files of the newest checkpoint are empty, either its exact state is restored, or the older state."""
     save(tmp_path, {1: 0.5, 2: 0.6})
-    files = damaging_files(tmp_path / "checkpoints" / "2" / folder)
+    files = files_with_content(tmp_path / "checkpoints" / "2" / folder)
     assert files
     for file in files:
         file.write_bytes(b"")
@@ -107,9 +107,24 @@ def test_no_file_cut_short_goes_unnoticed(tmp_path, folder):
     chex.assert_trees_all_equal(restored, state(step))
 
 
-def test_no_readable_checkpoint_is_refused_and_nothing_moved(tmp_path):
+def test_the_best_weights_are_found_if_metrics_of_a_checkpoint_are_damaged(tmp_path):
+    save(tmp_path, {1: 0.9, 2: 0.5, 3: None}, keep=3)
+    assert read_weights(tmp_path, "best")[0] == 1
+    for file in files_with_content(tmp_path / "checkpoints" / "1" / "metrics"):
+        file.write_bytes(b"")
+    step, params = read_weights(tmp_path, "best")
+    assert step == 2
+    chex.assert_trees_all_equal(params, jax.device_get(state(2)["params"]))
+
+
+def test_class_names_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(UserError, match="class_names.json cannot be read .* is incomplete; choose another"):
+        read_class_names(tmp_path)
+
+
+def test_if_no_checkpoint_can_be_read_the_run_is_refused_and_nothing_is_moved(tmp_path):
     save(tmp_path, {1: None})
-    for file in damaging_files(tmp_path / "checkpoints" / "1"):
+    for file in files_with_content(tmp_path / "checkpoints" / "1"):
         file.write_bytes(b"")
     with pytest.raises(
         UserError, match="none of the checkpoints 1 in .* can be read: choose another --workdir"
@@ -121,22 +136,20 @@ def test_no_readable_checkpoint_is_refused_and_nothing_moved(tmp_path):
 CONFIG = {"seed": 0, "optimizer": {"name": "sgd"}, "preprocess": {"mean": (0.5,)}}
 
 
-def test_same_config_may_continue_and_another_is_refused_with_the_keys(tmp_path):
+def test_the_same_config_may_continue_and_another_is_refused_with_the_keys(tmp_path):
     check_workdir(tmp_path / "new", CONFIG)
     assert not (tmp_path / "new").exists()
     write_run(tmp_path, CONFIG, class_names=["cat", "châtaigne"])
     check_workdir(tmp_path, CONFIG)
     other = {**CONFIG, "seed": 1, "optimizer": {"name": "adam"}}
-    message = (
-        "another config .optimizer.name was 'sgd', is 'adam', seed was 0, is 1.: choose another --workdir"
-    )
+    message = "with another config .optimizer.name was 'sgd', is 'adam', seed was 0, is 1.: choose another --workdir"
     with pytest.raises(UserError, match=message):
         check_workdir(tmp_path, other)
     assert json.loads((tmp_path / "class_names.json").read_text()) == ["cat", "châtaigne"]
-    assert json.loads((tmp_path / "preprocess.json").read_text()) == {"mean": [0.5]}
+    assert json.loads((tmp_path / "config.json").read_text())["preprocess"] == {"mean": [0.5]}
 
 
-def test_workdir_that_cannot_be_is_refused(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="cannot write to workdir .*not a directory"):
@@ -145,23 +158,26 @@ def test_workdir_that_cannot_be_is_refused(tmp_path):
         write_run(Path("/proc/nothing/can/be/made/here"), CONFIG, class_names=[])
 
 
-def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"\[ in a path for a pattern"):
+def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"Orbax reads \[ in a path as a pattern; choose a path without it"):
         check_workdir(tmp_path / "runs [1]" / "b16", CONFIG)
 
 
-def test_other_classes_than_those_of_the_run_are_refused(tmp_path):
+def test_classes_that_differ_from_those_of_the_run_are_refused(tmp_path):
     check_class_names(tmp_path, ["cat", "dog"])
     write_run(tmp_path, CONFIG, class_names=["cat", "dog"])
     check_class_names(tmp_path, ["cat", "dog"])
     with pytest.raises(
-        UserError, match=r"run of other classes \(gone: 'cat'; new: 'a cat'\): put the dataset back"
+        UserError, match=r"run with other classes \(gone: 'cat'; new: 'a cat'\): restore the dataset"
     ):
         check_class_names(tmp_path, ["a cat", "dog"])
 
 
-def test_config_json_that_is_no_json_is_refused(tmp_path):
-    for text, message in (("{", "config.json cannot be read"), ("[]", "config.json holds no config")):
+def test_a_config_json_without_a_config_is_refused(tmp_path):
+    for text, message in (
+        ("{", "config.json cannot be read .*choose another --workdir"),
+        ("[]", "config.json is not the config of a run: choose another --workdir"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
             check_workdir(tmp_path, CONFIG)
@@ -173,6 +189,6 @@ def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
         check_workdir(tmp_path, CONFIG)
 
 
-def test_a_name_no_file_system_takes_is_refused(tmp_path):
+def test_a_name_that_no_file_system_accepts_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot use workdir"):
         check_workdir(tmp_path / ("x" * 300), CONFIG)

@@ -1,4 +1,4 @@
-"""From the command line to a config: files, overrides, and what is wrong with them in a sentence."""
+"""Tests the way from a file and changes to a config, and the sentence about each possible mistake."""
 
 import subprocess
 import sys
@@ -9,13 +9,13 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.training.configfile import load_config
 
 
-def test_shipped_config_is_found_from_any_directory(tmp_path):
+def test_a_config_of_the_package_is_found_from_any_directory(tmp_path):
     code = "from mlpmixer_flax.training.configfile import load_config; print(load_config('configs/mnist.py').dataset)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "mnist\n", done.stderr
 
 
-def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
+def test_a_file_of_the_user_comes_before_one_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "digits.py").write_text(
         "from mlpmixer_flax.config import get_config as base\n"
         "def get_config():\n    config = base()\n    config.batch_size = 11\n    return config\n"
@@ -25,7 +25,7 @@ def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
     assert load_config("configs/digits.py").batch_size == 64
 
 
-def test_overrides_take_the_type_of_what_they_replace():
+def test_arguments_get_the_type_of_the_value_they_replace():
     config = load_config(
         "digits.py",
         [
@@ -55,20 +55,74 @@ def test_overrides_take_the_type_of_what_they_replace():
         ("--config.batch_sze=3", "no key 'batch_sze': did you mean 'batch_size'"),
         ("--config.learning_rate=3", "no key 'learning_rate': did you mean 'optimizer.learning_rate'"),
         ("--config.model.hidden=3", "no key 'model.hidden': did you mean 'model.hidden_dim'"),
-        ("--config.qqq=3", r"no key 'qqq': get_config\(\) in mlpmixer_flax/config.py lists all"),
-        ("--config.batch_size=many", "--config.batch_size=many is of the wrong type: batch_size is now 64"),
-        ("--config.batch_size=1.5", "wrong type"),
-        ("--config.augment.flip=perhaps", "wrong type: augment.flip is now False"),
-        ("--config.preprocess.mean=grey", "wrong type"),
+        ("--config.qqq=3", r"no key 'qqq': mlpmixer_flax/config.py lists all keys"),
+        (
+            "--config.batch_size=many",
+            "--config.batch_size=many has the wrong type: give a value such as 64",
+        ),
+        ("--config.batch_size=1.5", "has the wrong type: give a value such as 64"),
+        ("--config.augment.flip=perhaps", "has the wrong type: give a value such as False"),
+        ("--config.preprocess.mean=grey", r"has the wrong type: give a value such as \(0.5,\)"),
         ("--config.augment.flip", "cannot use '--config.augment.flip': .*--config.KEY=VALUE"),
         ("--batch_size=3", "cannot use '--batch_size=3'"),
         ("--config.optimizer=sgd", "no key 'optimizer'"),
         ("--config.batch_size=-1", "batch_size=-1 must be at least 1"),
     ],
 )
-def test_unusable_override_is_named_with_the_remedy(override, message):
+def test_an_unusable_argument_is_named_with_the_remedy(override, message):
     with pytest.raises(UserError, match=message) as error:
         load_config("digits.py", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_changes_may_be_a_mapping_with_dotted_or_nested_keys():
+    config = load_config(
+        "digits.py",
+        {
+            "total_epochs": 3,
+            "optimizer.learning_rate": 0.01,
+            "optimizer": {"name": "sgd"},
+            "model": {"patches": {"size": [4, 2]}},
+            "preprocess.mean": (0.1, 0.2, 0.3),
+            "augment.flip": True,
+            "data_dir": "here",
+        },
+    )
+    assert config.total_epochs == 3.0 and isinstance(config.total_epochs, float)
+    assert (config.optimizer.learning_rate, config.optimizer.name) == (0.01, "sgd")
+    assert config.model.patches["size"] == (4, 2)
+    assert config.preprocess.mean == (0.1, 0.2, 0.3)
+    assert config.augment.flip is True and config.data_dir == "here"
+    assert config.optimizer.weight_decay == load_config("digits.py").optimizer.weight_decay  # not changed
+
+
+def test_a_mapping_and_arguments_give_the_same_config():
+    arguments = ["--config.total_epochs=3", "--config.augment.flip=true", "--config.preprocess.std=0.25"]
+    mapping = {"total_epochs": 3, "augment.flip": True, "preprocess.std": (0.25,)}
+    assert load_config("digits.py", arguments).to_dict() == load_config("digits.py", mapping).to_dict()
+    assert load_config("digits.py", {}).to_dict() == load_config("digits.py").to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sze": 3}, "no key 'batch_sze': did you mean 'batch_size'"),
+        (
+            {"optimizer": {"lerning_rate": 3}},
+            "no key 'optimizer.lerning_rate': did you mean 'optimizer.learning",
+        ),
+        ({"optimizer": "sgd"}, "no key 'optimizer': did you mean"),
+        ({"batch_size": "many"}, "batch_size='many' has the wrong type: give a value such as 64"),
+        ({"batch_size": None}, "batch_size=None has the wrong type: give a value such as 64"),
+        ({"batch_size": True}, "batch_size=True has the wrong type: give a value such as 64"),
+        ({"augment": {"flip": "true"}}, "augment.flip='true' has the wrong type: give a value such as False"),
+        ({"preprocess.mean": 0.5}, r"preprocess.mean=0.5 has the wrong type: give a value such as \(0.5,\)"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1: change --config.batch_size"),
+    ],
+)
+def test_an_unusable_change_in_a_mapping_is_named_with_the_remedy(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config("digits.py", changes)
     assert "\n" not in str(error.value)
 
 
@@ -93,7 +147,7 @@ def test_unusable_override_is_named_with_the_remedy(override, message):
         ),
     ],
 )
-def test_broken_file_is_named_with_the_line(tmp_path, text, message):
+def test_a_broken_file_is_named_with_the_line(tmp_path, text, message):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(UserError, match=message) as error:
@@ -101,18 +155,20 @@ def test_broken_file_is_named_with_the_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_file_is_said_with_those_there_are():
-    with pytest.raises(UserError, match=r"no config file nowhere\.py: .*b16_cifar10\.py, .*digits\.py"):
+def test_the_error_about_a_missing_file_lists_the_configs_of_the_package():
+    with pytest.raises(
+        UserError, match=r"config file nowhere\.py does not exist: .*b16_cifar10\.py, .*digits\.py"
+    ):
         load_config("nowhere.py")
 
 
-def test_only_a_name_stands_for_a_shipped_config():
+def test_only_a_name_without_another_folder_means_a_config_of_the_package():
     assert load_config("mnist.py").dataset == load_config("configs/mnist.py").dataset == "mnist"
-    with pytest.raises(UserError, match="no config file mine/mnist.py"):
+    with pytest.raises(UserError, match="config file mine/mnist.py does not exist"):
         load_config("mine/mnist.py")
 
 
-def test_a_file_that_is_not_python_is_said(tmp_path):
+def test_a_file_that_is_not_python_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a Python file"):
+    with pytest.raises(UserError, match="config.json is not a Python file: give one that defines"):
         load_config(str(tmp_path / "config.json"))

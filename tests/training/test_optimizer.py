@@ -1,4 +1,4 @@
-"""Schedules and optimizers of the update, against NumPy."""
+"""Compares the schedules and optimizers with NumPy."""
 
 import math
 
@@ -71,14 +71,14 @@ def test_schedule_passes_its_landmarks(name, landmarks):
 
 
 @pytest.mark.parametrize("name", CHOICES["schedule.name"])
-def test_schedule_is_finite_where_the_warmup_takes_the_whole_run(name):
+def test_schedule_is_finite_if_the_warmup_takes_the_whole_run(name):
     config = config_with(**{"schedule.name": name, "optimizer.learning_rate": 1.0})
     schedule = jax.jit(make_schedule(config, total_steps=5, warmup_steps=8))
     np.testing.assert_allclose(schedule(np.arange(5)), np.arange(5) / 8, rtol=1e-6)
 
 
-def test_rsqrt_learns_where_the_warmup_is_a_small_part_of_an_epoch():
-    """warmup_epochs=0.01 of 30 steps an epoch is one step: from 0 steps the rate would be 0 for ever."""
+def test_rsqrt_learns_if_the_warmup_is_a_small_part_of_an_epoch():
+    """warmup_epochs=0.01 with 30 steps per epoch is one step. With 0 steps the rate would always be 0."""
     config = config_with(**{"schedule.name": "rsqrt", "schedule.warmup_epochs": 0.01})
     validate(config)
     warmup_steps = in_steps(config.schedule, "warmup", 30)
@@ -109,7 +109,7 @@ def is_kernel(path):
 
 
 def descend(config, params, grads_of_steps, schedule=lambda step: 0.1 / (1 + step)):
-    """Parameters after each update, and the last optimizer state."""
+    """Returns the parameters after each update, and the last optimizer state."""
     optimizer = make_optimizer(config, schedule)
     state, history = jax.jit(optimizer.init)(params), []
 
@@ -125,7 +125,7 @@ def descend(config, params, grads_of_steps, schedule=lambda step: 0.1 / (1 + ste
 
 
 def descend_by_hand(config, params, grads_of_steps):
-    """The same in float64, from the papers' formulas; the learning rate is 0.1 / (1 + step)."""
+    """Does the same in float64 with the formulas of the papers; the learning rate is 0.1 / (1 + step)."""
     o, history = config.optimizer, []
     params = jax.tree.map(np.float64, params)
     first = second = jax.tree.map(np.zeros_like, params)
@@ -163,7 +163,7 @@ def descend_by_hand(config, params, grads_of_steps):
 )
 def test_optimizer_equals_its_formula_over_several_steps(values):
     config = config_with(**{f"optimizer.{key}": value for key, value in values.items()})
-    # Some gradients are above and some below the norm to clip at, 1.5.
+    # Some gradients are above and some below 1.5, the norm at which they are clipped.
     grads = [tree(seed, scale) for seed, scale in ((1, 1.0), (2, 0.1), (3, 3.0), (4, 0.2))]
     history, _ = descend(config, tree(0), grads)
     expected = descend_by_hand(config, tree(0), grads)
@@ -178,14 +178,14 @@ def test_gradient_is_clipped_by_its_global_norm_and_only_above_it(scale, norm):
     (after,), _ = descend(config, jax.tree.map(np.zeros_like, grads), [grads], lambda step: 1.0)
     flat, applied = (np.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (grads, after))
     length = np.linalg.norm(flat.astype(np.float64))
-    assert (length > 0.5) == (norm is not None)  # the test means what it says
+    assert (length > 0.5) == (norm is not None)  # or the test would not test clipping
     np.testing.assert_allclose(np.linalg.norm(applied), norm or length, rtol=1e-5)
     np.testing.assert_allclose(applied / np.linalg.norm(applied), -flat / length, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_weight_decay_is_decoupled_and_of_kernels_only(name):
-    """With no gradient an update is the decay alone: learning rate x decay x parameter."""
+def test_weight_decay_is_decoupled_and_changes_only_kernels(name):
+    """Without a gradient, the update is the decay alone: learning rate x decay x parameter."""
     config = config_with(**{"optimizer.name": name, "optimizer.weight_decay": 0.2})
     params = tree(0)
     (after,), _ = descend(config, params, [jax.tree.map(np.zeros_like, params)], lambda step: 0.5)
@@ -209,7 +209,7 @@ def test_decay_covers_exactly_the_kernels_of_the_model():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_bfloat16_accumulator_is_stored_so_and_holds_the_rounded_moment(name):
+def test_a_bfloat16_accumulator_has_this_dtype_and_holds_the_rounded_moment(name):
     values = {"optimizer.name": name, "optimizer.clip_norm": 0.0, "optimizer.accumulator_dtype": "bfloat16"}
     grads = tree(1)
     (after,), state = descend(config_with(**values), tree(0), [grads])
@@ -228,4 +228,4 @@ def test_bfloat16_accumulator_is_stored_so_and_holds_the_rounded_moment(name):
         config_with(**{**values, "optimizer.accumulator_dtype": "float32"}), tree(0), [grads]
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state) if leaf.ndim)
-    chex.assert_trees_all_close(after, plain, rtol=1e-6)  # what is rounded is the store, not this update
+    chex.assert_trees_all_close(after, plain, rtol=1e-6)  # only the stored moment is rounded, not this update

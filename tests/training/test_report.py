@@ -1,4 +1,4 @@
-"""What a run reports: the file, TensorBoard, the terminal, and the means in between."""
+"""Tests what a run reports in metrics.jsonl, in TensorBoard and on the terminal, and the means in between."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import SessionLog
 from written_events import events, scalars
 
-from mlpmixer_flax.training import report as metrics
+from mlpmixer_flax.training import report
 from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
 
 TRAINING = {"train/loss": 1.23456, "train/accuracy": 0.5, "images_per_second": 1234.5}
@@ -28,9 +28,9 @@ TEST = {"test/loss": 2.5, "test/accuracy": 0.25, "test/accuracy_top5": 0.75}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time stands still but for `clock.now += seconds`."""
+    """Stops the time; `clock.now += seconds` moves it on."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -45,7 +45,7 @@ def lines(workdir):
 # The file and TensorBoard
 
 
-def test_file_and_tensorboard_hold_the_scalars_by_their_names(tmp_path):
+def test_the_file_and_tensorboard_hold_the_scalars_by_name(tmp_path):
     with open_reporter(tmp_path) as reporter:
         reporter.training(50, TRAINING)
         # Each line is on disk at once: a killed run keeps it.
@@ -102,7 +102,7 @@ def test_small_grey_images_are_enlarged(tmp_path, count, shape):
     np.testing.assert_array_equal(pixels[4:64:8, 4:64:8, 0], images[0, :, :, 0])
 
 
-def test_few_classes_have_a_curve_each_and_many_a_histogram_and_none_a_line_in_the_file(tmp_path):
+def test_few_classes_get_a_curve_each_and_many_a_histogram_but_no_line_in_the_file(tmp_path):
     few = {"cat": 0.5, "great auk": np.nan, "кот": 1.0}
     many = {f"class {i}": i / 40 for i in range(40)} | {"unseen": np.nan}
     with open_reporter(tmp_path) as reporter:
@@ -137,8 +137,8 @@ def test_resuming_drops_later_lines_and_keeps_earlier_ones(tmp_path):
 
 
 @pytest.mark.parametrize("start_step", [0, 20])  # 0: killed before its first checkpoint
-def test_resuming_has_tensorboard_drop_the_later_steps(tmp_path, start_step):
-    """TensorBoard forgets what is at or after the step of a start event."""
+def test_resuming_makes_tensorboard_drop_the_later_steps(tmp_path, start_step):
+    """TensorBoard drops everything at or after the step of a start event."""
     with open_reporter(tmp_path) as reporter:
         for step in (10, 20, 30):
             reporter.training(step, TRAINING)
@@ -150,7 +150,7 @@ def test_resuming_has_tensorboard_drop_the_later_steps(tmp_path, start_step):
     assert starts == [start_step + 1]
 
 
-def test_a_line_that_a_kill_cut_short_is_survived(tmp_path):
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 10, "train/loss": 1.0}\n{"step": 20, "train/lo')
     assert read_metrics(file) == [{"step": 10, "train/loss": 1.0}]
@@ -159,21 +159,21 @@ def test_a_line_that_a_kill_cut_short_is_survived(tmp_path):
     assert lines(tmp_path) == [{"step": 10, "train/loss": 1.0}, {"step": 30, **TRAINING}]
 
 
-def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+def test_a_complete_last_line_without_its_newline_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}')
     with open_reporter(tmp_path, start_step=10) as reporter:
         reporter.training(20, TRAINING)
     assert [row["step"] for row in lines(tmp_path)] == [10, 20]
 
 
-def test_no_file_is_no_lines(tmp_path):
+def test_without_a_file_there_are_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 # The terminal
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys, clock):
+def test_plain_lines_if_the_output_is_not_a_terminal(tmp_path, capsys, clock):
     with open_reporter(tmp_path, start_step=100, total_steps=200) as reporter:
         for _ in range(50):
             reporter.advance()
@@ -208,7 +208,7 @@ reporter.close()
 
 
 def on_a_terminal(*arguments, columns=80):
-    """What the program writes to a pseudo-terminal."""
+    """Returns what BAR, called with these arguments, writes to a pseudo-terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
@@ -248,7 +248,7 @@ def test_progress_bar_on_a_terminal(tmp_path, start, total, speed, shown):
     for part in ("loss 11.234", "acc 0.457", shown):
         assert part in full
     assert re.search(r", ETA (\d+:)?\d\d:\d\d *$", full), full  # not cut off at the edge
-    # The evaluation has a line for itself above the bar; nothing else is a line.
+    # The evaluation has a line of its own above the bar; there is no other line.
     others = [frame.strip() for frame in frames if frame.strip() and "|" not in frame]
     assert others == ["step 2: test/loss 2.5000, test/accuracy 0.2500"]
 
@@ -260,7 +260,7 @@ def values(loss, accuracy=0.5):
     return {"loss": np.float32(loss), "accuracy": np.float32(accuracy)}
 
 
-def test_recent_gives_means_and_speed_and_starts_anew(clock):
+def test_recent_returns_means_and_speed_since_the_last_summary(clock):
     recent = Recent(batch_size=32)
     for step, loss in enumerate([1.0, 2.0, 6.0], 1):
         recent.add(step, values(loss, loss / 10))
@@ -275,7 +275,7 @@ def test_recent_gives_means_and_speed_and_starts_anew(clock):
     assert recent.summary() == {"train/loss": 10.0, "train/accuracy": 0.5, "images_per_second": 16.0}
 
 
-def test_a_pause_counts_for_no_speed(clock):
+def test_a_pause_does_not_count_in_the_speed(clock):
     recent = Recent(batch_size=10)
     clock.now += 1
     recent.add(1, values(1.0))
@@ -290,15 +290,17 @@ def test_a_pause_counts_for_no_speed(clock):
 
 @pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-def test_what_is_not_finite_stops_the_run_with_name_and_step(name, value, shown):
+def test_a_metric_that_is_not_finite_stops_the_run_with_name_and_step(name, value, shown):
     recent = Recent(batch_size=1)
     bad = {**values(1.0), "gradient_norm": np.float32(1.0), name: np.float32(value)}
-    recent.add(7, bad)  # fetched when the next step is under way
-    with pytest.raises(FloatingPointError, match=rf"^{name} is {shown} at step 7: .*learning_rate"):
+    recent.add(7, bad)  # is fetched when the device works on the next step
+    with pytest.raises(
+        FloatingPointError, match=rf"^{name} is {shown} at step 7: .*lower optimizer.learning_rate"
+    ):
         recent.add(8, values(1.0))
 
 
-def test_what_is_not_finite_is_seen_before_a_summary_and_before_a_pause():
+def test_a_metric_that_is_not_finite_is_found_before_a_summary_and_before_a_pause():
     recent = Recent(batch_size=1)
     recent.add(3, values(np.nan))
     with pytest.raises(FloatingPointError, match="loss is nan at step 3"):

@@ -1,4 +1,4 @@
-"""Four devices do what one does. Four CPU devices are made by a flag at start: a process of its own."""
+"""Tests that four devices give the results of one, in a process of its own: a flag at its start makes four CPUs."""
 
 import json
 import os
@@ -11,13 +11,12 @@ import pytest
 CHILD = """
 import json, sys
 import jax, numpy as np
-from mlpmixer_flax.training import sharding
 from mlpmixer_flax.config import get_config, resolve
-from mlpmixer_flax.training.evaluation import evaluate
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.training.step import init_state, make_train_step
-from mlpmixer_flax.training.evaluation import make_eval_step
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.evaluation import evaluate, make_eval_step
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
+from mlpmixer_flax.training.step import init_state, make_train_step
 
 out = sys.argv[1]
 found, arrays = {}, {}
@@ -48,15 +47,15 @@ except ValueError:
     found["six rows"] = "refused"
 
 quick = {"xla_backend_optimization_level": 0}
-for passes in (1, 2):
+for microbatches in (1, 2):
     config = get_config()
     config.update_from_flattened_dict({
         "model.patches.size": (4, 4), "model.hidden_dim": 8, "model.num_blocks": 1,
         "model.tokens_mlp_dim": 6, "model.channels_mlp_dim": 10,
         "augment.crop_padding_px": 1, "augment.flip": True,
-        "augment.mixup_alpha": 0.5 if passes == 2 else 0.0,  # partners from other devices; slow to compile
+        "augment.mixup_alpha": 0.5 if microbatches == 2 else 0.0,  # partners from other devices; slow to compile
         "optimizer.name": "sgd", "optimizer.learning_rate": 0.1, "optimizer.clip_norm": 0.0,
-        "ema_decay": 0.9, "accumulation_steps": passes,
+        "ema_decay": 0.9, "accumulation_steps": microbatches,
     })
     config = resolve(config, {})
     model = MlpMixer(num_classes=3, **config.model.to_dict())
@@ -83,7 +82,7 @@ for passes in (1, 2):
     )
     for name, result in (("one", one), ("four", four)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(result):
-            arrays[f"{passes}:{name}:{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+            arrays[f"{microbatches}:{name}:{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
 
 score = jax.jit(make_eval_step(model, config), out_shardings=everywhere, compiler_options=quick)
 found["scores of four"] = evaluate(score, params, [batch, batch], mesh=mesh)
@@ -111,12 +110,12 @@ def four(tmp_path_factory):
     return json.loads((out / "found.json").read_text()), np.load(out / "arrays.npz")
 
 
-def test_mesh_has_every_device_along_one_axis(four):
+def test_the_mesh_has_every_device_along_one_axis(four):
     found, _ = four
     assert found["devices"] == 4 and found["axes"] == ["data"]
 
 
-def test_batch_is_split_by_rows_in_order(four):
+def test_a_batch_is_split_by_rows_in_order(four):
     found, _ = four
     assert found["types"] == {
         "image": [[8, 8, 8, 1], "uint8"],
@@ -127,28 +126,30 @@ def test_batch_is_split_by_rows_in_order(four):
         assert sorted(shards) == [[i, 2 * i, 2 * i + 2, True] for i in range(4)], name
 
 
-def test_rows_that_the_devices_cannot_share_are_refused(four):
+def test_a_number_of_rows_not_divisible_by_the_devices_is_refused(four):
     assert four[0]["six rows"] == "refused"
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_one_update_on_four_devices_equals_that_on_one(four, passes):
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_update_on_four_devices_equals_one_on_a_single_device(four, microbatches):
     found, arrays = four
     assert found["one device"] == 1
     names = [
-        name.removeprefix(f"{passes}:one:") for name in arrays.files if name.startswith(f"{passes}:one:")
+        name.removeprefix(f"{microbatches}:one:")
+        for name in arrays.files
+        if name.startswith(f"{microbatches}:one:")
     ]
-    assert len(names) > 3 * 16  # parameters, average and momentum of the tiny Mixer, metrics
+    assert len(names) > 3 * 16  # parameters, EMA and momentum of the tiny Mixer, and metrics
     for name in names:
-        # Sums in another order: float32 rounding.
+        # The order of sums differs, so float32 rounding differs.
         np.testing.assert_allclose(
-            arrays[f"{passes}:four:{name}"],
-            arrays[f"{passes}:one:{name}"],
+            arrays[f"{microbatches}:four:{name}"],
+            arrays[f"{microbatches}:one:{name}"],
             rtol=1e-5,
             atol=1e-6,
             err_msg=name,
         )
-    assert arrays[f"{passes}:one:[1]['gradient_norm']"] > 0.1
+    assert arrays[f"{microbatches}:one:[1]['gradient_norm']"] > 0.1
 
 
 def test_state_and_metrics_stay_replicated(four):
@@ -156,7 +157,7 @@ def test_state_and_metrics_stay_replicated(four):
     assert found["replicated"] and found["copies equal"]
 
 
-def test_scores_of_a_masked_batch_on_four_devices_equal_those_of_one(four):
+def test_scores_of_a_masked_batch_on_four_devices_equal_those_on_one(four):
     found, _ = four
     assert found["scores of four"].keys() == {"loss", "accuracy", "accuracy_top5"}
     assert found["scores of four"] == pytest.approx(found["scores of one"], rel=1e-5)

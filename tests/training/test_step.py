@@ -1,4 +1,4 @@
-"""The update against NumPy: schedules, optimizers, losses, accumulation, average, randomness; the scoring."""
+"""Compares the update with NumPy: losses, accumulation, EMA and randomness; also the evaluation step."""
 
 import math
 from functools import cache, partial
@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import get_config, resolve
+from mlpmixer_flax.config import INIT_HEADS, get_config, resolve
 from mlpmixer_flax.data import augment
+from mlpmixer_flax.data.images import RESAMPLING
 from mlpmixer_flax.models import GELU, MlpMixer
 from mlpmixer_flax.training.evaluation import make_eval_step
 from mlpmixer_flax.training.losses import LOSSES
-from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
+from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES, make_optimizer, make_schedule
 from mlpmixer_flax.training.step import TrainState, init_state, make_preview_step, make_train_step
 from mlpmixer_flax.training.validate import CHOICES
 
 CLASSES = 3
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, which takes nearly all of the time here
+QUICK = {
+    "xla_backend_optimization_level": 0
+}  # compiles faster; compiling takes most of the time of these tests
 TINY = {
     "model.patches.size": (4, 4),
     "model.hidden_dim": 8,
@@ -29,7 +32,7 @@ TINY = {
     "model.tokens_mlp_dim": 6,
     "model.channels_mlp_dim": 10,
 }
-# Plain gradient descent: what is wrong with a gradient shows in the parameters at its size.
+# Plain gradient descent: an error in a gradient changes the parameters in proportion.
 DESCENT = {
     "optimizer.name": "sgd",
     "optimizer.momentum": 0.0,
@@ -61,7 +64,7 @@ def tiny_batch(n=8, seed=0):
 
 
 def make_run(**values):
-    """A jitted update and a state whose parameters are all away from zero, head and biases too."""
+    """Returns a jitted update, and a state in which no parameters are zero, not even head and biases."""
     return _make_run(tuple(sorted(values.items())))
 
 
@@ -83,7 +86,7 @@ def start(model, optimizer, config):
 
 
 def fill(state):
-    """Shapes of a state -> random parameters, the average equal to them, the optimizer at zero."""
+    """Fills the shapes of a state: random parameters, an EMA equal to them, an optimizer state of zeros."""
     rng = np.random.default_rng(7)
 
     def zeros(tree):
@@ -96,7 +99,7 @@ def fill(state):
     return TrainState(zeros(state.step), params, zeros(state.opt_state), ema)
 
 
-# Losses, and the names in the config
+# Losses, and names in the config
 
 
 def log_softmax(x):
@@ -115,7 +118,7 @@ def loss_by_hand(name, logits, labels):
 def test_loss_equals_its_formula_with_soft_labels(name):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(0, 3, (6, 5)), rng.dirichlet(np.ones(5), 6)
-    loss = jax.jit(LOSSES[name])(np.float32(logits), np.float32(labels))
+    loss = jax.jit(LOSSES[name].per_image)(np.float32(logits), np.float32(labels))
     np.testing.assert_allclose(loss, loss_by_hand(name, logits, labels), rtol=1e-5)
 
 
@@ -123,17 +126,28 @@ def test_loss_equals_its_formula_with_soft_labels(name):
 def test_loss_is_finite_and_exact_for_confident_wrong_logits(name):
     logits, labels = np.float32([[200.0, -200.0]]), np.float32([[0.0, 1.0]])
     np.testing.assert_allclose(
-        jax.jit(LOSSES[name])(logits, labels), {"softmax": [400.0], "sigmoid": [400.0]}[name]
+        jax.jit(LOSSES[name].per_image)(logits, labels), {"softmax": [400.0], "sigmoid": [400.0]}[name]
     )
+
+
+@pytest.mark.parametrize("name", CHOICES["loss"])
+def test_probabilities_equal_their_formula(name):
+    logits = np.random.default_rng(0).normal(0, 3, (6, 5))
+    expected = {"softmax": np.exp(log_softmax(logits)), "sigmoid": 1 / (1 + np.exp(-logits))}[name]
+    np.testing.assert_allclose(LOSSES[name].probabilities(np.float32(logits)), expected, rtol=1e-5)
 
 
 def test_names_in_the_config_are_those_of_the_tables():
     assert set(CHOICES["loss"]) == set(LOSSES)
     assert set(CHOICES["model.gelu"]) == set(GELU)
+    assert set(CHOICES["optimizer.name"]) == set(DIRECTIONS)
+    assert set(CHOICES["schedule.name"]) == set(SCHEDULES)
+    assert set(CHOICES["preprocess.interpolation"]) == set(RESAMPLING)
+    assert set(CHOICES["init_head"]) == set(INIT_HEADS)
 
 
 def build(config):
-    """Everything that reads a name, traced and not compiled."""
+    """Traces everything that reads a name, without compiling it."""
     schedule = make_schedule(config, total_steps=10, warmup_steps=2)
     optimizer = make_optimizer(config, schedule)
     model = tiny_model(config)
@@ -148,8 +162,8 @@ def test_every_name_in_the_config_builds_a_run(key, name):
     build(config_with(**{key: name}))
 
 
-@pytest.mark.parametrize("key", sorted(CHOICES.keys() - {"init_head"}))  # fit.py's
-def test_another_name_builds_none(key):
+@pytest.mark.parametrize("key", sorted(CHOICES.keys() - {"init_head"}))  # weights.adapt reads init_head
+def test_no_other_name_builds_a_run(key):
     with pytest.raises((ValueError, KeyError, TypeError), match="lamb"):
         build(config_with(**{key: "lamb"}))
 
@@ -158,7 +172,7 @@ def test_another_name_builds_none(key):
 
 
 @pytest.mark.parametrize("loss", CHOICES["loss"])
-def test_one_update_is_a_step_down_the_gradient_of_the_loss(loss):
+def test_an_update_is_a_step_down_the_gradient_of_the_loss(loss):
     update, state = make_run(**DESCENT, loss=loss)
     batch = tiny_batch()
     model = tiny_model(config_with())
@@ -194,11 +208,11 @@ def test_one_update_is_a_step_down_the_gradient_of_the_loss(loss):
     for name, value in by_hand.items():
         assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
-    assert 0 < by_hand["accuracy"] < 1  # a constant would not pass
+    assert 0 < by_hand["accuracy"] < 1  # so that a constant would not pass
 
 
-def test_sharpness_aware_update_takes_the_gradient_uphill_of_the_parameters():
-    """SAM by its formula (arXiv 2010.01412, eq. 2), with the gradient function of the plain update's test."""
+def test_a_sharpness_aware_update_takes_the_gradient_uphill_of_the_parameters():
+    """Computes SAM by its formula (arXiv 2010.01412, eq. 2), with gradients from the plain update tested above."""
     update, state = make_run(**DESCENT, **{"optimizer.sam_rho": 0.3})
     plain_update, _ = make_run(**DESCENT)
     batch = tiny_batch()
@@ -217,7 +231,7 @@ def test_sharpness_aware_update_takes_the_gradient_uphill_of_the_parameters():
     plain, plain_metrics = plain_update(state, batch)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, plain.params)
     assert max(jax.tree.leaves(moved)) > 1e-3  # not the plain update
-    np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-6)  # where the parameters are
+    np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-6)  # not the loss uphill
 
 
 @pytest.mark.parametrize(
@@ -228,7 +242,7 @@ def test_sharpness_aware_update_takes_the_gradient_uphill_of_the_parameters():
         ("head", {"stem", "MixerBlock_0", "pre_head_layer_norm"}),
     ],
 )
-def test_frozen_layers_stay_and_the_others_move_as_ever(freeze, learning):
+def test_frozen_layers_stay_and_the_others_change_as_usual(freeze, learning):
     decay = {"optimizer.name": "adamw", "optimizer.weight_decay": 0.1, "ema_decay": 0.9}
     update, state = make_run(**{**DESCENT, **decay}, freeze=freeze)
     free_update, free_state = make_run(**{**DESCENT, **decay})
@@ -242,20 +256,23 @@ def test_frozen_layers_stay_and_the_others_move_as_ever(freeze, learning):
         if name in learning:
             assert all(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), layer, after.params[name])))
             chex.assert_trees_all_close(once.params[name], free.params[name], rtol=1e-5, atol=1e-6)
-        else:  # not by weight decay either
+        else:  # weight decay does not change them either
             chex.assert_trees_all_equal(after.params[name], layer)
             chex.assert_trees_all_close(after.ema[name], layer, rtol=1e-6)
     held = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
-    assert ((4, 4, 1, 8) in held) == ("stem" in learning)  # no moments of what doesn't learn
+    assert ((4, 4, 1, 8) in held) == ("stem" in learning)  # no moments for layers that do not learn
 
 
 @pytest.mark.parametrize("freeze", ["haed", "stem,MixerBlock_0,pre_head_layer_norm,head"])
-def test_what_cannot_be_frozen_is_said(freeze):
-    with pytest.raises(UserError, match=f"freeze='{freeze}' must be 'all_but_head' or some, not all, of"):
+def test_layers_that_cannot_be_frozen_are_refused(freeze):
+    message = (
+        f"freeze='{freeze}' must be 'all_but_head' or some, but not all, of the layers stem, MixerBlock_0"
+    )
+    with pytest.raises(UserError, match=message):
         make_run(**DESCENT, freeze=freeze)
 
 
-def test_average_follows_its_formula_and_steps_count_up():
+def test_the_ema_follows_its_formula_and_steps_count_up():
     values = {"ema_decay": 0.2, "optimizer.learning_rate": 1.0, "schedule.warmup_steps": 2}
     update, state = make_run(**{**DESCENT, **values, "optimizer.clip_norm": 0.2})
     expected, decays = state.params, []
@@ -266,7 +283,7 @@ def test_average_follows_its_formula_and_steps_count_up():
         np.testing.assert_allclose(metrics["learning_rate"], [0.0, 0.5, 1.0, 1.0][step])
         if step == 0:  # the warmup starts at 0
             chex.assert_trees_all_equal(state.params, before.params)
-            # The norm reported is that before clipping.
+            # The reported norm is the one before clipping.
             unclipped, start = make_run(**DESCENT)
             norm = unclipped(start, tiny_batch())[1]["gradient_norm"]
             assert norm > 0.2
@@ -278,13 +295,13 @@ def test_average_follows_its_formula_and_steps_count_up():
             jax.device_get(state.params),
         )
         chex.assert_trees_all_close(state.ema, expected, rtol=1e-5, atol=1e-6)
-    assert decays[1] < decays[2] == 0.2  # both sides of the minimum were met
+    assert decays[1] < decays[2] == 0.2  # both arguments of the minimum were tested
     assert state.eval_params is state.ema
     gap = jax.tree.map(lambda e, p: np.abs(e - p).max(), state.ema, state.params)
     assert max(jax.tree.leaves(gap)) > 1e-3
 
 
-def test_without_average_the_parameters_are_evaluated():
+def test_without_an_ema_the_parameters_are_evaluated():
     update, state = make_run(**DESCENT)
     assert state.ema is None
     state, _ = update(state, tiny_batch())
@@ -298,22 +315,22 @@ def initial_state(seed):
     return jax.jit(lambda: start(model, optimizer, config), compiler_options=QUICK)()
 
 
-def test_initial_average_equals_the_parameters_in_buffers_of_its_own():
+def test_the_initial_ema_equals_the_parameters_and_has_buffers_of_its_own():
     state = initial_state(1)
     chex.assert_trees_all_equal(state.ema, state.params)
     assert int(state.step) == 0
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
-    assert len(set(buffers)) == len(buffers)  # or the update could not be donated the state
+    assert len(set(buffers)) == len(buffers)  # or the state could not be donated to the update
 
 
-def test_initial_weights_derive_from_the_seed():
+def test_initial_weights_depend_on_the_seed():
     one, other = (initial_state(seed).params["stem"]["kernel"] for seed in (1, 2))
     initial_state.cache_clear()
     np.testing.assert_array_equal(one, initial_state(1).params["stem"]["kernel"])
     assert np.abs(one - other).max() > 0.01
 
 
-def test_head_bias_starts_the_sigmoid_loss_low():
+def test_the_head_bias_makes_the_sigmoid_loss_start_low():
     params = initial_state(1).params
     np.testing.assert_array_equal(params["head"]["bias"], np.float32([-6.9] * CLASSES))
     update, state = make_run(**DESCENT, loss="sigmoid")
@@ -322,29 +339,31 @@ def test_head_bias_starts_the_sigmoid_loss_low():
     np.testing.assert_allclose(metrics["loss"], -math.log(p) - 2 * math.log(1 - p), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("values", "passes"), [({}, (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
-def test_accumulated_parts_equal_the_whole_batch(values, passes):
-    """Also with mixup and CutMix, which take their partners from the whole batch, not from the part."""
+@pytest.mark.parametrize(("values", "microbatches"), [({}, (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
+def test_accumulated_microbatches_equal_the_whole_batch(values, microbatches):
+    """Also with mixup and CutMix, which mix images of the whole batch, not only of one microbatch."""
     (whole, by_whole), *others = (
         update(state, tiny_batch())
         for update, state in [
             make_run(**DESCENT, **values),
-            *(make_run(**DESCENT, **values, accumulation_steps=n) for n in passes),
+            *(make_run(**DESCENT, **values, accumulation_steps=n) for n in microbatches),
         ]
     )
     for parts, by_parts in others:
-        # Sums in another order: float32 rounding.
+        # The order of sums differs, so float32 rounding differs.
         chex.assert_trees_all_close(parts.params, whole.params, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(by_parts, by_whole, rtol=1e-5)
     assert by_whole["gradient_norm"] > 0.1
 
 
-def test_parts_of_a_batch_drop_different_units():
-    """Both parts are the same images: with one mask for both, their losses would be equal."""
+def test_microbatches_drop_different_units():
+    """Both microbatches have the same images: with the same dropout mask, their losses would be equal."""
     values = {**DESCENT, "model.dropout_rate": 0.5}
     two, state = make_run(**values, accumulation_steps=2)
     half = tiny_batch(4)
-    double = {name: np.repeat(rows, 2, axis=0) for name, rows in half.items()}  # parts: every second row
+    double = {
+        name: np.repeat(rows, 2, axis=0) for name, rows in half.items()
+    }  # a microbatch: every second row
     _, by_two = two(state, double)
     model = tiny_model(config_with(**values))
     images = np.float32(half["image"]) / 127.5 - 1
@@ -378,15 +397,15 @@ def test_randomness_is_a_function_of_seed_and_step(values):
         return float(update(state.replace(step=np.int32(step)), batch)[1]["loss"])
 
     losses = [at_step(update, step) for step in (0, 1, 2, 1_000_000)]
-    if values is SHIFTED:  # both get their keys from the same one: one recompilation tells
+    if values is SHIFTED:  # both get their keys from the same key, so one recompilation is enough
         losses.append(at_step(make_run(**DESCENT, **values, seed=1)[0], 0))
     assert losses[0] == float(by_first["loss"])
     gaps = [abs(a - b) for i, a in enumerate(losses) for b in losses[:i]]
     assert min(gaps) > 1e-4
 
 
-def test_what_is_looked_at_is_what_the_first_update_sees():
-    """Its loss, before the update, is that of these images."""
+def test_the_preview_shows_the_images_that_the_first_update_sees():
+    """The loss of these images is the loss that the first update reports."""
     update, state = make_run(**DESCENT, **SHIFTED)
     config, batch = config_with(**DESCENT, **SHIFTED), tiny_batch()
     images = jax.jit(make_preview_step(config, num_classes=CLASSES), compiler_options=QUICK)(batch)
@@ -395,14 +414,14 @@ def test_what_is_looked_at_is_what_the_first_update_sees():
     @partial(jax.jit, compiler_options=QUICK)
     def loss(images):
         logits = tiny_model(config).apply({"params": state.params}, images)
-        return LOSSES["softmax"](logits, jax.nn.one_hot(batch["label"], CLASSES)).mean()
+        return LOSSES["softmax"].per_image(logits, jax.nn.one_hot(batch["label"], CLASSES)).mean()
 
     seen, unaugmented = (loss(np.float32(x) / 127.5 - 1) for x in (images, batch["image"]))
     np.testing.assert_allclose(update(state, batch)[1]["loss"], seen, rtol=1e-5)
     assert abs(seen - unaugmented) > 1e-3
 
 
-def test_nothing_is_random_where_augmentation_and_dropout_are_off():
+def test_nothing_is_random_if_augmentation_and_dropout_are_off():
     update, state = make_run(**DESCENT)
     (a, by_a), (b, by_b) = (update(state.replace(step=np.int32(s)), tiny_batch()) for s in (0, 5))
     chex.assert_trees_all_equal((a.params, by_a), (b.params, by_b))
@@ -418,11 +437,11 @@ def test_mixed_precision_keeps_parameters_and_optimizer_in_float32():
     assert 1e-5 < gap < 0.05  # it does compute in bfloat16, whose rounding is 0.4 %
 
 
-# Scoring
+# The evaluation step
 
 
 class FirstPixels(nn.Module):
-    """Logits are the first pixels of the image: what comes out can be worked out by hand."""
+    """Returns the first pixels of the image as logits, so that the scores can be computed by hand."""
 
     num_classes: int
 
@@ -431,7 +450,10 @@ class FirstPixels(nn.Module):
 
 
 def score(logits, labels, mask, *, loss="softmax"):
-    """eval_step of images that hold these logits, whole numbers from 0 to 255 times 1/255 x 255 = 1."""
+    """Returns the sums of images whose pixels are these logits, integers from 0 to 255.
+
+    Pixels are divided by 255, and then by the std of 1/255, so that they do not change.
+    """
     n, classes = np.shape(logits)
     config = config_with(
         **{
@@ -454,7 +476,7 @@ def test_scores_are_sums_over_unmasked_rows_top1_and_top5_by_hand():
         [9, 1, 2, 3, 4, 5, 6],  # label 2: sixth
         [1, 8, 2, 3, 4, 5, 6],  # label 1: best
         [9, 1, 2, 3, 4, 5, 6],  # label 0, masked
-        [0, 0, 0, 0, 0, 0, 200],  # label 0, masked: a loss of 200 to be left out
+        [0, 0, 0, 0, 0, 0, 200],  # label 0, masked: a loss of 200 that must not count
     ]
     labels, mask = [0, 3, 2, 1, 0, 0], [True] * 4 + [False] * 2
     sums = score(logits, labels, mask)
@@ -476,18 +498,18 @@ def test_scores_use_the_loss_of_the_config():
 
 
 @pytest.mark.parametrize("classes", [2, 4, 5])
-def test_top5_of_five_classes_or_fewer_is_everything(classes):
+def test_with_five_classes_or_fewer_all_images_are_in_the_top5(classes):
     logits = np.tile(np.arange(classes), (classes, 1))
     sums = score(logits, np.arange(classes), [True] * classes)
     assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (1, classes, classes)
 
 
-def test_a_batch_of_padding_alone_counts_nothing():
+def test_a_batch_of_padding_has_sums_of_0():
     sums = score([[1, 2], [3, 4]], [0, 0], [False, False])
     assert len(sums) == 6 and not any(value.any() for value in sums.values())
 
 
-def test_scoring_takes_the_test_time_path_without_dropout_or_augmentation():
+def test_evaluation_preprocesses_as_at_test_time_without_dropout_or_augmentation():
     values = {
         **SHIFTED,
         "preprocess.crop_fraction": 0.5,
