@@ -16,9 +16,8 @@ from functools import partial
 import jax
 import numpy as np
 from jax.experimental import topologies
-from ml_collections import ConfigDict
 
-from mlpmixer_flax.config import resolve
+from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule

@@ -59,12 +59,17 @@ def test_a_module_imports_only_rooms_that_come_before_its_own(file):
     module = file.removeprefix(f"{PACKAGE}/").removesuffix(".py").replace("/", ".")
     for other in ours(file):
         in_its_room = "." in module and module.split(".")[0] == other.split(".")[0]
-        assert in_its_room or place(other) < place(module), f"{file} may not import {other}: see CONTRIBUTING.md"
+        assert in_its_room or place(other) < place(module), (
+            f"{file} may not import {other}: see CONTRIBUTING.md"
+        )
 
 
 def test_there_is_no_cycle():
     graphlib.TopologicalSorter(
-        {file.removeprefix(f"{PACKAGE}/").removesuffix(".py").replace("/", "."): ours(file) for file in LIBRARY[1:]}
+        {
+            file.removeprefix(f"{PACKAGE}/").removesuffix(".py").replace("/", "."): ours(file)
+            for file in LIBRARY[1:]
+        }
     ).prepare()
 
 

@@ -27,7 +27,9 @@ TRAINING = [line for _, block in BLOCKS for line in block.splitlines() if "mlpmi
 
 
 SNIPPETS = [block for language, block in BLOCKS if language == "python"]
-SNIPPETS += re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
+SNIPPETS += re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL
+)
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
@@ -35,7 +37,8 @@ def test_snippet_runs(code, tmp_path):
     try:
         get_dataset_info("cifar10")
     except UserError:
-        code = code.replace('"cifar10"', '"digits"')  # if CIFAR-10 is missing, everything but its name is tried
+        # Without CIFAR-10, everything except its name is tried.
+        code = code.replace('"cifar10"', '"digits"')
     environment = os.environ | {"MLPMIXER_CACHE": str(tmp_path / "cache")}
     for source in re.findall(r'(?:pretrained|mf)\.load\("(.*?)"', code):
         put_into_cache(source, environment)
