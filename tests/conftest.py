@@ -39,6 +39,16 @@ def photos(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("photos"), "photos", examples)
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """Turns off XLA's optimizations, for files of tests that spend nearly all of their time in compilation."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """The directory of a small run on the digits that keeps an EMA; trained once, so copy it before you change it."""

@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,12 +25,7 @@ SMALL = [
 PICTURES = ["curves.png", "stem.png", "token_mixing_block00.png", "token_mixing_block01.png"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    """Compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from mlpmixer_flax.training.setup import make_setup
 from mlpmixer_flax.weights.adapt import adapt
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 

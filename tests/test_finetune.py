@@ -16,6 +16,8 @@ from mlpmixer_flax.train import main
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 MODEL = {"patches": {"size": (2, 2)}, "hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8}
 MODEL["channels_mlp_dim"] = 32
 SMALL = ["--config=digits.py", "--config.total_steps=6", "--config.model.hidden_dim=16"]

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from mlpmixer_flax.training.configfile import load_config
+import mlpmixer_flax
 from mlpmixer_flax.training.validate import validate
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,7 @@ def test_a_notebook_is_committed_tiny(name):
 
 def test_the_real_thing_is_one_switch_away():
     code = code_of(read(NOTEBOOKS["finetune"])["parameters"]).replace("TINY = True", "TINY = False", 1)
-    names = {"load_config": load_config, "Path": Path}
+    names = {"mf": mlpmixer_flax, "Path": Path}
     exec(code, names)
     validate(names["config"])
     assert (names["config"].init_from, names["config"].dataset) == ("imagenet21k/Mixer-B_16", "cifar10")

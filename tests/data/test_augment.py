@@ -14,6 +14,8 @@ from PIL import Image
 from mlpmixer_flax.config import RANDAUGMENT_OPS, get_config
 from mlpmixer_flax.data import augment as aug
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 PREPROCESS = {
     "image_size_px": 16,
     "crop_fraction": 1.0,
