@@ -1,12 +1,12 @@
 """Show what a model has learned: python -m mlpmixer_flax.analyze --workdir=RUN
 
-Name the parts to show; without a name, all parts are shown except shuffle,
-which trains three models.
+Give the parts to show. Without any, all parts are shown except shuffle, which
+trains three models.
 
   curves        loss, accuracy and learning rate of a run: curves.png
   token_mixing  weights from patches to hidden units, as in the paper's Figure
                 5: token_mixing_block00.png and so on, one file per block
-  stem          the kernels of the patch embedding: stem.png
+  stem          the kernels of the stem, the patch embedding: stem.png
   fewshot       test accuracy of a linear classifier (ridge regression) trained
                 on the model's features of 5 images per class, drawn three
                 times: fewshot.json
@@ -46,7 +46,7 @@ _POOL = 10
 
 def _curves(model: Model, arguments: argparse.Namespace) -> None:
     if arguments.workdir is None:
-        raise UserError(f"{model.name} has no training curves: give --workdir, the directory of a run")
+        raise UserError(f"{model.name} has no training curves: give a run directory, --workdir")
     rows = read_metrics(arguments.workdir / "metrics.jsonl")
     figures.save(figures.curves(rows, title=model.name), arguments.output / "curves.png")
     print("curves: curves.png")
@@ -93,23 +93,24 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         file.write((json.dumps({**named, **result}, indent=2) + "\n").encode())
     draws = ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_seed"])
     print(
-        f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {data.dataset} are correct\n"
+        f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {data.dataset} are classified correctly\n"
         f"  with {shots} images per class; each draw: {draws}; fewshot.json"
     )
     if not arguments.dataset:
-        print("  (the model was trained with all labels of this dataset)")
+        print("  (the model was trained on this dataset, so this does not measure transfer)")
 
 
 def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if config.init_from:
         raise UserError(
-            f"init_from={config.init_from!r} was trained on images that are not shuffled: leave it empty"
+            f"init_from={config.init_from!r} cannot be used for shuffle, because it was trained on images that are not "
+            "shuffled: set --config.init_from= (empty)"
         )
     largest, difference = symmetry(model, seed=config.seed)
     print(
-        f"shuffle: if patches and weights are shuffled in the same way, logits up to {largest:.3g}\n"
-        f"  change by at most {difference:.1e}",
+        f"shuffle: logits change by at most {difference:.1e} if patches and weights are shuffled in\n"
+        f"  the same way (the largest logit is {largest:.3g})",
         flush=True,
     )
     print(f"  {arguments.config}, trained three times:", flush=True)
@@ -143,7 +144,7 @@ _PARTS = {
 def _run(arguments: argparse.Namespace) -> None:
     for name in arguments.parts:
         if name not in _PARTS:
-            raise UserError(f"there is no part {name!r}: choose from {', '.join(_PARTS)}")
+            raise UserError(f"part {name!r} is unknown: choose from {', '.join(_PARTS)}")
     model = load_model(arguments)
     make_folder(arguments.output)
     print(f"{model.name}, files in {arguments.output}:", flush=True)
@@ -156,7 +157,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 raise
             print(f"{name}: left out, because {error}", flush=True)
     if not arguments.parts:
-        print("shuffle: left out, because it trains three models: name it to run it")
+        print("shuffle: not run, because it trains three models: add the word shuffle to the command")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

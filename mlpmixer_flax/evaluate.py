@@ -1,11 +1,11 @@
 """Score a model on a split: python -m mlpmixer_flax.evaluate --workdir=runs/b16
 
-A run is scored on the test split of its own dataset, with the weights that its
-last test accuracy belongs to. Runs and other weights can be scored on any
-dataset or folder of images whose classes the model has. Classes are matched by
-name, for ImageNet also by WordNet number (n01440764); if a TFDS dataset or the
-model has no class names, by number. Images are read in gray or colour, as the
-model needs them. The program writes to --output:
+A run is scored on the test split of its own dataset. Runs and other weights can
+be scored on any dataset or folder of images, if the model has its classes.
+Classes are matched by name. For ImageNet, the WordNet number (n01440764) is
+also a name. If a TFDS dataset or the model has no class names, classes are
+matched by number. Images are read in gray or color, as the model needs them.
+The program writes to --output:
 
   scores.json      all scores; "confusion": [true class, predicted class,
                    images] for all pairs that occur; "mistakes", with file names
@@ -169,8 +169,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--split",
         dest="test_split",
         metavar="SPLIT",
-        help='such as "validation", "train[:10%%]" or, for all images of a folder without splits, '
-        '"train+validation" (default: the test split of the run, else "test")',
+        help='split to score, such as "validation" or "train[:10%%]" (default: the test_split of the run, else '
+        '"test"); a folder without train/ and val/ is divided into "train" and "validation", so "train+validation" '
+        "is all of its images",
     )
     parser.add_argument(
         "--output",

@@ -1,4 +1,4 @@
-"""Write a model to one file: python -m mlpmixer_flax.export
+"""Write a model to a file: python -m mlpmixer_flax.export
 
 The model is that of a run or of other weights. The format is one of:
 
@@ -25,11 +25,13 @@ Images must have the model's size and channels, and values from 0 to 255; the
 function applies mean and std. Pillow prepares a photo as in evaluation:
 
   photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-  ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)
+  photo = ImageOps.fit(photo, (224, 224), Image.BILINEAR, bleed=0.0625)
+  images = numpy.asarray(photo)[None]
 
-Replace 224 by image_size_px of OUTPUT.json, BILINEAR by its interpolation, and
-0.0625 by (1 - crop_fraction) / 2. A model of gray images takes images of shape
-(n, height, width, 1) and needs "L" instead of "RGB".
+"preprocess" in OUTPUT.json has image_size_px instead of 224, interpolation
+instead of BILINEAR, and crop_fraction: bleed is (1 - crop_fraction) / 2. A
+model of gray images takes shape (n, height, width, 1) and needs "L" instead of
+"RGB".
 
 JAX guarantees that releases up to 6 months newer and 3 weeks older than the one
 that wrote the file can load it (docs.jax.dev/en/latest/export/export.html).
@@ -166,13 +168,14 @@ def _run(arguments: argparse.Namespace) -> None:
     suffix = arguments.output.suffix.removeprefix(".")
     if suffix in FORMATS and suffix != arguments.format:
         raise UserError(
-            f"--output={arguments.output} has the suffix of another format: give --format={suffix}"
+            f"--output={arguments.output} does not fit --format={arguments.format}: give --format={suffix}, or a name "
+            f"that ends in .{arguments.format}"
         )
     model = load_model(arguments)
     notes = export(model, arguments.output, format=arguments.format)
     if arguments.checkpoint == "last" and model.config["ema_decay"]:
         notes.append(
-            "the run's test accuracy belongs to its EMA weights, not to these: --checkpoint=ema exports the EMA"
+            "these are not the weights that the run evaluated (its EMA): --checkpoint=ema exports the EMA"
         )
     for note in notes:
         print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))

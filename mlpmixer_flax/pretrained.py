@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(sources: Sequence[str]) -> None:
     for source in sources:
         weights = find(source)
-        print(f"{source}: {len(weights.shapes)} arrays, in {weights.name}")
+        print(f"{source}: ready in {weights.name} ({len(weights.shapes)} arrays)")
     if not sources:
         print(table())
 

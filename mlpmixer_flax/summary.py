@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> None:
         print(summarize_config(arguments.config, arguments.overrides, num_classes=arguments.num_classes))
     elif arguments.overrides or arguments.num_classes is not None:
         extra = " ".join(arguments.overrides) or f"--num_classes={arguments.num_classes}"
-        raise UserError(f"{extra} is for --config only: leave it out")
+        raise UserError(f"{extra} has no meaning without --config: remove it")
     elif arguments.workdir:
         print(summarize_run(arguments.workdir))
     else:

@@ -260,7 +260,7 @@ def test_an_error_is_one_line_and_nothing_is_written(run, folder, tmp_path, caps
     for arguments, message in [
         (
             [f"--workdir={renamed}", f"--dataset=folder:{others}", "--split=train"],
-            "the dataset has 10 classes, and the model has no class named 'ten', only 10 such as 'zero'",
+            "the model has no class named 'ten'; the dataset has 10 classes, the model 10 such as 'zero'",
         ),
         (["--weights=gsam/Mixer-S_32"], "gsam/Mixer-S_32 is not a run and has no dataset .*: give --dataset"),
         ([f"--workdir={run}", "--split=tset"], "split 'tset' of dataset 'digits' cannot be read"),

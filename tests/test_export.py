@@ -108,11 +108,11 @@ def test_an_error_is_one_line_and_nothing_is_written(run, tmp_path, capsys):
     output = ["--format=npz", f"--output={tmp_path}/w"]
     for arguments, message in (
         ([f"--workdir={tmp_path}"], "has no checkpoint: train first"),
-        ([f"--weights={run}", "--checkpoint=best"], "--checkpoint=best is for --workdir only: leave it out"),
+        ([f"--weights={run}", "--checkpoint=best"], "--checkpoint=best is for --workdir only"),
         ([f"--weights={tmp_path}/w"], "no weights"),
         (
             [f"--workdir={run}", "--output=w.safetensors"],
-            "--output=w.safetensors has the suffix of another format: give --format=safetensors",
+            "--output=w.safetensors does not fit --format=npz: give --format=safetensors, or a name that ends in .npz",
         ),
     ):
         assert main([*output, *arguments]) == 2
@@ -197,13 +197,15 @@ def test_the_file_beside_stablehlo_says_how_to_prepare_a_photo(run, stablehlo, t
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     photo.save(tmp_path / "photo.jpg", exif=turned)
-    opening, fitting = re.search(r"evaluation:\n\n  (.*)\n  (.*)\n", help_text).groups()
-    assert fitting == "ImageOps.fit(photo, (224, 224), Image.Resampling.BILINEAR, bleed=0.0625)"
+    opening, fitting, stacking = re.search(r"evaluation:\n\n  (.*)\n  (.*)\n  (.*)\n", help_text).groups()
+    assert fitting == "photo = ImageOps.fit(photo, (224, 224), Image.BILINEAR, bleed=0.0625)"
     with contextlib.chdir(tmp_path):
         names = {}
         exec(opening, {"Image": Image, "ImageOps": ImageOps}, names)
     photo = names["photo"]
     assert photo.size == (301, 400)
+    exec(f"{fitting}\n{stacking}", {"Image": Image, "ImageOps": ImageOps, "numpy": np}, names)
+    assert names["images"].shape == (1, 224, 224, 3)
     for interpolation, crop_fraction in (("bilinear", 0.875), ("bicubic", 1.0)):
         by_help = ImageOps.fit(photo, (224, 224), RESAMPLING[interpolation], bleed=(1 - crop_fraction) / 2)
         ours = read_square(

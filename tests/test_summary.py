@@ -259,7 +259,7 @@ def test_an_error_is_one_line(arguments, message, capsys):
 @pytest.mark.parametrize("extra", ["--config.model.num_blocks=2", "--num_classes=5"])
 def test_options_for_configs_are_refused_for_weights(extra, capsys):
     assert main(["--weights=imagenet1k/Mixer-B_16", extra]) == 2
-    assert capsys.readouterr().err == f"error: {extra} is for --config only: leave it out\n"
+    assert capsys.readouterr().err == f"error: {extra} has no meaning without --config: remove it\n"
 
 
 def test_the_program_starts_and_its_help_fits_80_columns(monkeypatch):

@@ -73,11 +73,11 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool 
         return np.array([number_of[name] for name in theirs], np.int32)
     if numbered and len(theirs) == len(ours) and numbers(len(ours)) in (list(theirs), list(ours)):
         print(
-            "classes are matched by number, because the class names of the dataset or the model are unknown"
+            "classes are matched by number, because the class names of the dataset or the model are unknown: check "
+            "that class 0, 1, ... means the same in both"
         )
         return np.arange(len(ours), dtype=np.int32)
     raise UserError(
-        f"the dataset has {len(theirs)} classes, and the model has no class named "
-        f"{', '.join(map(repr, unknown[:3]))}, only {len(ours)} such as {', '.join(map(repr, ours[:3]))}: "
-        "choose a dataset with the model's classes, or rename them"
+        f"the model has no class named {', '.join(map(repr, unknown[:3]))}; the dataset has {len(theirs)} "
+        f"classes, the model {len(ours)} such as {', '.join(map(repr, ours[:3]))}: choose another dataset, or rename the classes of the dataset"
     )

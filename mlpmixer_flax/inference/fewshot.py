@@ -79,8 +79,8 @@ def few_shot(
     counts = np.array([np.sum(train_labels == label) for label in classes])
     if not 1 <= shots <= counts.min():
         raise UserError(
-            f"shots={shots} cannot be drawn from class {classes[counts.argmin()]}, which has {counts.min()} "
-            "training images: choose at least 1 and at most that many, or a larger training split"
+            f"shots={shots} is not possible, because class {classes[counts.argmin()]} has {counts.min()} training "
+            f"images: choose 1 to {counts.min()}, or a larger training split"
         )
     strengths = sorted({*l2, HEADLINE_L2})
     accuracies = np.empty((len(strengths), len(seeds)))

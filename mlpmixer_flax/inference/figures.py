@@ -48,8 +48,8 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)
     if any("missing from font" in str(warning.message) for warning in caught):
         print(
-            f"{path.name}: a character that no installed font has is drawn as a box; install a Noto font for "
-            "its script"
+            f"{path.name} shows some characters as boxes, because no installed font has them: install a Noto font "
+            "for this language"
         )
 
 

@@ -108,13 +108,13 @@ def test_images_that_are_not_drawn_do_not_matter_even_for_whitening():
 @pytest.mark.parametrize(
     ("shots", "missing", "message"),
     [
-        (6, [], "shots=6 cannot be drawn from class 0, which has 5"),
-        (5, [7], "shots=5 cannot be drawn from class 1, which has 4"),
-        (1, range(15, 20), "shots=1 cannot be drawn from class 3, which has 0"),
+        (6, [], "shots=6 is not possible, because class 0 has 5"),
+        (5, [7], "shots=5 is not possible, because class 1 has 4"),
+        (1, range(15, 20), "shots=1 is not possible, because class 3 has 0"),
         (
             0,
             [],
-            "shots=0 cannot be drawn from class 0, which has 5 .* choose at least 1 and at most that many",
+            "shots=0 is not possible, because class 0 has 5 .* choose 1 to 5",
         ),
     ],
 )

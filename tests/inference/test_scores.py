@@ -75,7 +75,7 @@ def test_classes_are_matched_by_name_and_without_names_by_number_with_a_note(cap
         assert match_classes(theirs, ours).tolist() == [0, 1, 2, 3]
         assert "matched by number" in capsys.readouterr().out
         # The numbers of a folder's classes mean nothing.
-        with pytest.raises(UserError, match="the model has no class named '.*, only 4 such as"):
+        with pytest.raises(UserError, match="the model has no class named '.*, the model 4 such as"):
             match_classes(theirs, ours, numbered=False)
     # A folder sorts numbers as text; against the numbers of a dataset they are names.
     theirs = sorted(str(i) for i in range(12))
@@ -92,14 +92,16 @@ def test_classes_of_imagenet_are_matched_by_wordnet_number():
 
 
 def test_other_classes_are_refused():
-    message = "has 10 classes, and the model has no class named '0', '1', '2', only 4 such as 'ant', .*: choose a dataset"
+    message = "the model has no class named '0', '1', '2'; the dataset has 10 classes, the model 4 such as 'ant', .*: choose another"
     with pytest.raises(UserError, match=message):
         match_classes([str(i) for i in range(10)], NAMES)
     twice = ["crane", "crane", "tench"]
     assert match_classes(twice, twice).tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="the model has no class named 'crane', only 3"):
+    with pytest.raises(UserError, match="the model has no class named 'crane'; .* the model 3"):
         match_classes(["crane", "tench"], twice)
-    with pytest.raises(UserError, match="has 4 classes, and the model has no class named 'eel', only 4"):
+    with pytest.raises(
+        UserError, match="the model has no class named 'eel'; the dataset has 4 classes, the model 4"
+    ):
         match_classes(["ant", "bee", "cat", "eel"], NAMES)
 
 
