@@ -157,7 +157,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 raise
             print(f"{name}: left out, because {error}", flush=True)
     if not arguments.parts:
-        print("shuffle: not run, because it trains three models: add the word shuffle to the command")
+        print("shuffle: not run, because it trains three models: add shuffle to the command")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
