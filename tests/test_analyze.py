@@ -43,6 +43,7 @@ def written(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_program_shows_all_parts_of_a_run_except_the_one_that_trains(run, capsys):
     assert main([f"--workdir={run}"]) == 0
     out, err = capsys.readouterr()
@@ -107,6 +108,7 @@ def test_fewshot_uses_the_test_split_and_shots_of_the_options(run, tmp_path, cap
     assert "with 2 images per class" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_shuffle_trains_three_times_and_draws_the_curves(run, tmp_path, capsys):
     small = [*SMALL, "--config.model.num_blocks=1", "--config.eval_every_steps=0"]
     assert main([f"--workdir={run}", f"--output={tmp_path}", "shuffle", "--config=digits.py", *small]) == 0

@@ -31,6 +31,7 @@ def test_config_builds_at_full_size(file):
     assert sum(p.size for p in jax.tree.leaves(shapes)) > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_small_copy_of_the_config_takes_a_step(file):
     config = load_config(str(file))

@@ -260,6 +260,7 @@ def test_test_batches_have_every_example_once_and_in_order(batch_size, shard_cou
 # --- iterate
 
 
+@pytest.mark.slow
 def test_streamed_batches_are_the_cached_ones_for_any_number_of_workers():
     cached = TrainBatches(digits(), batch_size=100, seed=5)
     streamed = TrainBatches(digits(cache_bytes=0), batch_size=100, seed=5)

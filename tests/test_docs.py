@@ -88,6 +88,7 @@ def recipe(photos):
     return commands
 
 
+@pytest.mark.slow
 def test_recipe_for_own_photos_is_followed_from_the_folder_to_a_file(photos, recipe):
     assert [words_of(command)[0] for command in recipe] == "train evaluate predict predict export".split()
     assert (photos / "runs" / "photos" / "evaluation" / "scores.json").exists()
@@ -96,6 +97,7 @@ def test_recipe_for_own_photos_is_followed_from_the_folder_to_a_file(photos, rec
     assert config["dataset"] == f"folder:{photos / 'photos'}"  # which is found from other directories, too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page, code", [(page, code) for page, language, code in CODE if language != "python"]
 )

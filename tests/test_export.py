@@ -155,6 +155,7 @@ def stablehlo(run, tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_the_five_lines_of_the_help_predict_the_same_in_a_process_without_our_package(
     run, stablehlo, tmp_path
 ):

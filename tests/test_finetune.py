@@ -16,7 +16,7 @@ from mlpmixer_flax.train import main
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_to_compile")]
 
 MODEL = {"patches": {"size": (2, 2)}, "hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8}
 MODEL["channels_mlp_dim"] = 32

@@ -15,7 +15,7 @@ from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_to_compile")]
 
 CLASSES = {"zero": 0, "six": 6, "seven": 7}
 MODEL = {"patches": {"size": (4, 4)}, "hidden_dim": 128, "num_blocks": 2, "tokens_mlp_dim": 16}

@@ -16,6 +16,8 @@ from mlpmixer_flax import UserError, config
 from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.models import MixerBlock, MlpMixer
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {
     "patches": {"size": (4, 4)},
@@ -141,6 +143,7 @@ def test_bfloat16_is_close_and_keeps_float32_parameters_and_logits():
         assert leaf.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_every_parameter_gets_a_gradient(remat):
     model, images = MlpMixer(num_classes=3, remat=remat, **TINY), normal(1, (4, 8, 8, 3))
@@ -153,6 +156,7 @@ def test_every_parameter_gets_a_gradient(remat):
         assert largest < 1e-4 if name.endswith("token_mixing/Dense_1/bias") else largest > 1e-2, name
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_parameters_nor_gradients():
     images = normal(1, (4, 8, 8, 3))
     plain, remat = (
@@ -172,6 +176,7 @@ def test_remat_changes_neither_parameters_nor_gradients():
     chex.assert_trees_all_close(gradient(plain), gradient(remat), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shuffling_patches_and_their_pixels_is_a_symmetry_of_the_weights():
     """§3.4 of the paper: shuffled input with weights shuffled likewise gives the same features."""
     model, images = MlpMixer(num_classes=0, **TINY), normal(1, (2, 8, 8, 3))
@@ -229,6 +234,7 @@ def test_the_head_starts_at_zero_with_the_bias_of_the_config():
     np.testing.assert_allclose(logits, -6.9, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_skips_whole_branches_and_keeps_the_expectation():
     block = MixerBlock(tokens_mlp_dim=8, channels_mlp_dim=8, stochastic_depth_rate=0.4)
     x = normal(1, (1, 4, 6))

@@ -60,6 +60,7 @@ def test_there_are_both():
     assert list(NOTEBOOKS) == ["finetune", "token_mixing"]
 
 
+@pytest.mark.slow
 @every_notebook
 def test_every_cell_runs_and_draws_what_it_draws_in_the_committed_notebook(name, executed):
     committed = read(NOTEBOOKS[name])
@@ -71,6 +72,7 @@ def test_every_cell_runs_and_draws_what_it_draws_in_the_committed_notebook(name,
     assert counts == list(range(1, len(counts) + 1))
 
 
+@pytest.mark.slow
 def test_finetuning_shows_a_full_bar_and_learns(executed):
     cells = executed["finetune"]
     assert re.search(r"100%\|█+\| 100/100, ", printed(cells["finetune"]))
@@ -78,6 +80,7 @@ def test_finetuning_shows_a_full_bar_and_learns(executed):
     assert "five" in printed(cells["accuracy"]) and "zero" not in printed(cells["accuracy"])
 
 
+@pytest.mark.slow
 def test_features_of_a_trained_mixer_are_worth_more_than_those_of_an_untrained_one(executed):
     lines = printed(executed["token_mixing"]["fewshot"]).splitlines()
     scores = {line.split()[0]: float(line.split()[1].rstrip("%")) for line in lines}

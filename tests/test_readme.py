@@ -32,6 +32,7 @@ SNIPPETS += re.findall(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippet_runs(code, tmp_path):
     try:
@@ -39,6 +40,7 @@ def test_snippet_runs(code, tmp_path):
     except UserError:
         # Without CIFAR-10, everything except its name is tried.
         code = code.replace('"cifar10"', '"digits"')
+    code = code.replace("imagenet1k/Mixer-B_16", "gsam/Mixer-S_32")  # a smaller one of the published names
     environment = os.environ | {"MLPMIXER_CACHE": str(tmp_path / "cache")}
     for source in re.findall(r'(?:pretrained|mf)\.load\("(.*?)"', code):
         put_into_cache(source, environment)
@@ -84,6 +86,7 @@ def test_training_command_is_understood(command):
     load_config(str(ROOT / config), [word for word in words if word.startswith("--config.")])
 
 
+@pytest.mark.slow
 def test_first_training_command_trains(tmp_path):
     """As it stands, from process start to the end, on the embedded digits."""
     words = shlex.split(TRAINING[0])

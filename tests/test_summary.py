@@ -201,6 +201,7 @@ def printed(capsys, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_prints_the_table_of_its_config_and_has_the_same_table_later(run, capsys):
     workdir, output = run
     of_config = printed(capsys, "--config=digits.py", *SMALL)
@@ -208,6 +209,7 @@ def test_a_run_prints_the_table_of_its_config_and_has_the_same_table_later(run, 
     assert printed(capsys, f"--workdir={workdir}") == of_config
 
 
+@pytest.mark.slow
 def test_weights_have_the_table_of_their_run_without_the_optimizer(run, tmp_path, capsys):
     workdir, output = run
     write_npz(tmp_path / "weights.npz", read_weights(workdir)[1], metadata={})

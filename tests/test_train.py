@@ -21,6 +21,8 @@ from written_events import events, scalars
 from mlpmixer_flax.train import main, train
 from mlpmixer_flax.training.configfile import load_config
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 # Everything random is on, so that a resumed run could get many things wrong.
 SMALL = [
     "--config.model.hidden_dim=16",
@@ -47,17 +49,11 @@ def start_process(workdir, *arguments, **options):
         "--config=digits.py",
         f"--workdir={workdir}",
     ]
-    # Compiled programs stay on disk, so that a restart takes less time.
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     return subprocess.Popen(
         [*command, *SMALL, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
         **options,
     )
 
@@ -81,6 +77,7 @@ def last_state(workdir):
         return checkpointer.restore((workdir / "checkpoints" / str(steps[-1]) / "default").absolute())
 
 
+@pytest.mark.slow
 def test_the_run_directory_has_what_later_programs_need(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
@@ -131,6 +128,7 @@ def test_the_run_directory_has_what_later_programs_need(tmp_path, capsys):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_intervals_are_independent_and_everything_is_due_at_the_end(tmp_path):
     intervals = {"log_every_steps": 4, "eval_every_steps": 5, "save_every_steps": 3, "keep_checkpoints": 9}
     arguments = [f"--config.{key}={value}" for key, value in intervals.items()]
@@ -142,6 +140,7 @@ def test_intervals_are_independent_and_everything_is_due_at_the_end(tmp_path):
     assert {3, 6, 9, 11} <= saved <= {3, 5, 6, 9, 10, 11}  # 5 and 10 only if they were the best so far
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     arguments = ["--config.total_steps=300", "--config.save_every_steps=7", "--config.eval_every_steps=90"]
     whole = start_process(tmp_path / "whole", *arguments)
@@ -168,6 +167,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_makes_the_run_save_and_the_same_command_continues(tmp_path, number):
     workdir = tmp_path / "run"
@@ -195,6 +195,7 @@ STREAMED = ["--config.cache_bytes=0", "--config.num_workers=2", "--config.total_
 STREAMED += ["--config.eval_every_steps=20", "--config.save_every_steps=100000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_run_also_saves_if_its_workers_get_the_signal(tmp_path, number):
     """Ctrl-C in a terminal and a cluster's SIGTERM go to the whole process group."""
@@ -208,6 +209,7 @@ def test_the_run_also_saves_if_its_workers_get_the_signal(tmp_path, number):
     assert "Traceback" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the process group from Linux's /proc")
 def test_workers_of_a_killed_run_end(tmp_path):
     process = start_process(tmp_path / "run", *STREAMED, start_new_session=True)
@@ -229,6 +231,7 @@ def test_workers_of_a_killed_run_end(tmp_path):
     assert alive() == 0
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e4"]
@@ -241,6 +244,7 @@ def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, 
     assert all(np.isfinite(leaf).all() for leaf in state["params"]["head"].values())
 
 
+@pytest.mark.slow
 def test_microbatches_and_streaming_train_the_same_as_whole_batches_from_memory(tmp_path):
     """Streamed data has the same order as data in memory, and microbatches give the same result as one batch."""
     scores = []
@@ -331,6 +335,7 @@ def test_a_batch_size_not_divisible_by_the_devices_is_refused(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_workdir_with_another_config_is_refused_with_the_keys(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert run_small(workdir, "--config.total_steps=2") == 0
@@ -354,6 +359,7 @@ def test_help_explains_the_options_and_a_missing_config_is_an_error():
     assert done.returncode == 2 and "--config" in done.stderr
 
 
+@pytest.mark.slow
 def test_images_that_vary_in_size_train_and_continue_with_the_same_config(tmp_path, capsys):
     rng = np.random.default_rng(0)
     examples = [(encode(rng.integers(0, 256, (9 + i, 12, 3), np.uint8), "JPEG"), i % 3) for i in range(12)]
@@ -369,6 +375,7 @@ def test_images_that_vary_in_size_train_and_continue_with_the_same_config(tmp_pa
     assert "done\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_default_workdir_has_the_name_of_the_config_and_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--config=digits.py", *SMALL, "--config.total_steps=1"]) == 0
@@ -376,6 +383,7 @@ def test_the_default_workdir_has_the_name_of_the_config_and_the_time(tmp_path, m
     assert re.fullmatch(r"digits-\d{8}-\d{6}", workdir.name)
 
 
+@pytest.mark.slow
 def test_no_tensorflow_is_loaded(tmp_path):
     code = (
         "import sys; from mlpmixer_flax.train import main; status = main(sys.argv[1:]); "

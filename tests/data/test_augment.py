@@ -105,6 +105,7 @@ def test_images_that_the_host_has_cropped_are_not_cropped_again():
     assert (out != aug.prepare(jnp.asarray(images), **preprocess)).any()
 
 
+@pytest.mark.slow
 def test_everything_on_follows_the_key():
     images = photographs(6, 24, 24)
     out, labels = run(images, **EVERYTHING)

@@ -376,6 +376,7 @@ TINY += [f"--config.model.{key}=8" for key in ("hidden_dim", "channels_mlp_dim",
 TINY += ["--config.model.num_blocks=1", "--config.augment.min_crop_area=0.5"]
 
 
+@pytest.mark.slow
 def test_a_folder_trains(tmp_path, capsys):
     path = tmp_path / "photos"
     write(path, *names("猫", 10), *names("кот", 10))

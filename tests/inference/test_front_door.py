@@ -18,6 +18,8 @@ from mlpmixer_flax.export import export
 from mlpmixer_flax.inference import inputs
 from mlpmixer_flax.training.report import read_metrics
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 20, 26, 4), dtype=np.uint8)
 
@@ -68,6 +70,7 @@ def run(tmp_path_factory):
     return workdir, mf.fit(mf.load_config("digits.py", changes), workdir)
 
 
+@pytest.mark.slow
 def test_fit_returns_the_last_test_scores(run):
     workdir, scores = run
     last = [row for row in read_metrics(Path(workdir) / "metrics.jsonl") if "test/accuracy" in row][-1]
@@ -231,6 +234,7 @@ def change(model, **fields):
     return dataclasses.replace(model, module=model.module.clone(**fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"remat": True}, {"dtype": "bfloat16"}], ids=str)
 def test_features_are_what_the_layers_of_the_module_compute(model, files, fields):
     model = change(model, **fields)

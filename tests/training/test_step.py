@@ -339,6 +339,7 @@ def test_the_head_bias_makes_the_sigmoid_loss_start_low():
     np.testing.assert_allclose(metrics["loss"], -math.log(p) - 2 * math.log(1 - p), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "microbatches"), [({}, (2, 4)), (MIXED, (2,))], ids=["plain", "mixed"])
 def test_accumulated_microbatches_equal_the_whole_batch(values, microbatches):
     """Also with mixup and CutMix, which mix images of the whole batch, not only of one microbatch."""

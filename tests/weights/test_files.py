@@ -475,6 +475,7 @@ print(1024 * (kib("VmHWM") - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("layout", "config", "num_classes", "file_mib"),

@@ -179,6 +179,7 @@ def test_arrays_that_are_not_part_of_a_mixer_are_reported(tmp_path):
         pretrained.load(str(tmp_path / "w.npz"), shapes_of(tiny_model("tanh")))
 
 
+@pytest.mark.slow
 def test_the_program_prints_a_table_of_80_columns_and_downloads_weights(server, tmp_path):
     (server.folder / "tiny.npz").write_bytes((GOLDEN / "google_tiny.npz").read_bytes())
     environment = os.environ | {"MLPMIXER_CACHE": str(tmp_path / "cache")}
@@ -272,6 +273,7 @@ print(1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[
 """
 
 
+@pytest.mark.slow
 def test_loading_large_weights_needs_little_more_memory_than_they_have(tmp_path):
     model = MlpMixer(num_classes=21843, **mixer_l16_config)
     zeros = jax.tree.map(lambda p: np.broadcast_to(np.float32(0.5), p.shape), shapes_of(model, 224))
