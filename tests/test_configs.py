@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_config_builds_at_full_size(file):
     config = resolve(load_config(str(file)), {})
@@ -83,6 +84,7 @@ def test_finetuning_is_the_recipe_of_vision_transformer():
     assert config.augment.flip and config.schedule.name == "cosine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "note"),
     [

@@ -278,12 +278,14 @@ def test_streamed_batches_are_the_cached_ones_for_any_number_of_workers():
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_more_workers_than_batches_and_no_batches():
     streamed = TrainBatches(digits(cache_bytes=0), batch_size=10, seed=0)
     assert len(list(iterate(streamed, 3, 4, num_workers=2))) == 1
     assert list(iterate(streamed, 3, 3, num_workers=2)) == []
 
 
+@pytest.mark.slow
 def test_photos_stream_the_same_from_workers(photos):
     examples = open_examples("photos", "train", data_dir=photos, image_size_px=16, min_crop_area=0.2)
     batches = TrainBatches(examples, batch_size=16, seed=0)
@@ -299,6 +301,7 @@ def test_photos_stream_the_same_from_workers(photos):
         assert_same(batch, TestBatches(cached, batch_size=4)[k])
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_iterator():
     streamed = TrainBatches(digits(cache_bytes=0), batch_size=10, seed=0)
     before = set(multiprocessing.active_children())
@@ -323,6 +326,7 @@ def test_a_worker_exits_if_its_parent_was_killed_before_it_started():
     assert run_python(code).returncode == 1 and time.monotonic() - start < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -38,6 +38,7 @@ def random_params(model, images, seed=0):
     return jax.tree.map(lambda p: p + 0.2 * normal(p.size, p.shape), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),  # 1000 classes, 224 px: the paper's Table 1 and the published files
     [
@@ -206,6 +207,7 @@ def test_shuffling_patches_and_their_pixels_is_a_symmetry_of_the_weights():
     assert np.abs(model.apply({"params": params}, shuffle(images)) - before).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_rectangular_patches_and_any_number_of_channels(channels):
     model = MlpMixer(num_classes=3, **{**TINY, "patches": {"size": (2, 8)}})
@@ -228,6 +230,7 @@ def test_an_unknown_gelu_is_refused():
         MlpMixer(num_classes=3, gelu="relu", **TINY).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
+@pytest.mark.slow
 def test_the_head_starts_at_zero_with_the_bias_of_the_config():
     model = MlpMixer(num_classes=3, head_bias_init=-6.9, **TINY)
     logits, _ = model.init_with_output(jax.random.key(0), normal(1, (2, 8, 8, 3)))
@@ -266,6 +269,7 @@ def test_stochastic_depth_rises_linearly_from_0_to_the_rate():
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.15, 0.2])
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only():
     model, images = MlpMixer(num_classes=0, dropout_rate=0.5, **TINY), normal(1, (2, 8, 8, 3))
     params = random_params(model, images)

@@ -88,6 +88,7 @@ def test_predictions_of_files_have_the_scores_of_the_run(run, digits, capsys):
     assert loss == pytest.approx(last["test/loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_photos_are_prepared_as_in_evaluation(run, tmp_path):
     """Photos of any size and mode are cropped, and read in gray because the model needs it."""
     for i in range(10):
@@ -174,6 +175,7 @@ def test_folders_and_patterns_stand_for_their_images_in_order(tmp_path, monkeypa
             find_files(nothing)
 
 
+@pytest.mark.slow
 def test_unusable_files_are_reported_and_the_others_are_predicted(run, tmp_path):
     """Runs in another process, with an exported file of weights, and class names that are not ASCII."""
     names = [f"Ziffer {i} 数字" for i in range(10)]
@@ -252,6 +254,7 @@ def test_no_progress_bar_is_left_in_a_terminal(run, digits):
     assert not any("predicting" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_the_reader_of_the_output_may_stop_early(run, digits):
     with run_program(f"--workdir={run}", "--batch_size=2", digits) as process:
         assert process.stdout.readline().split() == ["file", "%", "class"]

@@ -69,6 +69,7 @@ def total(lines, column):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gmacs"),  # from timm, results/benchmark-infer-amp-nchw-pt110-cu113-rtx3090.csv
     [("s32", 1.0), ("s16", 3.79), ("b32", 3.24), ("b16", 12.62), ("l32", 11.27), ("l16", 44.6)],

@@ -347,6 +347,7 @@ def test_a_workdir_with_another_config_is_refused_with_the_keys(tmp_path, capsys
     assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_help_explains_the_options_and_a_missing_config_is_an_error():
     done = subprocess.run(
         [sys.executable, "-m", "mlpmixer_flax.train", "--help"], capture_output=True, text=True

@@ -126,6 +126,7 @@ def test_any_number_of_channels(channels):
     assert out.shape == (3, 16, 16, channels) and (out.std((1, 2)) > 0).all()
 
 
+@pytest.mark.slow
 def test_jit_changes_nothing():
     knobs = {
         "crop_padding_px": 2,
@@ -279,6 +280,7 @@ def test_smoothed_labels():
 MIXUP, CUTMIX = {"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("knobs", "probability"), [(MIXUP, 1.0), (CUTMIX, 1.0), (MIXUP | CUTMIX, 1.0), (MIXUP | CUTMIX, 0.5)]
 )

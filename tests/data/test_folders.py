@@ -46,6 +46,7 @@ def open_split(path, split, *, skip_bad_images=False, for_training=False):
 # --- which image is in which split
 
 
+@pytest.mark.slow
 def test_names_in_any_script_and_digits_enlarged_reach_the_batches(tmp_path):
     digits = open_examples("digits", "test")
     assert digits.images is not None
@@ -398,6 +399,7 @@ def test_bad_images_stop_the_program_before_anything_is_written(flawed, capsys):
     assert "Traceback" not in error and not workdir.exists()
 
 
+@pytest.mark.slow
 def test_the_program_skips_bad_images_when_asked(flawed, capsys):
     arguments = [f"--config.dataset=folder:{flawed}", f"--workdir={flawed.parent / 'run'}", *TINY]
     assert main(["--config=digits.py", "--config.skip_bad_images=True", *arguments]) == 0

@@ -135,6 +135,7 @@ def test_translate_moves_by_a_share_of_the_side(photographs, sign):
         np.testing.assert_array_equal(one_op(photographs, op, 10 * sign), moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", RANDAUGMENT_OPS)
 def test_magnitude_zero_changes_nothing_and_shapes_stay(op):
     for channels in (2, 3):
@@ -161,6 +162,7 @@ def test_flat_images_stay_flat():
         np.testing.assert_array_equal(one_op(flat, op, 10), flat)
 
 
+@pytest.mark.slow
 def test_a_batch_gives_each_image_the_op_it_drew():
     images = np.stack([np.asarray(photograph(seed)) for seed in range(len(RANDAUGMENT_OPS))])
     magnitude = np.where(np.arange(len(images)) % 2, 12, -12).astype(np.float32)

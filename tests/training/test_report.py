@@ -233,6 +233,7 @@ def on_a_terminal(*arguments, columns=80):
     return written.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "total", "speed", "shown"),
     [(0, 8, 1234.5, "1,234 img/s"), (0, 1_000_000, 123456.0, "123,456 img/s")],

@@ -157,6 +157,7 @@ def build(config):
     jax.eval_shape(make_eval_step(model, config), state.params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in CHOICES.items() for name in names])
 def test_every_name_in_the_config_builds_a_run(key, name):
     build(config_with(**{key: name}))
@@ -171,6 +172,7 @@ def test_no_other_name_builds_a_run(key):
 # The update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", CHOICES["loss"])
 def test_an_update_is_a_step_down_the_gradient_of_the_loss(loss):
     update, state = make_run(**DESCENT, loss=loss)
@@ -234,6 +236,7 @@ def test_a_sharpness_aware_update_takes_the_gradient_uphill_of_the_parameters():
     np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-6)  # not the loss uphill
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("freeze", "learning"),
     [
@@ -357,6 +360,7 @@ def test_accumulated_microbatches_equal_the_whole_batch(values, microbatches):
     assert by_whole["gradient_norm"] > 0.1
 
 
+@pytest.mark.slow
 def test_microbatches_drop_different_units():
     """Both microbatches have the same images: with the same dropout mask, their losses would be equal."""
     values = {**DESCENT, "model.dropout_rate": 0.5}
@@ -386,6 +390,7 @@ def test_microbatches_drop_different_units():
 # Randomness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [SHIFTED, {"model.dropout_rate": 0.5}], ids=["augment", "dropout"])
 def test_randomness_is_a_function_of_seed_and_step(values):
     update, state = make_run(**DESCENT, **values)
@@ -428,6 +433,7 @@ def test_nothing_is_random_if_augmentation_and_dropout_are_off():
     chex.assert_trees_all_equal((a.params, by_a), (b.params, by_b))
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_parameters_and_optimizer_in_float32():
     update, state = make_run(**{"model.dtype": "bfloat16", "ema_decay": 0.9, "accumulation_steps": 2})
     exact, start = make_run(**DESCENT)

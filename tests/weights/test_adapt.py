@@ -74,6 +74,7 @@ def test_weights_of_the_same_model_come_back_as_they_are():
     assert notes == ["head: kept, 3 classes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "tiles"),
     [

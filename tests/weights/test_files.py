@@ -446,6 +446,7 @@ def full_size_shapes(config, num_classes):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", WRITERS)
 def test_a_full_size_b16_is_written_and_read(tmp_path, layout):
     rng, path = np.random.default_rng(0), tmp_path / "b16"

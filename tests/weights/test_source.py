@@ -74,6 +74,7 @@ def test_golden_weights_give_the_logits_and_features_of_the_original_code(file):
     np.testing.assert_allclose(features, io["pre_logits"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_in_mib_are_those_of_our_models(name):
     weights = PUBLISHED[name]
@@ -208,6 +209,7 @@ sys.exit(pretrained.main(["hf-hub:someone/mixer"]))
 """
 
 
+@pytest.mark.slow
 def test_the_hub_is_read_with_its_own_library(tmp_path):
     """The real client with a local server that answers like the hub; then again without the server."""
     pytest.importorskip("huggingface_hub")
