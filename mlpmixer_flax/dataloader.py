@@ -159,6 +159,14 @@ def iterate(
         )
     iterator = iter(stream)
     try:
+        # The first batch starts the workers. They inherit that signals are held back, so that no signal to the whole
+        # process group ends a worker before `_exit_with_parent` runs in it.
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            first = next(iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
+        yield first
         yield from iterator
     finally:
         iterator.close()
