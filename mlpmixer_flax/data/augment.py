@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.data.randaugment import randaugment
 
 
@@ -49,7 +50,11 @@ def augment(
 
     Returns:
       Images float32 (n, size, size, c) and label distributions float32 (n, num_classes).
+
+    Raises:
+      UserError: the images are not uint8.
     """
+    _check_levels(images)
     # The number of keys is constant, so turning on one operation does not change the draws of another.
     crop_key, area_key, flip_key, op_key, erase_key, mix_key = jax.random.split(key, 6)
     size_px, interpolation = preprocess["image_size_px"], preprocess["interpolation"]
@@ -96,6 +101,7 @@ def prepare(
     interpolation: str,
     mean: Sequence[float],
     std: Sequence[float],
+    fit: str = "crop",
 ) -> jax.Array:
     """Returns the model's input at test time: uint8 (n, h, w, c) -> float32 (n, size, size, c).
 
@@ -104,11 +110,23 @@ def prepare(
     Args:
       images: uint8 (n, h, w, c).
       cropped: `Examples.cropped`; if True, the host has cropped already and `crop_fraction` is ignored.
+      fit: is ignored, because images that are not square become squares on the host.
+
+    Raises:
+      UserError: the images are not uint8.
     """
+    _check_levels(images)
     if not cropped:
         images = central_crop(images, crop_fraction)
     images = resize(images, image_size_px, interpolation)
     return normalize(images, mean=mean, std=std)
+
+
+def _check_levels(images: jax.Array) -> None:
+    # Floats from 0 to 1 would be taken for levels from 0 to 255: almost black, and another class.
+    if images.dtype != jnp.uint8:
+        hint = ", for example (255 * images).round().astype('uint8')" if images.dtype.kind == "f" else ""
+        raise UserError(f"the images are {images.dtype}, not uint8: give levels from 0 to 255 as uint8{hint}")
 
 
 def central_crop(images: jax.Array, fraction: float) -> jax.Array:

@@ -1,33 +1,38 @@
 """Opens a split of a dataset by name and reads its examples by index: decoded images and labels."""
 
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.folders import FolderRecords, folder_info
+from mlpmixer_flax.data.decoding import decode
+from mlpmixer_flax.data.folders import FolderRecords, folder_info, folder_parts
 from mlpmixer_flax.data.image_checks import open_folder
-from mlpmixer_flax.data.images import MODES, RESAMPLING, central_box, first_line, random_box, to_mode
+from mlpmixer_flax.data.images import MODES, first_line, flaw_of, to_square
+from mlpmixer_flax.data.notes import say_once
 from mlpmixer_flax.data.source import DatasetInfo, Source
-from mlpmixer_flax.data.tfds import open_tfds, tfds_info
+from mlpmixer_flax.data.splits import SplitLike, count_common
+from mlpmixer_flax.data.text import printable
+from mlpmixer_flax.data.tfds import open_tfds, tfds_info, tfds_parts
 
 _FOLDER = "folder:"  # the name of a dataset begins with this if it is a folder of images
 
 
-def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") -> DatasetInfo:
+def get_dataset_info(
+    dataset: str, split: SplitLike = "train", *, data_dir: str | os.PathLike[str] = ""
+) -> DatasetInfo:
     """Returns facts about a split, without decoding an image.
 
     Args:
       dataset: "digits" (embedded), a TFDS name: "cifar10", "cifar10:3.0.2", "name/config", or
         "folder:PATH", a folder of images in the layout that `folders` describes.
-      split: in TFDS's syntax: "train", "train[:90%]", "train+test".
+      split: in TFDS's syntax, for folders too: "train", "train[:90%]", "train[100:]+test", "all"; or an object of
+        tfds.even_splits. Slices of shards are for TFDS datasets only.
       data_dir: TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Returns:
@@ -43,6 +48,28 @@ def get_dataset_info(dataset: str, split: str = "train", *, data_dir: str = "") 
     return tfds_info(dataset, split, data_dir=data_dir)
 
 
+def count_overlap(
+    dataset: str, split: SplitLike, other: SplitLike, *, data_dir: str | os.PathLike[str] = ""
+) -> int:
+    """Returns how many examples belong to both of two splits, without reading an example.
+
+    Examples are the same if they have the same place in a TFDS dataset, or the same file name in a folder. Copies
+    with another place or name are not counted.
+
+    Args:
+      dataset, data_dir: as in `get_dataset_info`.
+      split, other: as `split` in `get_dataset_info`: "train[:80%]" and "train[70%:]".
+
+    Raises:
+      UserError: as `get_dataset_info`.
+    """
+    if dataset.startswith(_FOLDER):
+        parts = folder_parts(dataset.removeprefix(_FOLDER), split, other)
+    else:
+        parts = tfds_parts(dataset, split, other, data_dir=data_dir)
+    return count_common(*parts)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
     """The examples of a split by index: kept in memory if `images` is set, else decoded when read."""
@@ -56,6 +83,7 @@ class Examples:
     interpolation: str
     images: np.ndarray | None = None  # uint8 (n, h, w, c); set together with labels
     labels: np.ndarray | None = None  # int32 (n,)
+    fit: str = "crop"  # or "pad" or "stretch": how an image that is not square becomes a square
 
     def __len__(self) -> int:
         return len(self.source.records)
@@ -63,6 +91,14 @@ class Examples:
     @property
     def num_classes(self) -> int:
         return self.source.num_classes
+
+    @property
+    def known_labels(self) -> np.ndarray | None:
+        """The label of each example, int32 (n,); None if they are known only when the examples are read."""
+        if self.labels is not None:
+            return self.labels
+        records = self.source.records
+        return np.array(records.labels, np.int32) if isinstance(records, FolderRecords) else None
 
     @property
     def files(self) -> list[str] | None:
@@ -95,48 +131,55 @@ class Examples:
                 "dataset again"
             ) from error
         for row, record in enumerate(records):
+            identity = record.get("id", record.get("file_name", b""))
+            identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
+            name = f"{indices[row]} ({printable(identity)})" if identity else str(indices[row])
             try:
                 crop_seed = None if crop_seeds is None else crop_seeds[row]
-                image = self._decode(record[self.source.image_key], crop_seed)
+                image = self._decode(record[self.source.image_key], crop_seed, name)
                 if image.shape != self.image_shape:
                     raise ValueError(f"its shape is {image.shape}, not {self.image_shape}")
                 label = int(record[self.source.label_key])
                 if not 0 <= label < self.num_classes:
                     raise ValueError(f"its label {label} is not in [0, {self.num_classes})")
             except Exception as error:
-                identity = record.get("id", record.get("file_name", b""))
-                identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
                 raise UserError(
-                    f"image {indices[row]}{identity and f' ({identity})'} of {self.name} cannot be used "
-                    f"({first_line(error)}): repair it or leave it out of the split"
+                    f"image {name} of {self.name} cannot be used ({flaw_of(error)}): repair it or leave it out of "
+                    "the split"
                 ) from error
             images[row], labels[row] = image, label
         return images, labels
 
-    def _decode(self, encoded: bytes, crop_seed: tuple[int, ...] | None) -> np.ndarray:
-        height, width, channels = self.image_shape
-        with Image.open(io.BytesIO(encoded)) as image:
-            image = to_mode(image, MODES[channels])
-            if self.cropped:
-                box = central_box(*image.size, crop_fraction=self.crop_fraction)
-                if crop_seed is not None and self.min_crop_area < 1:
-                    rng = np.random.default_rng(crop_seed)
-                    box = random_box(*image.size, min_crop_area=self.min_crop_area, rng=rng) or box
-                image = image.resize((width, height), RESAMPLING[self.interpolation], box)
-            pixels = np.asarray(image)
+    def _decode(self, encoded: bytes, crop_seed: tuple[int, ...] | None, name: str) -> np.ndarray:
+        size_px, _, channels = self.image_shape
+        image, notes = decode(encoded, MODES[channels])
+        if self.files is None:  # the check of a folder has said it already
+            say_once(notes, f"image {name} of {self.name}")
+        if self.cropped:
+            image = to_square(
+                image,
+                size_px,
+                fit=self.fit,
+                crop_fraction=self.crop_fraction,
+                interpolation=self.interpolation,
+                min_crop_area=self.min_crop_area,
+                rng=None if crop_seed is None else np.random.default_rng(crop_seed),
+            )
+        pixels = np.asarray(image)
         return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def open_examples(
     dataset: str,
-    split: str,
+    split: SplitLike,
     *,
-    data_dir: str = "",
+    data_dir: str | os.PathLike[str] = "",
     cache_bytes: int = 4 * 1024**3,
     image_size_px: int = 224,
     crop_fraction: float = 1.0,
     min_crop_area: float = 1.0,
     interpolation: str = "bilinear",
+    fit: str = "crop",
     skip_bad_images: bool = False,
     for_training: bool = False,
 ) -> Examples:
@@ -147,17 +190,18 @@ def open_examples(
     Args:
       dataset, split, data_dir: as in `get_dataset_info`.
       cache_bytes: the largest size of a split that is kept in memory.
-      image_size_px, crop_fraction, min_crop_area, interpolation: used only if images vary in size or are not
-        square. Such images become squares of `image_size_px`. In `TrainBatches` each is a random box of at
+      image_size_px, crop_fraction, min_crop_area, interpolation, fit: used only if images vary in size or are
+        not square. Such images become squares of `image_size_px`. In `TrainBatches` each is a random box of at
         least `min_crop_area` of the image, resized. In `TestBatches`, or with `min_crop_area` 1, it is the
-        central square with a side of `crop_fraction` of the short side, resized.
+        central square with a side of `crop_fraction` of the short side, resized. `fit` "pad" or "stretch" uses
+        whole images instead of squares from them: see `images.to_square`.
       skip_bad_images: leaves out the images of a folder that cannot be used, instead of raising an error.
-      for_training: checks the images of all splits of a folder, not only of this one, so that one error lists
-        all bad images.
+      for_training: checks the images of all splits of a folder, not only of this one, so that one error counts
+        all bad images, and images with the same content in two splits are found.
 
     Raises:
       UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; the dataset is
-        prepared in a format without random access; a folder has bad images (the message lists all of them);
+        prepared in a format without random access; a folder has bad images (the message lists the first of them);
         or a folder to train on has only one class.
     """
     if dataset.startswith(_FOLDER):
@@ -179,6 +223,7 @@ def open_examples(
         crop_fraction=crop_fraction,
         min_crop_area=min_crop_area,
         interpolation=interpolation,
+        fit=fit,
     )
     if len(examples) * math.prod(image_shape) > cache_bytes or (cropped and min_crop_area < 1):
         return examples

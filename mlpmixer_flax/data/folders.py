@@ -1,32 +1,29 @@
 """Folders of images as datasets: PATH/<class>/*, or PATH/train/<class>/* with test or val beside it.
 
-Images are recognised by suffix, classes and splits by folder name. Only `FolderRecords` opens files.
+`layout` says which subfolders are splits and classes. Only `FolderRecords` and the search for images with unknown
+suffixes open files.
 """
 
+import bisect
 import dataclasses
-import functools
 import hashlib
 import os
-import re
 import unicodedata
-from collections import Counter
-from collections.abc import Collection
-from typing import Any
-
-from PIL import Image
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.formats import is_image
+from mlpmixer_flax.data.layout import LAYOUT, Classes, find_layout, split_of
+from mlpmixer_flax.data.paths import is_archive, local_path
 from mlpmixer_flax.data.source import DatasetInfo
+from mlpmixer_flax.data.splits import Part, SplitLike, num_examples, read_split
+from mlpmixer_flax.data.text import quoted
+from mlpmixer_flax.data.walk import files_below
 
 COLOR_SHAPE = (None, None, 3)  # of all images in folders: any size, read in colour
-LAYOUT = "PATH/<class>/*.jpg, or PATH/train/<class>/*.jpg and PATH/test/<class>/*.jpg"
-_VALIDATION = ("validation", "valid", "val")
-# Requested split -> the folders that may hold it; the first one that exists is used.
-_SPLITS = {"train": ("train",), "test": ("test", *_VALIDATION)} | dict.fromkeys(_VALIDATION, _VALIDATION)
-_SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
-_LEFT_BEHIND = {"__MACOSX", "@eaDir"}  # folders that macOS and Synology create, with copies of images
-# Pillow knows the suffixes of these formats, but cannot decode them or needs another program for it.
-_NOT_PIXELS = set("BUFR EPS GRIB HDF5 MPEG WMF".split())
+_HASH_BYTES = 8
+_FIFTH = 256**_HASH_BYTES // 5  # images with hashes below this are for validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Folder:
 
     path: str  # as the user gave it
     root: str  # absolute
-    splits: dict[str, dict[str, list[str]]]  # split -> class -> files in an order that looks random
+    splits: dict[str, Classes]  # split -> class -> files in an order that looks random
+    names: dict[str, str]  # name of a split's folder, in lower case -> split
     notes: list[str]  # facts that the user should know
 
     @property
@@ -69,46 +67,75 @@ class FolderRecords:
         return records
 
 
-def read_folder(path: str) -> Folder:
+def read_folder(path: str | os.PathLike[str]) -> Folder:
     """Finds the classes and splits of a folder; takes about a second for 50,000 files.
 
-    If there are training images and no validation images, a fifth of each class becomes split "validation":
-    the images with the lowest hashes of their names below `path`, so the same ones on every machine.
+    If there are training images and no validation images, about a fifth of each class becomes split
+    "validation": the images whose names below the split have a hash in the lowest fifth. So it is the same
+    images on every machine, and an image stays in its split when others are added or removed. At least one
+    image of each class stays in split "train".
 
     Raises:
       UserError: the folder does not exist, cannot be read, has the wrong layout or has no images.
     """
-    root = os.path.abspath(os.path.expanduser(path))
+    path = os.fspath(path)
+    root = os.path.abspath(local_path(path, name="folder"))
+    if os.path.isfile(root):
+        kind = "an archive: unpack it" if is_archive(root) else "a file: put the images in class folders"
+        raise UserError(f"{path!r} is {kind} and give the folder, with the layout {LAYOUT}")
     if not path or not os.path.isdir(root):
         raise UserError(f"folder {path!r} does not exist: give folder:PATH with the layout {LAYOUT}")
-    left_out = Counter()
     try:
-        prefixes = _find_splits(path, root, left_out)
-        splits = {split: _read_classes(root, prefix, left_out) for split, prefix in prefixes.items()}
+        layout = find_layout(path, root)
     except OSError as error:
         raise UserError(f"folder {path!r} cannot be read ({error}): change its permissions") from error
-    counted = ", ".join(f"{what} ({count})" for what, count in left_out.items())
-    notes = [f"left out of {path!r}: {counted}"] if left_out else []
-    train = splits.get("train")
-    if train == {} or not any(splits.values()):
+    splits, notes = {}, list(layout.notes)
+    for split, classes in layout.splits.items():
+        prefix = layout.folders[split]
+        splits[split] = {
+            name: sorted(files, key=lambda file, prefix=prefix: _hash(file, prefix))
+            for name, files in sorted(classes.items())
+        }
+    if splits.get("train") == {} or not any(splits.values()):
         raise UserError(
             f"folder {path!r} has no images in class folders: the expected layout is "
             f"{'; '.join([LAYOUT, *notes])}"
         )
-    if train and not _find(splits, "validation"):
-        cut = {name: max(1, round(len(files) / 5)) if len(files) > 1 else 0 for name, files in train.items()}
-        splits["train"] = {name: files[cut[name] :] for name, files in train.items()}
-        splits["validation"] = {name: files[: cut[name]] for name, files in train.items()}
-        notes.append(
-            f"{path!r} has no validation images: a fifth of each class, {sum(cut.values())} images chosen by "
-            "their names, becomes split 'validation'"
-        )
+    if "train" in splits and "validation" not in splits:
+        splits["train"], splits["validation"], note = _cut(path, splits["train"], layout.folders["train"])
+        notes.append(note)
+        splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
     if "test" not in splits:
-        notes.append(f"{path!r} has no test images: split 'test' is {_find(splits, 'test')!r}")
-    return Folder(path, root, splits, notes)
+        notes.append(f"{path!r} has no test images: split 'test' is {_find(splits, {}, 'test')!r}")
+    names = {name.casefold(): split for name, split in layout.names.items()}
+    return Folder(path, root, splits, names, notes)
 
 
-def folder_info(path: str, split: str) -> DatasetInfo:
+def _cut(path: str, classes: Classes, prefix: str) -> tuple[Classes, Classes, str]:
+    """Returns the training images, the validation images and a note about them."""
+    cuts = {}
+    for name, files in classes.items():
+        below = bisect.bisect_left(files, _FIFTH, key=lambda file: int.from_bytes(_hash(file, prefix)))
+        cuts[name] = min(below, len(files) - 1)
+    several = [name for name, files in classes.items() if len(files) > 1]
+    no_hash_is_low = not any(cuts.values()) and several
+    if no_hash_is_low:
+        cuts[min(several, key=lambda name: _hash(classes[name][0], prefix))] = 1
+    train = {name: files[cuts[name] :] for name, files in classes.items()}
+    validation = {name: files[: cuts[name]] for name, files in classes.items()}
+    note = (
+        f"{path!r} has no validation images: about a fifth of each class, {sum(cuts.values()):,} images chosen by "
+        "a hash of their names, becomes split 'validation'; at least one image of each class stays in 'train'"
+    )
+    without = [name for name, cut in cuts.items() if not cut]
+    if without:
+        note += f"; classes without a validation image ({len(without):,}): {quoted(without, 5)}"
+    if no_hash_is_low:
+        note += "; the choice may change when images are added, because no hash is in the lowest fifth"
+    return train, validation, note
+
+
+def folder_info(path: str | os.PathLike[str], split: SplitLike) -> DatasetInfo:
     """Returns the facts about a split.
 
     Raises:
@@ -124,33 +151,85 @@ def folder_info(path: str, split: str) -> DatasetInfo:
     }
 
 
-def select_split(folder: Folder, split: str) -> FolderRecords:
+def folder_parts(path: str | os.PathLike[str], *splits: SplitLike) -> list[list[Part]]:
+    """Returns the parts of each of some splits; see `split_parts`.
+
+    Raises:
+      UserError: as `read_folder` and `split_parts`.
+    """
+    folder = read_folder(path)
+    return [split_parts(folder, split) for split in splits]
+
+
+class _Count(NamedTuple):
+    num_examples: int
+
+    @property
+    def shard_lengths(self) -> list[int]:
+        raise ValueError("a folder has no shards")
+
+
+class _Counts(dict[str, _Count]):
+    """Split -> number of images, found by every name of a split; iterates over each split once."""
+
+    def __init__(self, folder: Folder):
+        counts = {split: sum(map(len, classes.values())) for split, classes in folder.splits.items()}
+        super().__init__({split: _Count(count) for split, count in counts.items()})
+        self._names = folder.names
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and _find(self.keys(), self._names, name) is not None
+
+    def __missing__(self, name: str) -> _Count:
+        return self[_find(self.keys(), self._names, name) or ""]
+
+
+def split_parts(folder: Folder, split: SplitLike) -> list[Part]:
+    """Returns the parts of the folder's splits that a split consists of.
+
+    Args:
+      folder: from `read_folder`.
+      split: in TFDS's syntax ("train[:90%]", "train[100:]+validation", "all"; see `splits`), without shards. The
+        names are "train", "validation" (also "valid", "val" or "dev") and "test", which is the validation split
+        if there is no test split, or those of the folders.
+
+    Raises:
+      UserError: the split is unknown or empty.
+    """
+    try:
+        parts = read_split(split, _Counts(folder))
+    except ValueError as error:
+        raise UserError(
+            f"split {split!r} of folder {folder.path!r} cannot be read ({error}): use "
+            f"{quoted({*folder.splits, 'test'})}, or a slice such as 'train[:90%]'"
+        ) from error
+    if not num_examples(parts):
+        raise UserError(
+            f"split {split!r} of folder {folder.path!r} has no images: use another slice, or add images"
+        )
+    return [
+        part._replace(split=_find(folder.splits, folder.names, part.split) or part.split) for part in parts
+    ]
+
+
+def select_split(folder: Folder, split: SplitLike) -> FolderRecords:
     """Returns the images of a split, in an order that gives any slice its share of each class.
 
     Args:
       folder: from `read_folder`.
-      split: "train", "validation" (also "valid" or "val") or "test", which is the validation split if there
-        is no test split; slices and sums as in TFDS: "train[:90%]", "train[100:]+validation".
+      split: as in `split_parts`.
 
     Raises:
-      UserError: the split is unknown or empty, or has a class that the training images do not have.
+      UserError: as `split_parts`; or the split has a class that the training images do not have.
     """
     labels = {name: label for label, name in enumerate(folder.class_names)}
     chosen = []
-    for part in split.split("+"):
-        match = _SPLIT.fullmatch(part.strip())
-        name = _find(folder.splits, match[1]) if match else None
-        if match is None or name is None:
-            known = ", ".join(map(repr, sorted({*folder.splits, "test"})))
-            raise UserError(
-                f"split {split!r} of folder {folder.path!r} is unknown: use {known}, or a slice such as "
-                "'train[:90%]'"
-            )
+    for name, start, stop in split_parts(folder, split):
         unknown = folder.splits[name].keys() - labels.keys()
         if unknown:
             raise UserError(
                 f"split {name!r} of folder {folder.path!r} has classes that the training images do not have: "
-                f"{', '.join(map(repr, sorted(unknown)))}; rename or remove them"
+                f"{quoted(unknown)}; rename or remove them"
             )
         # Spreads every class evenly over the order.
         ordered = sorted(
@@ -158,133 +237,31 @@ def select_split(folder: Folder, split: str) -> FolderRecords:
             for name, files in folder.splits[name].items()
             for rank, file in enumerate(files)
         )
-        chosen += ordered[slice(*(_in_examples(end, len(ordered)) for end in match.groups()[1:]))]
-    if not chosen:
-        raise UserError(
-            f"split {split!r} of folder {folder.path!r} has no images: use another slice, or add images"
-        )
+        chosen += ordered[start:stop]
     return FolderRecords(folder.root, [file for _, _, file in chosen], [label for _, label, _ in chosen])
 
 
-def images_below(path: str) -> list[str]:
+def images_below(path: str | os.PathLike[str]) -> list[str]:
     """Returns the paths of the images in a folder and its subfolders, sorted; each begins with `path`.
 
     Raises:
       UserError: the folder or a subfolder cannot be read.
     """
+    path = os.fspath(path)
     try:
-        return sorted(filter(_is_image, _files_below("", path.rstrip("/") or "/")))
+        return sorted(filter(is_image, files_below("", path.rstrip("/") or "/")))
     except OSError as error:
         raise UserError(f"folder {path!r} cannot be read ({error}): change its permissions") from error
 
 
-def _in_examples(end: str | None, count: int) -> int | None:
-    if end is None:
-        return None
-    return round(int(end[:-1]) * count / 100) if end.endswith("%") else int(end)
+def _find(splits: Mapping[str, Any] | Any, names: Mapping[str, str], name: str) -> str | None:
+    """Returns the split with this name, by its own name, a usual one, or the name of its folder; or None."""
+    split = name if name in splits else names.get(name.casefold()) or split_of(name)
+    if split == "test" and split not in splits:
+        split = "validation"
+    return split if split in splits else None
 
 
-def _find_splits(path: str, root: str, left_out: Counter[str]) -> dict[str, str]:
-    """Returns split -> the folder of its classes below root: "" or ending in "/".
-
-    Adds the other folders to `left_out`.
-    """
-    folders, files = _list(root)
-    if not folders:
-        if any(map(_is_image, files)):
-            raise UserError(
-                f"folder {path!r} has images but no class folders: use its parent, "
-                f"folder:{os.path.dirname(root)}, if that has the layout {LAYOUT}"
-            )
-        raise UserError(f"folder {path!r} has no class folders: the expected layout is {LAYOUT}")
-    named = [name for name in folders if name.casefold() in _SPLITS]
-    splits = [name for name in named if _holds_classes(os.path.join(root, name))]
-    if not splits and named != folders:
-        return {"train": ""}
-    found = {name.casefold(): f"{name}/" for name in splits}
-    if not found or ("train" not in found and "train" in map(str.casefold, named)):
-        raise UserError(
-            f"folder {path!r} has {', '.join(map(repr, named))}, but no 'train' that contains class folders: "
-            f"the expected layout is {LAYOUT}"
-        )
-    if len(found) < len(splits) or len(found.keys() & _VALIDATION) > 1:
-        raise UserError(
-            f"folder {path!r} has {', '.join(map(repr, splits))}, and two of these are the same split: "
-            "rename one"
-        )
-    left_out.update(f"folder {name!r} beside the splits" for name in folders if name not in splits)
-    return found
-
-
-def _holds_classes(folder: str) -> bool:
-    # A folder with its own images is a class, whatever its name: a model may have to tell trains from buses.
-    folders, files = _list(folder)
-    return bool(folders) and not any(map(_is_image, files))
-
-
-def _read_classes(root: str, prefix: str, left_out: Counter[str]) -> dict[str, list[str]]:
-    """Returns class -> its images below root, ordered by their hashes; adds all other files to `left_out`."""
-    classes = {}
-    folders, files = _list(os.path.join(root, prefix))
-    left_out.update("images outside of class folders" for file in files if _is_image(file))
-    for folder in folders:
-        files = _files_below(root, prefix + folder)
-        left_out.update(f"{os.path.splitext(file)[1]!r} files" for file in files if not _is_image(file))
-        images = [file for file in files if _is_image(file)]
-        if images:
-            # Unicode can spell the same letter in two ways; macOS and other systems choose differently.
-            classes.setdefault(_as_text(folder), []).extend(images)
-        else:
-            left_out[f"folder {prefix + folder!r} without images"] += 1
-    return {name: sorted(images, key=_rank) for name, images in sorted(classes.items())}
-
-
-def _as_text(name: str) -> str:
-    # Names from old archives may have bytes that are not UTF-8, which cannot be written to a text file.
-    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
-
-
-def _files_below(root: str, folder: str) -> list[str]:
-    """Returns all files in a folder of root and its subfolders, follows links; relative to root, with "/"."""
-    found, waiting, seen = [], [folder], set()
-    while waiting:
-        folder = waiting.pop()
-        real = os.path.realpath(os.path.join(root, folder))
-        if real not in seen:  # links may form a circle
-            seen.add(real)
-            folders, files = _list(real)
-            waiting += [f"{folder}/{name}" for name in folders]
-            found += [f"{folder}/{name}" for name in files]
-    return found
-
-
-def _list(folder: str) -> tuple[list[str], list[str]]:
-    """Returns the folders and files in a folder: sorted names, no hidden ones; a broken link is a file."""
-    folders, files = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name in _LEFT_BEHIND:
-                continue
-            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():
-                folders.append(entry.name)
-            elif entry.is_symlink() or entry.is_file():
-                files.append(entry.name)
-    return sorted(folders), sorted(files)
-
-
-def _is_image(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in _image_suffixes()
-
-
-@functools.cache
-def _image_suffixes() -> set[str]:
-    known = Image.registered_extensions().items()
-    return {suffix for suffix, name in known if name in Image.OPEN and name not in _NOT_PIXELS}
-
-
-def _rank(file: str) -> bytes:
-    return hashlib.blake2b(os.fsencode(unicodedata.normalize("NFC", file)), digest_size=8).digest()
-
-
-def _find(splits: Collection[str], name: str) -> str | None:
-    return next((found for found in _SPLITS.get(name, ()) if found in splits), None)
+def _hash(file: str, prefix: str) -> bytes:
+    below = unicodedata.normalize("NFC", file.removeprefix(prefix))
+    return hashlib.blake2b(os.fsencode(below), digest_size=_HASH_BYTES).digest()

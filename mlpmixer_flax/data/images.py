@@ -1,120 +1,168 @@
-"""Turns any image into pixels: upright, in the wanted channels, cropped to a square and resized."""
+"""Turns any image into pixels: opened, or refused in a sentence, and made square."""
 
-import io
 import math
 import os
-import threading
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from mlpmixer_flax import UserError
-
-# A file, the bytes of one, a Pillow image, or a uint8 array (h, w) or (h, w, c)
-ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
+from mlpmixer_flax.data.decoding import ImageLike, decode
+from mlpmixer_flax.data.foreign import ForeignFile
+from mlpmixer_flax.data.notes import Note, say_once
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for such images
+FITS = ("crop", "pad", "stretch")  # how an image becomes a square, see `to_square`
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_UPRIGHT = {  # EXIF orientation -> the operation that turns the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ONE_AT_A_TIME = threading.Lock()
+_GRAY = {"L": 128, "RGB": (128, 128, 128), "RGBA": (128, 128, 128, 255)}
+
+# --- opening
 
 
 def read_square(
-    image: ImageLike, *, channels: int, size_px: int, crop_fraction: float, interpolation: str
+    image: ImageLike,
+    *,
+    channels: int,
+    size_px: int,
+    crop_fraction: float,
+    interpolation: str,
+    fit: str = "crop",
 ) -> np.ndarray:
     """Returns an image as a model gets it at test time: uint8 (size_px, size_px, channels).
 
-    It is the central square with a side of `crop_fraction` of the short side, resized. `TestBatches` does the
-    same with images that vary in size.
+    `to_square` makes the square. `TestBatches` does the same with images that vary in size.
 
     Raises:
       UserError: as `open_image`.
     """
     opened = open_image(image, MODES[channels])
-    box = central_box(*opened.size, crop_fraction=crop_fraction)
-    pixels = np.asarray(opened.resize((size_px, size_px), RESAMPLING[interpolation], box))
-    return pixels.reshape(size_px, size_px, channels)
+    square = to_square(opened, size_px, fit=fit, crop_fraction=crop_fraction, interpolation=interpolation)
+    return np.asarray(square).reshape(size_px, size_px, channels)
 
 
 def open_image(image: ImageLike, mode: str) -> Image.Image:
-    """Decodes an image, if it is not a Pillow image or an array, and converts it with `to_mode`.
+    """Returns an image in `mode`, as `decode`; says once on stderr if something about it is odd.
 
     Raises:
       UserError: the file does not exist, is damaged, is not an image that Pillow can read, or is refused by
-        `to_mode`; or the array is not uint8 (h, w) or (h, w, c) with 1, 3 or 4 channels.
+        `decode`; or the array is not uint8 (h, w) or (h, w, c) with 1, 3 or 4 channels.
     """
-    if isinstance(image, np.ndarray):
-        return to_mode(_from_array(image), mode)
     try:
-        if isinstance(image, Image.Image):
-            # Pillow may not have read its file yet, and two threads must not read the same file.
-            with _ONE_AT_A_TIME:
-                return to_mode(image, mode)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return to_mode(opened, mode)
+        decoded, notes = decode(image, mode)
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(
-            f"{_describe(image)} cannot be used ({_flaw(error)}): repair it or give another"
-        ) from error
+        name, remedy = _describe(image), "repair it or give another"
+        if isinstance(error, ForeignFile):
+            raise UserError(f"{name} cannot be used: {error}") from error
+        if not isinstance(image, (str, bytes, os.PathLike, Image.Image)):
+            remedy = "give a file, its bytes, a Pillow image or a uint8 NumPy array"
+        raise UserError(f"{name} cannot be used ({flaw_of(error)}): {remedy}") from error
+    say_once(notes, _describe(image))
+    return decoded
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    gray = array.ndim == 2 or array.shape[2:] == (1,)
-    if array.dtype != np.uint8 or not array.size or not (gray or array.shape[2:] in ((3,), (4,))):
-        raise UserError(
-            f"an array {array.dtype} {array.shape} is not an image: give uint8 (h, w) or (h, w, c) with 1, 3 or "
-            "4 channels"
-        )
-    return Image.fromarray(array.reshape(array.shape[:2]) if gray else array)
+def inspect_image(file: str) -> tuple[str | None, set[Note]]:
+    """Returns why an image file cannot be used (None if no flaw is found), and notes; reads the whole file.
+
+    Finds files that are empty, cut short, not an image, too large for Pillow (179 megapixels) or refused by
+    `decode`. Does not find damage that leaves a valid file, such as changed bits in a JPEG.
+    """
+    try:
+        return None, decode(file, "RGB", draft=True)[1]
+    except Exception as error:
+        return flaw_of(error), set()
 
 
-def _describe(image: object) -> str:
+def flaw_of(error: Exception) -> str:
+    """Returns in one line why an image cannot be used, from the exception of `decode`."""
+    if isinstance(error, ForeignFile):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it: close other programs, or make it smaller"
+    # Pillow's own message contains the address of a buffer.
+    unknown = isinstance(error, UnidentifiedImageError)
+    return "empty, cut short or not an image that Pillow can read" if unknown else first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the class of an exception and the first line of its message, which is safe to print."""
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    # Names of files may have bytes that are not UTF-8.
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
+def _describe(image: ImageLike) -> str:
     if isinstance(image, bytes):
         return f"the image of {len(image)} bytes"
     if isinstance(image, Image.Image):
         return f"the Pillow image of {image.width}x{image.height} px"
-    return f"image {os.fspath(image)!r}" if isinstance(image, (str, os.PathLike)) else f"image {image!r:.50}"
+    if isinstance(image, np.ndarray):
+        return f"the array {image.dtype} {image.shape}"
+    if isinstance(image, (str, os.PathLike)):
+        return f"image {os.fspath(image)!r}"
+    return f"image {' '.join(repr(image).split()):.50}"
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Turns an opened image upright, as its EXIF data says, and converts it to mode "L", "RGB" or "RGBA".
+# --- squares
 
-    If the mode has no alpha channel, transparent parts show white. Of 16 bits the upper eight are kept,
-    whatever range the image uses. Of an animation the first frame is used. Colour profiles are not applied.
 
-    Raises:
-      ValueError: the image has no pixels; or the values are floating-point or need more than 16 bits, so
-        which is white is unknown.
-      Exception: the data is damaged; Pillow raises exceptions of many classes.
+def to_square(
+    image: Image.Image,
+    size_px: int,
+    *,
+    fit: str,
+    crop_fraction: float,
+    interpolation: str,
+    min_crop_area: float = 1.0,
+    rng: np.random.Generator | None = None,
+) -> Image.Image:
+    """Returns a square of an image, resized to `size_px`.
+
+    Args:
+      fit: "crop": a central square with a side of `crop_fraction` of the short side. "stretch": the middle of
+        the image, `crop_fraction` of each side, without its aspect ratio. "pad": the same middle in its aspect
+        ratio, with gray (level 128) beside it. A square image gives the same square in all three ways.
+      min_crop_area, rng: if `min_crop_area` is below 1 and `rng` is given, a box for training is drawn, of at
+        least this share of the area.
     """
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
-    image.load()  # first: Pillow turns a TIFF upright here, and a PNG may have its EXIF data at the end
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    if turn is not None:
-        image = image.transpose(turn)
-    if image.mode[0] in "IF":  # includes I;16 and I;16B; Pillow would clip all of them at 255
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"its values are {values.dtype} from {values.min()} to {values.max()}, "
-                "not 8 or 16 bits per channel"
-            )
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if mode != "RGBA" and image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == mode else image.convert(mode)
+    resampling = RESAMPLING[interpolation]
+    box = _choose_box(*image.size, fit=fit, crop_fraction=crop_fraction, min_crop_area=min_crop_area, rng=rng)
+    if fit != "pad":
+        return image.resize((size_px, size_px), resampling, box)
+    sides = box[2] - box[0], box[3] - box[1]
+    width, height = (max(1, round(side * size_px / max(sides))) for side in sides)
+    square = Image.new(image.mode, (size_px, size_px), _GRAY[image.mode])
+    square.paste(
+        image.resize((width, height), resampling, box), ((size_px - width) // 2, (size_px - height) // 2)
+    )
+    return square
+
+
+def _choose_box(
+    width: int,
+    height: int,
+    *,
+    fit: str,
+    crop_fraction: float,
+    min_crop_area: float,
+    rng: np.random.Generator | None,
+) -> Box:
+    # For "pad" and "stretch" the box is chosen in a square, which then takes the shape of the image.
+    w, h = (width, height) if fit == "crop" else (max(width, height),) * 2
+    box = None
+    if rng is not None and min_crop_area < 1:
+        box = random_box(w, h, min_crop_area=min_crop_area, rng=rng)
+        if box is None and max(w, h) > 2 * min(w, h):
+            # A central box would never show the ends. In photos that are not as wide it stays.
+            side = min(w, h)
+            left, top = int(rng.integers(w - side + 1)), int(rng.integers(h - side + 1))
+            box = left, top, left + side, top + side
+    left, top, right, bottom = box or central_box(w, h, crop_fraction=crop_fraction)
+    x, y = width / w, height / h
+    return left * x, top * y, right * x, bottom * y
 
 
 def central_box(width: int, height: int, *, crop_fraction: float) -> Box:
@@ -140,31 +188,3 @@ def random_box(width: int, height: int, *, min_crop_area: float, rng: np.random.
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
     return None
-
-
-def find_flaw(file: str) -> str | None:
-    """Returns why an image file cannot be used, or None if no flaw is found; reads the whole file.
-
-    Finds files that are empty, cut short, not an image, too large for Pillow (179 megapixels) or refused by
-    `to_mode`. Does not find damage that leaves a valid file, such as changed bits in a JPEG.
-    """
-    try:
-        with Image.open(file) as image:
-            # Pillow still reads a JPEG to its end, but decodes it at an eighth of its size. This takes a
-            # third to half of the time, or four fifths for a progressive JPEG.
-            image.draft("L", (1, 1))
-            to_mode(image, "RGB")
-    except Exception as error:
-        return _flaw(error)
-    return None
-
-
-def _flaw(error: Exception) -> str:
-    # Pillow's own message contains the address of a buffer.
-    unknown = isinstance(error, UnidentifiedImageError)
-    return "empty, cut short or not an image that Pillow can read" if unknown else first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the class of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -11,14 +11,17 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.images import MODES, first_line
+from mlpmixer_flax.data.paths import is_archive, local_path
 from mlpmixer_flax.data.source import DatasetInfo, ImageShape, Source
+from mlpmixer_flax.data.splits import Part, SplitLike, num_examples, read_split
+from mlpmixer_flax.data.text import listed, quoted
 
 Builder = (
     Any  # tfds.core.DatasetBuilder; TFDS types its features so widely that nothing can be read from them
 )
 
 
-def tfds_info(dataset: str, split: str, *, data_dir: str) -> DatasetInfo:
+def tfds_info(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str]) -> DatasetInfo:
     """Returns the facts about a split; the arguments are those of `examples.get_dataset_info`.
 
     Raises:
@@ -27,7 +30,7 @@ def tfds_info(dataset: str, split: str, *, data_dir: str) -> DatasetInfo:
     builder = load_builder(dataset, data_dir)
     image, label = (builder.info.features[key] for key in image_and_label_keys(builder))
     return {
-        "num_examples": count_examples(builder, split),
+        "num_examples": num_examples(split_parts(builder, split)),
         "num_classes": label.num_classes,
         "class_names": list(label.names),
         "int2str": label.int2str,
@@ -35,7 +38,17 @@ def tfds_info(dataset: str, split: str, *, data_dir: str) -> DatasetInfo:
     }
 
 
-def open_tfds(dataset: str, split: str, *, data_dir: str) -> Source:
+def tfds_parts(dataset: str, *splits: SplitLike, data_dir: str | os.PathLike[str]) -> list[list[Part]]:
+    """Returns the parts of each of some splits of a dataset; see `split_parts`.
+
+    Raises:
+      UserError: as `load_builder` and `split_parts`.
+    """
+    builder = load_builder(dataset, data_dir)
+    return [split_parts(builder, split) for split in splits]
+
+
+def open_tfds(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str]) -> Source:
     """Opens a split for reading by index.
 
     Raises:
@@ -45,7 +58,7 @@ def open_tfds(dataset: str, split: str, *, data_dir: str) -> Source:
 
     builder = load_builder(dataset, data_dir)
     image_key, label_key = image_and_label_keys(builder)
-    count_examples(builder, split)
+    split_parts(builder, split)
     try:
         records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
     except Exception as error:
@@ -64,21 +77,23 @@ def open_tfds(dataset: str, split: str, *, data_dir: str) -> Source:
     )
 
 
-def load_builder(dataset: str, data_dir: str) -> Builder:
+def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
     """Returns the TFDS builder of a dataset.
 
     A dataset that is not prepared yet is prepared first, if TensorFlow is installed.
 
     Raises:
-      UserError: the dataset is unknown, or not prepared and cannot be prepared here.
+      UserError: the dataset is unknown, or not prepared and cannot be prepared here; or it or data_dir is a URL.
     """
+    local_path(dataset, name="dataset")
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     name = re.split("[:/]", dataset)[0]
     if name == "digits":
         data_dir = str(Path(__file__).parent)  # embedded in the package
-    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    data_dir = os.fspath(data_dir) or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    data_dir = local_path(data_dir, name="data_dir")
     try:
         # Prepared files first: TFDS's code for a dataset may import TensorFlow and knows only one version.
         return builder_from_files(dataset, data_dir=data_dir)
@@ -101,7 +116,7 @@ def load_builder(dataset: str, data_dir: str) -> Builder:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or ["digits", "cifar10"]
         raise UserError(f"dataset {dataset!r} is unknown: did you mean {' or '.join(map(repr, near))}?")
     if importlib.util.find_spec("tensorflow") is None or name not in official:
-        others = ", ".join(sorted(str(path) for path in found if path.parts[0] == name))
+        others = listed(sorted(str(path) for path in found if path.parts[0] == name))
         raise UserError(
             f"dataset {dataset!r} is not prepared in {data_dir}{others and f' ({others} is)'}: "
             'run pip install "mlpmixer-flax[prepare]" so that it can be prepared, or set data_dir or '
@@ -119,7 +134,13 @@ def load_builder(dataset: str, data_dir: str) -> Builder:
 
 
 def _suggest_folder(dataset: str) -> None:
-    if os.path.isdir(os.path.expanduser(dataset)) or dataset.startswith((".", "/", "~")):
+    path = os.path.expanduser(dataset)
+    if os.path.isfile(path):
+        kind = "an archive: unpack it" if is_archive(path) else "a file: put the images in class folders"
+        raise UserError(
+            f"dataset {dataset!r} is {kind} and give folder:PATH, or give the name of a TFDS dataset"
+        )
+    if os.path.isdir(path) or dataset.startswith((".", "/", "~")):
         raise UserError(f"dataset {dataset!r} is not a TFDS name: did you mean 'folder:{dataset}'?")
 
 
@@ -143,29 +164,28 @@ def image_and_label_keys(builder: Builder) -> tuple[str, str]:
     ):
         raise UserError(
             f"dataset {builder.info.name!r} cannot be used for image classification: its features are "
-            f"{', '.join(sorted(features)) or 'not named'}; choose a dataset with an 8-bit "
+            f"{listed(sorted(features)) or 'not named'}; choose a dataset with an 8-bit "
             "image of 1, 3 or 4 channels and a class label"
         )
     return image_key, label_key
 
 
-def count_examples(builder: Builder, split: str) -> int:
-    """Returns the number of examples in a split.
+def split_parts(builder: Builder, split: SplitLike) -> list[Part]:
+    """Returns the parts of the dataset's splits that a split consists of.
 
     Raises:
       UserError: the split is unknown or empty.
     """
-    known = ", ".join(map(repr, builder.info.splits))
+    known = quoted(builder.info.splits)
     try:
-        # Each part alone: in a sum, TFDS subtracts the negative length of "train[50%:40%]" from other parts.
-        counts = [builder.info.splits[part].num_examples for part in split.split("+")]
-    except Exception as error:
+        parts = read_split(split, builder.info.splits)
+    except ValueError as error:
         raise UserError(
-            f"split {split!r} of dataset {builder.info.name!r} cannot be read ({first_line(error)}): use "
-            f"{known} or a slice such as 'train[:90%]'"
+            f"split {split!r} of dataset {builder.info.name!r} cannot be read ({error}): use {known} or a slice "
+            "such as 'train[:90%]'"
         ) from error
-    if min(counts) <= 0:
+    if not num_examples(parts):
         raise UserError(
             f"split {split!r} of dataset {builder.info.name!r} has no examples: use {known} or another slice"
         )
-    return sum(counts)
+    return parts

@@ -11,6 +11,7 @@ import pytest
 from flax.core import FrozenDict
 from PIL import Image
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.config import RANDAUGMENT_OPS, get_config
 from mlpmixer_flax.data import augment as aug
 
@@ -87,7 +88,19 @@ def test_the_options_are_the_keys_of_the_config():
         BASE["augment"]
     )
     options = inspect.signature(aug.prepare).parameters.keys()
-    assert options - {"images", "cropped"} == set(BASE["preprocess"])
+    assert options - {"images", "cropped"} == {*BASE["preprocess"], "fit"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bool", "int32"])
+def test_images_that_are_not_levels_of_8_bits_are_refused(dtype):
+    images = jnp.zeros((2, 24, 24, 3), dtype)
+    for function in (
+        lambda images: aug.prepare(images, **PREPROCESS),
+        jax.jit(lambda images: aug.prepare(images, cropped=True, **PREPROCESS)),
+        lambda images: run(images, **BASE["augment"]),
+    ):
+        with pytest.raises(UserError, match=f"the images are {dtype}, not uint8: give levels from 0 to 255"):
+            function(images)
 
 
 def test_images_that_the_host_has_cropped_are_not_cropped_again():

@@ -1,17 +1,19 @@
 """Decoding of image files: formats, orientation, alpha, bit depth, and files that are refused."""
 
 import io
-import struct
-import zlib
+import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_datasets import encode
+from made_images import deep_png
 from PIL import Image, features
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.images import find_flaw, open_image, to_mode
+from mlpmixer_flax.data.images import inspect_image, open_image
 
 # Smooth, so that JPEG hardly changes it; looks different in each of the eight orientations.
 ACROSS, DOWN = np.meshgrid(np.linspace(0, 255, 24), np.linspace(40, 160, 16))
@@ -92,21 +94,8 @@ def test_white_shows_through_alpha_of_any_kind():
         (encode(np.concatenate([PICTURE * 0, half[..., None]], -1)), np.uint8(127)),
     ]:
         np.testing.assert_array_equal(decode_image(encoded), np.broadcast_to(pixels, PICTURE.shape))
-    with Image.open(io.BytesIO(encode(rgba))) as image:
-        np.testing.assert_array_equal(np.asarray(to_mode(image, "RGBA")), rgba)
-    with Image.open(io.BytesIO(encode(rgba))) as image:
-        assert np.asarray(to_mode(image, "L"))[0, 0] == 255
-
-
-def png_of_16_bits(color_type, channels):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 4, 1, 16, color_type, 0, 0, 0)
-    rows = b"\0" + np.repeat(DEEP.astype(">u2"), channels).tobytes()
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        chunk(*part) for part in [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    )
+    np.testing.assert_array_equal(open_image(encode(rgba), "RGBA"), rgba)
+    assert np.asarray(open_image(encode(rgba), "L"))[0, 0] == 255
 
 
 DEEP = np.array([[0, 256, 32768, 65535]], np.uint16)
@@ -115,8 +104,8 @@ DEEP = np.array([[0, 256, 32768, 65535]], np.uint16)
 @pytest.mark.parametrize(
     "encoded",
     [
-        png_of_16_bits(0, 1),
-        png_of_16_bits(2, 3),
+        deep_png(DEEP[..., None]),
+        deep_png(np.stack([DEEP] * 3, -1)),
         encode(DEEP, "TIFF"),
         encode(DEEP.astype(">u2"), "TIFF"),
         encode(DEEP.astype(np.int32), "TIFF"),
@@ -150,18 +139,18 @@ def test_cmyk_bits_and_gray_become_rgb():
 
 def test_an_image_that_cannot_be_used_is_refused_by_name(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_bytes(b"no image")
+    (tmp_path / "noise.jpg").write_bytes(bytes(range(256)))
     (tmp_path / "cut.bmp").write_bytes(encode(PICTURE, "BMP")[:-100])
     for name, words in [
         ("missing.jpg", "FileNotFoundError"),
         ("empty.jpg", "empty, cut short or not an image"),
-        ("text.jpg", "empty, cut short or not an image"),
+        ("noise.jpg", "empty, cut short or not an image"),
         ("cut.bmp", "truncated"),
     ]:
         with pytest.raises(UserError, match=f"^image '.*{name}' cannot be used .*{words}.*: repair it"):
             decode_image(tmp_path / name)
     with pytest.raises(UserError, match="^the image of 8 bytes cannot be used"):
-        decode_image(b"no image")
+        decode_image(bytes(8))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -185,10 +174,10 @@ def test_an_image_cut_short_anywhere_is_found(tmp_path, file_format, options):
     encoded = encode(image.convert(options.pop("mode", "RGB")), file_format, **options)
     path = tmp_path / "image"
     path.write_bytes(encoded)
-    assert find_flaw(str(path)) is None
+    assert inspect_image(str(path))[0] is None
     for share in (0, 0.001, 0.03, 0.25, 0.5, 0.75, 0.9, 0.98):
         path.write_bytes(encoded[: int(len(encoded) * share)])
-        assert find_flaw(str(path)), f"{share:.1%} of a {file_format} file are taken for an image"
+        assert inspect_image(str(path))[0], f"{share:.1%} of a {file_format} file are taken for an image"
 
 
 # --- Pillow images and arrays
@@ -229,7 +218,9 @@ def test_one_pillow_image_may_be_read_by_several_threads():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (PICTURE / 255, r"an array float64 \(16, 24, 3\) is not an image: give uint8 \(h, w\) or \(h, w, c\) with"),
+        (PICTURE / 255, r"an array float64 \(16, 24, 3\) is not an image: give uint8 \(h, w\) or \(h, w, c\) with"
+            r" 1, 3 or 4 channels, for example \(255 \* array\)\.round\(\)\.astype\('uint8'\)$"),
+        (np.float32(PICTURE), r"an array float32 .*: give uint8"),  # levels from 0 to 255, too
         (GRAY > 99, r"an array bool \(16, 24\) is not an image"),
         (DEEP, r"an array uint16 \(1, 4\) is not an image"),
         (PICTURE[..., :2], r"an array uint8 \(16, 24, 2\) is not an image: .* 1, 3 or 4 channels"),
@@ -238,10 +229,43 @@ def test_one_pillow_image_may_be_read_by_several_threads():
         (GRAY[:0], r"an array uint8 \(0, 24\) is not"),
         (Image.new("RGB", (0, 5)), "the Pillow image of 0x5 px cannot be used .*it has no pixels.*: repair it"),
         (Image.new("F", (4, 5)), "the Pillow image of 4x5 px cannot be used .*float32 from 0.0 to 0.0"),
-        (None, "image None cannot be used"),
+        (None, "image None cannot be used .*: give a file, its bytes, a Pillow image or a uint8 NumPy array$"),
+        (7, "image 7 cannot be used .*: give a file, its bytes"),
+        (jnp.zeros((4, 4, 3)), r"image Array.* cannot be used .*: give a file, its bytes, .* a uint8 NumPy array"),
         ([1, 2], r"image \[1, 2\] cannot be used"),
     ],
 )  # fmt: skip
 def test_objects_that_are_not_images_are_refused(image, message):
     with pytest.raises(UserError, match=f"^{message}"):
         open_image(image, "RGB")
+
+
+# --- names in any bytes
+
+
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9.png", b"a\nb.png", b"\x1b[31mred.png", b"~.png", "\u0436\u200e.png".encode()]
+)
+def test_names_of_files_may_be_any_bytes(tmp_path, name):
+    file = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+    Path(file).write_bytes(encode(PICTURE))
+    for image in (file, Path(file)):
+        np.testing.assert_array_equal(open_image(image, "RGB"), PICTURE)
+    assert inspect_image(file) == (None, set())
+    Path(file).write_bytes(b"\0\0")
+    with pytest.raises(UserError) as error:
+        open_image(file, "RGB")
+    os.remove(file)
+    with pytest.raises(UserError) as missing:
+        open_image(file, "RGB")
+    for message in (str(error.value), str(missing.value), inspect_image(file)[0]):
+        message.encode()  # it can be printed and written
+        assert "\n" not in message and "\x1b" not in message
+    assert repr(file) in str(error.value)
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photo.png").write_bytes(encode(PICTURE))
+    for image in ("~/photo.png", Path("~/photo.png")):
+        np.testing.assert_array_equal(open_image(image, "RGB"), PICTURE)

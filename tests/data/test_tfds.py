@@ -98,6 +98,39 @@ def test_a_dataset_that_cannot_be_used_is_refused(photos, dataset, words, monkey
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "words"),
+    [
+        ("gs://bucket/photos", "", "dataset 'gs://bucket/photos' is a URL"),
+        ("photos", "s3://bucket/tfds", "data_dir 's3://bucket/tfds' is a URL"),
+        ("photos", Path("gs://bucket/tfds"), "data_dir 'gs:/bucket/tfds' is a URL"),
+    ],
+)
+def test_a_url_is_refused_as_what_it_is(dataset, data_dir, words):
+    for function in (get_dataset_info, open_examples):
+        with pytest.raises(UserError, match=f"{words}, and only local paths can be read: copy the data"):
+            function(dataset, "train", data_dir=data_dir)
+
+
+def test_a_url_in_the_environment_is_refused_too(monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
+    with pytest.raises(UserError, match="data_dir 'gs://bucket/tfds' is a URL"):
+        get_dataset_info("photos")
+
+
+def test_data_dir_may_be_a_path_object_or_in_the_home_directory(photos, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(photos).parent))
+    for data_dir in (Path(photos), f"~/{Path(photos).name}"):
+        assert get_dataset_info("photos", data_dir=data_dir)["num_examples"] == 40
+        assert len(open_examples("photos", "train", data_dir=data_dir, image_size_px=4)) == 40
+
+
+def test_an_archive_as_a_dataset_is_refused_with_what_to_do(tmp_path, photos):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="photos.zip' is an archive: unpack it and give folder:PATH"):
+        get_dataset_info(str(tmp_path / "photos.zip"), data_dir=photos)
+
+
 @pytest.mark.parametrize("split", ["trian", "train[", "", "train[::2]", "train[:99999]", "train+nope"])
 def test_an_unknown_split_is_refused_with_the_known_ones(split):
     with pytest.raises(UserError, match="'train', 'test'|'test', 'train'") as error:

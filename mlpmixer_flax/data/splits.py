@@ -1,0 +1,67 @@
+"""Reads names of splits in TFDS's language, for TFDS datasets and folders alike: "train[:90%]+test"."""
+
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core.splits import AbstractSplit
+
+# A name, slice or sum in TFDS's syntax, or an object of TFDS that stands for one, as tfds.even_splits makes them
+SplitLike: TypeAlias = "str | AbstractSplit"
+
+
+class Part(NamedTuple):
+    """The examples `start` to `stop` - 1 of a split."""
+
+    split: str
+    start: int
+    stop: int
+
+
+def read_split(split: SplitLike, counts: Mapping[str, Any]) -> list[Part]:
+    """Returns the parts that a split consists of, one for each term of a sum.
+
+    TFDS itself reads the syntax, so that all of it works, with its rounding: slices of examples, percents and
+    shards ("train[:1000]", "train[-10%:]", "train[:4shard]"), sums, and "all".
+
+    Args:
+      split: as a user gives it.
+      counts: split -> an object with `num_examples` and, for slices of shards, `shard_lengths`.
+
+    Raises:
+      ValueError: the split cannot be read; the message has one line and says why.
+    """
+    if isinstance(split, str) and split in counts:
+        return [Part(str(split), 0, counts[split].num_examples)]
+    import tensorflow_datasets as tfds
+
+    try:
+        ranges = tfds.core.ReadInstruction.from_spec(split).to_absolute(counts)
+    except Exception as error:
+        # TFDS's first line only repeats the split, and the known ones are in our message.
+        reason = str(error).splitlines()[-1].split(". Should be one of")[0] if str(error) else repr(error)
+        raise ValueError(reason) from error
+    parts = []
+    for part in ranges:  # None = to the end; numbers are floats for some kinds of rounding
+        stop = counts[part.splitname].num_examples if part.to is None else part.to
+        parts.append(Part(part.splitname, int(part.from_ or 0), int(stop)))
+    return parts
+
+
+def num_examples(parts: Iterable[Part]) -> int:
+    """Returns the number of examples of all parts; 0 if a part ends before it starts ("train[50%:40%]")."""
+    sizes = [part.stop - part.start for part in parts]
+    return max(0, sum(sizes)) if min(sizes, default=0) >= 0 else 0
+
+
+def count_common(parts: list[Part], others: list[Part]) -> int:
+    """Returns how many different examples belong to both lists of parts."""
+    count = 0
+    for split in {part.split for part in parts}:
+        mine, theirs = ([part for part in some if part.split == split] for some in (parts, others))
+        ends = sorted({end for part in mine + theirs for end in part[1:]})
+        for start, stop in pairwise(ends):
+            if all(any(p.start <= start and stop <= p.stop for p in some) for some in (mine, theirs)):
+                count += stop - start
+    return count
