@@ -2,7 +2,7 @@
 
 Without a name, prints the table of published weights. With names, downloads
 these weights into the cache, $MLPMIXER_CACHE or ~/.cache/mlpmixer-flax, so that
-later runs need no network.
+later commands need no network.
 
 Names of weights are the same here, in --weights= and in --config.init_from=:
   imagenet21k/Mixer-B_16   published weights, by their name in the table
@@ -10,9 +10,12 @@ Names of weights are the same here, in --weights= and in --config.init_from=:
   https://example.org/w.npz
                            the URL of such a file; #sha256=HEX at its end makes
                            sure that the content is the one you expect
-  hf-hub:OWNER/NAME        a timm model on the Hugging Face hub; this needs
+  hf-hub:OWNER/NAME        a timm model on the Hugging Face hub, with @REVISION
+                           if you want a certain one; this needs
                            pip install "mlpmixer-flax[hub]"
-  runs/b16                 a run directory
+  mixer/                   a folder with model.safetensors and config.json
+  runs/b16                 a run directory: its best checkpoint; also with
+                           @last, @ema or @STEP
 """
 
 import argparse

@@ -1,13 +1,16 @@
 """Loads trained models by name: published weights, files, URLs, the Hugging Face hub, run directories."""
 
 import math
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.config import get_config, resolve
+from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.inference.classes import imagenet_names, numbers
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import MlpMixer
@@ -18,7 +21,7 @@ from mlpmixer_flax.weights.adapt import sizes_of
 from mlpmixer_flax.weights.files import Weights
 
 
-def load(source: str | Path, *, checkpoint: str | None = None) -> Model:
+def load(source: str | Path, *, checkpoint: str | int | None = None) -> Model:
     """Returns a trained model, ready to use.
 
         model = load("imagenet21k/Mixer-B_16")
@@ -26,17 +29,23 @@ def load(source: str | Path, *, checkpoint: str | None = None) -> Model:
 
     Args:
       source: a published name (`python -m mlpmixer_flax.pretrained` lists them), an npz or safetensors file,
-        the URL of one, "hf-hub:OWNER/NAME", or a run directory.
-      checkpoint: for a run directory: "last", "best" or "ema". None: the weights that the run's last test
-        accuracy belongs to, which is "ema" if the run keeps an EMA, else "last".
+        the URL of one, "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", a folder with the files of such
+        a model, or a run directory. "runs/b16@best" is the same as "runs/b16" with checkpoint="best".
+      checkpoint: for a run directory: "best", "last", "ema" or the number of a saved step. None: "best" if the
+        run was evaluated, else "ema" if it keeps an EMA, else "last".
 
     Raises:
       UserError: the weights cannot be found, downloaded or read, or have no head.
     """
-    folder = os.path.expanduser(source)
-    if os.path.isdir(folder):
-        return load_run(folder, checkpoint)
-    if checkpoint:
+    wanted = None if checkpoint is None else str(checkpoint)
+    run = weight_source.named_run(source)
+    if run and wanted and run.checkpoint not in (None, wanted):
+        raise UserError(
+            f"{source} and checkpoint={checkpoint!r} name different weights: leave one of them out"
+        )
+    if run:
+        return load_run(run.workdir, wanted or run.checkpoint)
+    if wanted:
         raise UserError(f"checkpoint={checkpoint!r} is for run directories only: leave it out for {source}")
     return _load_weights(str(source))
 
@@ -74,10 +83,44 @@ def _load_weights(source: str) -> Model:
         name=source,
         module=module,
         params=weight_source.load(source, like, head="keep"),
-        preprocess={"image_size_px": image_shape[0], "crop_fraction": 0.875, **origin["preprocess"]},
+        preprocess=_preprocess(source, origin["preprocess"], image_shape),
         class_names=tuple(class_names),
         loss=loss,
         config={},
+    )
+
+
+def _preprocess(source: str, stated: Mapping[str, Any], image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns `config.preprocess` as weights state it, checked; keys that they do not state have usual values."""
+    usual = resolve(get_config(), {}).preprocess.to_dict()
+    usual |= {"image_size_px": image_shape[0], "crop_fraction": 0.875}
+    unknown = sorted(stated.keys() - usual)
+    if unknown:  # from a later version of this package
+        print(
+            f"{source}: not known to this version, and not used: {', '.join(f'{key:.40}' for key in unknown[:5])}"
+        )
+    preprocess = {key: stated.get(key, value) for key, value in usual.items()}
+    checks = {
+        "interpolation": preprocess["interpolation"] in tuple(RESAMPLING),
+        "fit": preprocess.get("fit", "crop") in FITS,
+        "crop_fraction": _are_numbers([preprocess["crop_fraction"]]) and 0 < preprocess["crop_fraction"] <= 1,
+        "mean": _are_numbers(preprocess["mean"]) and len(preprocess["mean"]) in (1, image_shape[2]),
+        "std": _are_numbers(preprocess["std"])
+        and len(preprocess["std"]) in (1, image_shape[2])
+        and min(preprocess["std"]) > 0,
+    }
+    for key, is_usable in checks.items():
+        if not is_usable:
+            raise UserError(
+                f"the metadata of {source} has preprocess.{key}={preprocess[key]!r:.60}, which cannot be used: "
+                "write the file again"
+            )
+    return preprocess
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(
+        isinstance(value, (int, float)) and math.isfinite(value) for value in values
     )
 
 

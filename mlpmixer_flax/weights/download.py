@@ -27,6 +27,14 @@ MIB = 2**20
 _bar = functools.partial(tqdm, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
 
 
+class DownloadError(UserError):
+    """A file cannot be downloaded, or came with other content than expected; `cache` is where it would be."""
+
+    def __init__(self, message: str, cache: str = ""):
+        super().__init__(message)
+        self.cache = cache or f"{cache_dir()} (MLPMIXER_CACHE chooses another directory)"
+
+
 class _Version(NamedTuple):
     """What the server says about the file that it sends."""
 
@@ -88,7 +96,8 @@ def fetch(url: str, *, size_mib: float | None = None) -> Path:
       size_mib: published size, to two decimals, that the file must have.
 
     Raises:
-      UserError: no such URL, no connection, no space, or a file of another size or hash, which isn't kept.
+      DownloadError: no such file, no connection, or a file of another size or hash, which isn't kept.
+      UserError: the URL is not one, or there is no space.
     """
     file = cache_file(url)
     if os.path.isfile(file):  # unlike Path.is_file, no error if the directory may not be read
@@ -130,7 +139,7 @@ def _download(url: str, file: Path, *, size_mib: float | None) -> _Version:
             return _receive(url, file, size_mib=size_mib, first=tries == 0)
         except _Dropped as dropped:
             reason = str(dropped)
-    raise UserError(f"the download of {url} broke off ({reason}): run the command again to continue it")
+    raise DownloadError(f"the download of {url} broke off ({reason}): run the command again to continue it")
 
 
 def _receive(url: str, file: Path, *, size_mib: float | None, first: bool) -> _Version:
@@ -185,10 +194,7 @@ def _open(url: str, start: int, *, first: bool) -> HTTPResponse:
         reason = f"HTTP {response.status} {responses.get(response.status or 0, '')}".strip()
     if not first:  # the server answered before, so it may do so again
         raise _Dropped(reason)
-    raise UserError(
-        f"{url} cannot be downloaded ({reason}): check the address and the network, "
-        "or bring the file here yourself and pass its path"
-    )
+    raise DownloadError(f"{url} cannot be downloaded ({reason}): check the address and the network")
 
 
 def _read(response: HTTPResponse) -> bytes:
@@ -232,9 +238,9 @@ def _check(url: str, part: Path, *, size_mib: float | None, sha256: str, md5: st
                 start = functools.partial(hashlib.new, algorithm, usedforsecurity=False)
                 found = expected and hashlib.file_digest(file, start).hexdigest()
                 if found != expected:
-                    raise UserError(
+                    raise DownloadError(
                         f"{url} came with {algorithm} {found} instead of {expected} and was removed: "
-                        "run the command again; if that repeats, get the file elsewhere and pass its path"
+                        "run the command again; if that repeats, get the file elsewhere"
                     )
             os.fsync(file.fileno())
     except UserError:
@@ -246,7 +252,7 @@ def _check_size(url: str, size_bytes: int | None, size_mib: float | None) -> Non
     if size_bytes is None or size_mib is None:
         return
     if abs(size_bytes - size_mib * MIB) > 0.01 * MIB:  # one unit of the last published decimal
-        raise UserError(
+        raise DownloadError(
             f"{url} is {size_bytes:,} bytes, not the {size_mib} MiB expected, and was not kept: "
-            "check the address, or bring the file here yourself and pass its path"
+            "check the address, or get the file elsewhere"
         )

@@ -21,36 +21,9 @@ from safetensors import safe_open
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.weights.names import OURS, TIMM, find_parameters, renamed
 
 Shape = tuple[int, ...]
-
-# Names of every parameter: ours, which are Google's with Linen; Google's before Linen; timm's. * is a block.
-_OURS, _PRE_LINEN, _TIMM = range(3)
-_BLOCK = ("MixerBlock_{i}", "Mixer/encoderblock_{i}", "blocks.{i}")
-_NAMES = [
-    tuple(name.replace("*", block) for name, block in zip(row.split(), _BLOCK, strict=True))
-    for row in """
-stem/kernel                      embedding/kernel                  stem.proj.weight
-stem/bias                        embedding/bias                    stem.proj.bias
-*/LayerNorm_0/scale              */LayerNorm_0/scale               *.norm1.weight
-*/LayerNorm_0/bias               */LayerNorm_0/bias                *.norm1.bias
-*/token_mixing/Dense_0/kernel    */token_mixing_phase_0/kernel1    *.mlp_tokens.fc1.weight
-*/token_mixing/Dense_0/bias      */token_mixing_phase_0/bias1      *.mlp_tokens.fc1.bias
-*/token_mixing/Dense_1/kernel    */token_mixing_phase_0/kernel2    *.mlp_tokens.fc2.weight
-*/token_mixing/Dense_1/bias      */token_mixing_phase_0/bias2      *.mlp_tokens.fc2.bias
-*/LayerNorm_1/scale              */LayerNorm_1/scale               *.norm2.weight
-*/LayerNorm_1/bias               */LayerNorm_1/bias                *.norm2.bias
-*/channel_mixing/Dense_0/kernel  */channel_mixing_phase_0/kernel1  *.mlp_channels.fc1.weight
-*/channel_mixing/Dense_0/bias    */channel_mixing_phase_0/bias1    *.mlp_channels.fc1.bias
-*/channel_mixing/Dense_1/kernel  */channel_mixing_phase_0/kernel2  *.mlp_channels.fc2.weight
-*/channel_mixing/Dense_1/bias    */channel_mixing_phase_0/bias2    *.mlp_channels.fc2.bias
-pre_head_layer_norm/scale        Mixer/encoder_norm/scale          norm.weight
-pre_head_layer_norm/bias         Mixer/encoder_norm/bias           norm.bias
-head/kernel                      head/kernel                       head.weight
-head/bias                        head/bias                         head.bias
-""".strip().splitlines()
-]
-_ROWS = [{row[column]: row for row in _NAMES} for column in range(3)]
 
 # Number of axes -> where our axes are in timm's layout, which is (out, in) and (out, in, h, w).
 _TIMM_AXES = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
@@ -69,6 +42,17 @@ _REFUSED = (
     (lambda member: member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
      "compressed as NumPy never does", "write the npz again with np.savez"),
 )  # fmt: skip
+# Other files that people have of a model: bytes in their first 64 KiB, what they are, the remedy.
+_OTHER_FORMATS = (
+    (rb"\A\x80", "a pickle, which runs as code", "convert it to safetensors first"),
+    (rb"ML\xefR.{0,9}StableHLO", "a stablehlo file, from which no weights can be read",
+     "export the run again, with --format=npz or safetensors"),
+    (rb"\A\x89HDF", "an HDF5 file", "convert it to safetensors first"),
+    (rb"\Aversion https://git-lfs", "neither npz nor safetensors, but a pointer of Git LFS to such a file",
+     "run git lfs pull in its repository"),
+    (rb"\A\s*<(?i:!doctype|html|\?xml)", "neither npz nor safetensors, but a web page",
+     "download the file itself, not the page about it"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,10 +61,11 @@ class Weights:
 
     name: str  # the file, for messages
     shapes: Mapping[str, Shape]  # by our names, in our layout
-    unknown: tuple[str, ...]  # names in the file that no Mixer has, sorted
+    unknown: tuple[str, ...]  # names of the model in the file that no Mixer has, sorted
     metadata: Mapping[str, Any]  # as given to write_npz or write_safetensors; empty in other files
     layout: str  # "google" or "timm"
     read: Callable[[str], np.ndarray]  # our name -> float32, C-contiguous, finite; UserError if it is damaged
+    notes: tuple[str, ...] = ()  # sentences for the user about what is not used, assumed or contradicted
 
 
 class _Container(NamedTuple):
@@ -96,10 +81,12 @@ def open_weights(path: Path) -> Weights:
     """Opens weights in any of the three layouts, in an npz or a safetensors file; reads only the headers.
 
     The first bytes tell the container and the names of the arrays tell the layout, so the file may have any
-    name. Arrays may be float16, bfloat16, float32 or float64.
+    name. Arrays may be float16, bfloat16, float32 or float64. What other programs put around the names and
+    beside the weights is handled by `names.find_parameters`.
 
     Raises:
-      UserError: the file holds no Mixer weights, is damaged, or unpacks to over 4 times its size + 1 GiB.
+      UserError: the file holds no Mixer weights or several, is damaged, or unpacks to over 4 times its size +
+        1 GiB.
     """
     with _readable(path):
         container = _open_container(path)
@@ -107,15 +94,14 @@ def open_weights(path: Path) -> Weights:
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no JSON object")
         names = container.shapes.keys()
-        layout = max(range(3), key=lambda column: sum(_renamed(name, column) is not None for name in names))
-        places = {  # our name -> name and shape in the file, without axes to squeeze; our axes in that shape
-            ours: (name, *_placed(path, name, container, ours=ours, layout=layout))
-            for name in names
-            if (ours := _renamed(name, layout))
-        }
-        if not places:
+        found = find_parameters(names, str(path))
+        if not found:
             first = ", ".join(f"{name!r:.80}" for name in sorted(names)[:3]) or "none"
             raise UserError(f"{path} holds no Mixer weights (its arrays: {first}): give another file")
+        places = {  # our name -> name and shape in the file, without axes to squeeze; our axes in that shape
+            ours: (name, *_placed(path, name, container, ours=ours, layout=found.layout))
+            for ours, name in found.names.items()
+        }
 
     def read(ours: str) -> np.ndarray:
         name, shape, axes = places[ours]
@@ -129,10 +115,11 @@ def open_weights(path: Path) -> Weights:
     return Weights(
         name=str(path),
         shapes={ours: tuple(shape[axis] for axis in axes) for ours, (_, shape, axes) in places.items()},
-        unknown=tuple(sorted(name for name in names if not _renamed(name, layout))),
+        unknown=found.unknown,
         metadata=metadata,
-        layout="timm" if layout == _TIMM else "google",
+        layout="timm" if found.layout == TIMM else "google",
         read=read,
+        notes=(found.note,) if found.note else (),
     )
 
 
@@ -175,7 +162,7 @@ def write_safetensors(path: Path, params: Mapping[str, Any], *, metadata: Mappin
     # The library's own writer needs all transposed arrays at once and writes metadata in random order. The
     # format is a header and the bytes of the arrays (README of huggingface/safetensors, "Format").
     views = {
-        str(_renamed(name, _OURS, _TIMM)): np.asarray(array).transpose(np.argsort(_TIMM_AXES[array.ndim]))
+        str(renamed(name, OURS, TIMM)): np.asarray(array).transpose(np.argsort(_TIMM_AXES[array.ndim]))
         for name, array in _arrays(params).items()
     }
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "mlpmixer_flax": _json(metadata).decode()}}
@@ -192,14 +179,6 @@ def write_safetensors(path: Path, params: Mapping[str, Any], *, metadata: Mappin
     return []
 
 
-def _renamed(name: str, source: int, target: int = _OURS) -> str | None:
-    """Returns a parameter's name in another column of _NAMES; None if the source column does not have it."""
-    number = re.search("0|[1-9][0-9]*", name)  # if a name has a block, its first number is the block's
-    block = number[0] if number else ""
-    row = _ROWS[source].get(name.replace(block, "{i}", 1) if block else name)
-    return row[target].replace("{i}", block) if row else None
-
-
 def _placed(path: Path, name: str, container: _Container, *, ours: str, layout: int) -> tuple[Shape, Shape]:
     """Returns an array's shape in the file, without extra axes of length 1, and those axes in our order."""
     shape, dtype = container.shapes[name], container.dtypes[name]
@@ -211,7 +190,7 @@ def _placed(path: Path, name: str, container: _Container, *, ours: str, layout: 
         squeezed.remove(1)  # the first 1: before Linen extra axes came first; a later 1 may be gray channels
     if len(squeezed) != num_axes or min(squeezed) < 1:
         raise UserError(f"{path}: {name} has shape {shape}, which is wrong for a Mixer: give another file")
-    return tuple(squeezed), _TIMM_AXES[num_axes] if layout == _TIMM else tuple(range(num_axes))
+    return tuple(squeezed), _TIMM_AXES[num_axes] if layout == TIMM else tuple(range(num_axes))
 
 
 @contextlib.contextmanager
@@ -227,13 +206,14 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _open_container(path: Path) -> _Container:
     with path.open("rb") as file:
-        start = file.read(9)
+        start = file.read(2**16)
     if start.startswith(b"PK"):
         return _open_npz(path)
-    if start.endswith(b"{"):  # the header starts after 8 bytes that hold its length
+    if start[8:9] == b"{":  # the header starts after 8 bytes that hold its length
         return _open_safetensors(path)
-    if start.startswith(b"\x80"):
-        raise UserError(f"{path} is a pickle, which runs as code: convert it to safetensors first")
+    for pattern, what, remedy in _OTHER_FORMATS:
+        if re.search(pattern, start, re.DOTALL):
+            raise UserError(f"{path} is {what}: {remedy}")
     raise UserError(f"{path} is neither npz nor safetensors: check what you downloaded, or get it again")
 
 
@@ -286,7 +266,7 @@ def _arrays(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the leaves of our tree by name, sorted, so the order in the tree doesn't matter."""
     arrays = dict(sorted(flatten_dict(params, sep="/").items()))
     for name in arrays:
-        if not _renamed(name, _OURS):
+        if not renamed(name, OURS):
             raise UserError(f"{name!r} is not a Mixer parameter: give the tree under variables['params']")
     return arrays
 

@@ -1,36 +1,34 @@
 """Finds and loads weights by name: published names, files, URLs, the Hugging Face hub, run directories."""
 
-import difflib
-import json
-import textwrap
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import open_run
+from mlpmixer_flax.rundir import is_run, open_run, read_config
+from mlpmixer_flax.weights import hub, suggestions, timm_config
 from mlpmixer_flax.weights.adapt import Params, adapt
-from mlpmixer_flax.weights.catalog import PUBLISHED
-from mlpmixer_flax.weights.download import fetch
+from mlpmixer_flax.weights.catalog import PUBLISHED, Published
+from mlpmixer_flax.weights.download import DownloadError, fetch
 from mlpmixer_flax.weights.files import Weights, open_weights
+from mlpmixer_flax.weights.origin import with_origin
 
-# How weights were trained, assumed from the layout of their file if the file does not say it.
-ASSUMED = {
-    "google": {
-        "model": {"gelu": "tanh"},
-        "preprocess": {"interpolation": "bilinear", "mean": (0.5,), "std": (0.5,)},
-    },
-    "timm": {
-        "model": {"gelu": "erf"},
-        "preprocess": {"interpolation": "bicubic", "mean": (0.5,), "std": (0.5,)},
-    },
-}
+# The ends of names of pickles in a folder of weights; of them, PyTorch's name on the hub is pytorch_model.bin.
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
-def describe(source: str) -> Mapping[str, Any]:
+class NamedRun(NamedTuple):
+    """A run directory and which of its weights are meant, as "runs/b16@best" names them."""
+
+    workdir: Path
+    checkpoint: str | None  # as for `rundir.open_run`
+
+
+def describe(source: str | Path) -> Mapping[str, Any]:
     """Returns how weights were trained: `model` and `preprocess` as in a run's config, `class_names` if known.
 
     Downloads nothing for a published name.
@@ -38,13 +36,12 @@ def describe(source: str) -> Mapping[str, Any]:
     Raises:
       UserError: as `load`.
     """
-    if source in PUBLISHED:
-        return PUBLISHED[source].origin
-    return find(source).metadata
+    published = PUBLISHED.get(_synonym(source))
+    return published.origin if published else find(source).metadata
 
 
 def load(
-    source: str,
+    source: str | Path,
     like: Params,
     *,
     grid: tuple[int, int] | None = None,
@@ -57,7 +54,8 @@ def load(
         params = pretrained.load("imagenet21k/Mixer-B_16", like=params)
 
     Args:
-      source: a published name, file, URL, "hf-hub:OWNER/NAME" or run directory; see `pretrained --help`.
+      source: a published name, file, URL, "hf-hub:OWNER/NAME", folder or run directory; see
+        `pretrained --help`.
       like: the model's parameters, arrays or jax.ShapeDtypeStruct; a new head is copied from it.
       grid: (rows, columns) of the model's tokens; None = square. If the weights have another grid, token
         mixing is changed exactly (paper, Appendix C) or resampled: see `adapt.adapt`.
@@ -79,14 +77,9 @@ def load(
         source_grid=_grid(weights),
         head=head,
         same_classes=list(theirs) == list(class_names) if theirs and class_names else None,
-        name=source,
+        name=str(source),
     )
-    if weights.metadata is ASSUMED[weights.layout]:
-        assumed = ", ".join(
-            f"{key}={value}" for key, value in flatten_dict(weights.metadata, sep=".").items()
-        )
-        notes.append(f"the file does not say how it was trained; assumed from its layout: {assumed}")
-    for note in notes:
+    for note in [*notes, *weights.notes]:
         print(f"{source}: {note}")
     return params
 
@@ -97,58 +90,80 @@ def find(source: str | Path) -> Weights:
     Raises:
       UserError: as `load`.
     """
-    source = str(source)
-    if source in PUBLISHED:
-        published = PUBLISHED[source]
-        return _with_origin(open_weights(_fetch(published.url, published.size_mib)), published.origin)
-    if source.startswith(("http://", "https://")):
-        return _with_origin(open_weights(fetch(source)), {})
+    source = _synonym(source)
     if source.startswith("hf-hub:"):
-        return _with_origin(open_weights(_fetch(source)), _hub_origin(source))
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return _open_run(path)
-        if path.exists():
-            return _with_origin(open_weights(path), {})
-    except (OSError, RuntimeError):  # the name is too long, or ~ has no home directory
-        pass
-    near = difflib.get_close_matches(source, PUBLISHED, n=2, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(near)}?" if near else "python -m mlpmixer_flax.pretrained lists all names"
+        return _open_hub_model(hub.parse(source))
+    if source in PUBLISHED:
+        return _open_published(source)
+    if advice := suggestions.for_address(source):
+        raise UserError(f"{source} cannot be read here: {advice}")
+    if re.match("(?i)https?://", source):
+        return _open_url(source)
+    if run := named_run(source):
+        return _open_run(run)
+    if path := _existing(source):
+        return _open_folder(path) if path.is_dir() else _open_file(path)
+    raise UserError(
+        f"no weights {source!r}: not a published name, file, folder, run directory or URL; "
+        f"{suggestions.for_name(source)}"
     )
-    raise UserError(f"no weights {source!r}: not a published name, file, run directory or URL; {hint}")
 
 
-def _with_origin(weights: Weights, origin: Mapping[str, Any]) -> Weights:
-    # A file that we wrote describes itself best.
-    metadata = weights.metadata if {"model", "preprocess"} <= weights.metadata.keys() else origin
-    _check_origin(weights.name, metadata)
-    return replace(weights, metadata=metadata or ASSUMED[weights.layout])
+def named_run(source: str | Path) -> NamedRun | None:
+    """Returns the run that a source names, "runs/b16" or "runs/b16@best"; None if it names something else.
+
+    A directory whose own name contains "@" is found before a part of its name is split off.
+    """
+    workdir = _existing(str(source))
+    if workdir:
+        return NamedRun(workdir, None) if is_run(workdir) else None
+    name, _, checkpoint = str(source).rpartition("@")
+    workdir = _existing(name) if name and checkpoint else None
+    return NamedRun(workdir, checkpoint) if workdir and is_run(workdir) else None
 
 
-def _check_origin(name: str, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError for metadata of the wrong types; values that enter a config are checked with the config."""
-    model, preprocess = metadata.get("model", {}), metadata.get("preprocess", {})
-    class_names = metadata.get("class_names", [])
-    valid = (
-        isinstance(model, Mapping)
-        and model.get("dtype", "float32") in ("float32", "bfloat16")
-        and isinstance(preprocess, Mapping)
-        and isinstance(size_px := preprocess.get("image_size_px", 1), int)
-        and size_px > 0
-        and isinstance(class_names, (list, tuple))
-        and all(isinstance(class_name, str) for class_name in class_names)
+# --- one function for each kind of source
+
+
+def _open_published(name: str) -> Weights:
+    published = PUBLISHED[name]
+    file = _download(lambda: fetch(published.url, size_mib=published.size_mib))
+    return with_origin(open_weights(file), published.origin)
+
+
+def _open_url(url: str) -> Weights:
+    weights = open_weights(_download(lambda: fetch(url)))
+    address = url.partition("#")[0].partition("?")[0]
+    hub_file = re.fullmatch(
+        r"(?i)https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/.*", address
     )
-    if not valid:
-        raise UserError(f"the metadata of {name} is invalid: write the file again")
+    published = _published_at(f"hf-hub:{hub_file[1]}" if hub_file else address)
+    if published:
+        return with_origin(weights, published.origin)
+    if hub_file:
+        note = f"for the config.json of these weights, give hf-hub:{hub_file[1]}@{hub_file[2]}"
+        weights = replace(weights, notes=(*weights.notes, note))
+    return with_origin(weights, {})
 
 
-def _open_run(workdir: Path) -> Weights:
-    run = open_run(workdir)
+def _open_hub_model(model: hub.Model) -> Weights:
+    file = _download(lambda: hub.get_file(model, hub.WEIGHTS_FILE))
+    if file is None:
+        raise UserError(
+            f"{model} has no {hub.WEIGHTS_FILE}: choose another model, or convert its weights to safetensors and "
+            "give the file (a pickle, such as pytorch_model.bin, is never read)"
+        )
+    published = _published_at(f"hf-hub:{model.name}")
+    if published:
+        return with_origin(open_weights(file), published.origin)
+    return _with_config_file(open_weights(file), _download(lambda: hub.get_file(model, hub.CONFIG_FILE)))
+
+
+def _open_run(named: NamedRun) -> Weights:
+    run = open_run(*named)
     flat: dict[str, Any] = flatten_dict(run.params, sep="/")
     return Weights(
-        name=str(workdir),
+        name=str(named.workdir),
         shapes={name: array.shape for name, array in flat.items()},
         unknown=(),
         metadata={
@@ -162,49 +177,82 @@ def _open_run(workdir: Path) -> Weights:
     )
 
 
+def _open_folder(folder: Path) -> Weights:
+    """Opens a folder that is no run: one with the files of a hub model, of which config.json may be missing."""
+    try:
+        files = sorted(file.name for file in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
+    if hub.WEIGHTS_FILE in files:
+        return _open_file(folder / hub.WEIGHTS_FILE)
+    read_config(folder)  # raises an error if its config.json is damaged
+    what = f"{folder} is neither a run directory nor a folder of weights with a {hub.WEIGHTS_FILE}"
+    if folder.parent.name == "checkpoints" and is_run(folder.parent.parent):
+        raise UserError(f"{what}, but a checkpoint: give {folder.parent.parent}@{folder.name}")
+    if f"{hub.WEIGHTS_FILE}.index.json" in files:
+        raise UserError(f"{what}: join the parts of its weights into one file")
+    for name in files:
+        if name.endswith((".npz", ".safetensors")):
+            raise UserError(f"{what}: give the file itself, such as {folder / name}")
+    for name in files:
+        if name.endswith(_PICKLES):
+            raise UserError(
+                f"{what}: convert its {name}, a pickle, which runs as code, to safetensors (docs/weights.md shows how)"
+            )
+    raise UserError(f"{what}: give the directory that --workdir named in training, or a file of weights")
+
+
+def _open_file(file: Path) -> Weights:
+    """Opens a file; a config.json beside it belongs to it if the file has the name of a hub model's weights."""
+    beside = file.with_name(hub.CONFIG_FILE)
+    belongs = file.name == hub.WEIGHTS_FILE and beside.is_file() and not is_run(file.parent)
+    weights = open_weights(file)
+    return _with_config_file(weights, beside) if belongs else with_origin(weights, {})
+
+
+# --- what they share
+
+
+def _synonym(source: str | Path) -> str:
+    """Returns a source as text, with timm's older prefix hf_hub: replaced by hf-hub:."""
+    return re.sub("^hf_hub:", "hf-hub:", str(source))
+
+
+def _existing(source: str) -> Path | None:
+    """Returns the path that a source is, if it exists."""
+    try:
+        path = Path(source).expanduser()
+        return path if source and path.exists() else None
+    except (OSError, RuntimeError):  # the name is too long, or ~ has no home directory
+        return None
+
+
+def _published_at(url: str) -> Published | None:
+    return next((weights for weights in PUBLISHED.values() if weights.url == url), None)
+
+
+def _download(get: Callable[[], Any]) -> Any:
+    """Returns what `get` returns; if a download fails, its error names the ways without one."""
+    try:
+        return get()
+    except DownloadError as error:
+        raise UserError(
+            f"{error}; without a download: give a file that you have, with --config.init_from=PATH in training or "
+            f"--weights=PATH, or copy the cache of another computer to {error.cache}, or train from random weights, "
+            "with --config.init_from="
+        ) from None
+
+
+def _with_config_file(weights: Weights, file: Path | None) -> Weights:
+    """Returns weights with what timm's config.json beside them says; None = there is no such file."""
+    if file is None:
+        return with_origin(weights, {})
+    origin = timm_config.read(file, weights)
+    return with_origin(replace(weights, notes=(*weights.notes, *origin.notes)), origin.metadata)
+
+
 def _grid(weights: Weights) -> tuple[int, int] | None:
     """Returns (rows, columns) of the tokens that the weights were trained with, or None if unknown."""
     size_px = weights.metadata["preprocess"].get("image_size_px")
     kernel = weights.shapes.get("stem/kernel")
     return (size_px // kernel[0], size_px // kernel[1]) if size_px and kernel else None
-
-
-def _fetch(url: str, size_mib: float | None = None) -> Path:
-    if not url.startswith("hf-hub:"):
-        return fetch(url, size_mib=size_mib)
-    return _hub_file(url, "model.safetensors")
-
-
-def _hub_file(source: str, file: str) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(f'{source} needs huggingface_hub: run pip install "mlpmixer-flax[hub]"') from None
-    repo = source.removeprefix("hf-hub:")
-    try:
-        here = huggingface_hub.try_to_load_from_cache(repo, file)
-        return Path(here if isinstance(here, str) else huggingface_hub.hf_hub_download(repo, file))
-    except Exception as error:  # of any class: from the hub, its HTTP client or the disk
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
-        raise UserError(
-            f"cannot download {file} of {source} ({reason}): check the name and the network, or give a local file"
-        ) from None
-
-
-def _hub_origin(source: str) -> Mapping[str, Any]:
-    """Returns how weights were trained, from timm's `config.json` beside them; timm's models compute erf GELU."""
-    file = _hub_file(source, "config.json")
-    try:
-        timm = json.loads(file.read_text())["pretrained_cfg"]
-        return {
-            "model": {"gelu": "erf"},
-            "preprocess": {
-                "image_size_px": timm["input_size"][-1],
-                "interpolation": timm["interpolation"],
-                "crop_fraction": timm.get("crop_pct", 0.875),
-                "mean": tuple(timm["mean"]),
-                "std": tuple(timm["std"]),
-            },
-        }
-    except (ValueError, KeyError, TypeError, IndexError):  # timm did not write it
-        return {}

@@ -219,12 +219,12 @@ def test_names_that_no_mixer_has_are_listed_and_never_read(tmp_path, save):
         "blocks.00.norm1.bias": np.zeros(3, np.float32),
         "blocks.{i}.norm1.bias": np.zeros(3, np.float32),
         "blocks.².norm1.bias": np.zeros(3, np.float32),
-        "step": np.array(7),
     }
-    save({**golden("timm_tiny"), **strange}, tmp_path / "a")
+    save({**golden("timm_tiny"), **strange, "step": np.array(7)}, tmp_path / "a")
     weights = open_weights(tmp_path / "a")
     assert weights.unknown == tuple(sorted(strange)) and weights.layout == "timm"
     assert len(weights.shapes) == len(golden("timm_tiny"))
+    assert weights.notes == ("other arrays of the file are not used: step (1)",)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
@@ -278,8 +278,22 @@ def tensor(dtype, shape, start, end):
 
 HEAD = ("head/bias.npy", npy((4,), bytes(16)))
 NO_WEIGHTS = {
-    "a page": (lambda p: p.write_text("<html>404</html>"), "neither npz nor safetensors"),
-    "a pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "neither npz nor"),
+    "a page": (
+        lambda p: p.write_text("<html>404</html>"),
+        "neither npz nor safetensors, but a web page: down",
+    ),
+    "another page": (
+        lambda p: p.write_text("\n<!DOCTYPE html>\n"),
+        "but a web page: download the file itself",
+    ),
+    "a pointer": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "neither npz nor safetensors, but a pointer of Git LFS .*: run git lfs pull",
+    ),
+    "a Keras file": (
+        lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n"),
+        "is an HDF5 file: convert it to safetensors",
+    ),
     "an empty file": (lambda p: p.touch(), "neither npz nor safetensors"),
     "a folder": (lambda p: p.mkdir(), "Is a directory"),
     "nothing": (lambda p: None, "No such file"),
