@@ -5,8 +5,8 @@
     python -m mlpmixer_flax.predict --workdir=runs/photos new.jpg
 
 The photos are photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg, in any image format. Add
---config.dataset=folder:PATH if they are in another folder. If there is no val, a fifth of each class in train
-is used instead. Each epoch ends with an evaluation on val, so the test photos stay new to the model and to
+--config.dataset=folder:PATH if they are in another folder. If there is no val, about a fifth of each class in
+train is used instead. Each epoch ends with an evaluation on val, so the test photos stay new to the model and to
 you. The config is made for a hundred to some ten thousand photos; if you have fewer, increase
 --config.total_epochs. We have not measured it yet.
 If a mirrored image may belong to another class, as with letters: add --config.augment.flip=false

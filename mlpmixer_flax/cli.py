@@ -16,7 +16,8 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 from mlpmixer_flax import UserError
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
-from mlpmixer_flax.rundir import CHECKPOINTS
+from mlpmixer_flax.rundir import default_checkpoint, describe_weights
+from mlpmixer_flax.weights.source import named_run
 
 # --- options
 
@@ -34,9 +35,23 @@ def make_parser(
     )
 
 
+def path(text: str) -> Path:
+    """Returns the path that an option gives, with "~" expanded; the `type` of every option that is a path.
+
+    Raises:
+      argparse.ArgumentTypeError: it is empty, or there is no such home directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({error}): give another path") from None
+
+
 def add_names(group: argparse._ActionsContainer) -> None:
     """Adds the two options that name a model, --workdir and --weights; the user gives one of them."""
-    group.add_argument("--workdir", type=Path, metavar="RUN", help="run directory")
+    group.add_argument("--workdir", type=path, metavar="RUN", help="run directory")
     group.add_argument(
         "--weights",
         metavar="NAME",
@@ -44,31 +59,35 @@ def add_names(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_model(
-    parser: argparse.ArgumentParser,
-    *,
-    default: str = "the weights that were last evaluated: ema if the run keeps one, else last",
-) -> None:
-    """Adds the options that name a model and choose its weights; `default` describes the program's choice."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name a model and choose its weights."""
     add_names(parser.add_mutually_exclusive_group(required=True))
     parser.add_argument(
-        "--checkpoint", choices=CHECKPOINTS, help=f"which weights of the run (default: {default})"
+        "--checkpoint",
+        metavar="WHICH",
+        help="which weights of the run: best, last, ema, or a saved step such as 300 (default: best, if the run was "
+        "evaluated)",
     )
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
-    """Loads the model that the options of `add_model` name.
+    """Loads the model that the options of `add_model` name; prints which weights of a run these are.
 
     Raises:
       UserError: as `load`, or --checkpoint is given for weights.
     """
-    if arguments.workdir is not None:
-        return load_run(arguments.workdir, arguments.checkpoint)
-    if arguments.checkpoint:
-        raise UserError(
-            f"--checkpoint={arguments.checkpoint} is for --workdir only: leave it out with --weights"
-        )
-    return load(arguments.weights)
+    workdir, checkpoint = arguments.workdir, arguments.checkpoint
+    if workdir is None:
+        if checkpoint:
+            raise UserError(f"--checkpoint={checkpoint} is for --workdir only: leave it out with --weights")
+        run = named_run(arguments.weights)
+        if run is None:
+            return load(arguments.weights)
+        workdir, checkpoint = run
+    checkpoint = checkpoint or default_checkpoint(workdir)
+    model = load_run(workdir, checkpoint)
+    print(f"using {describe_weights(workdir, checkpoint, step=model.step or 0)}", flush=True)
+    return model
 
 
 def add_dataset(group: argparse._ActionsContainer) -> None:
@@ -101,8 +120,7 @@ class NamedDataset:
 
 def check_dataset(arguments: argparse.Namespace) -> None:
     """Raises UserError if the options name no dataset; call it before weights are downloaded."""
-    is_run = arguments.workdir is not None or os.path.isdir(os.path.expanduser(arguments.weights))
-    if not arguments.dataset and not is_run:
+    if not arguments.dataset and arguments.workdir is None and named_run(arguments.weights) is None:
         raise UserError(f"{arguments.weights} is not a run and has no dataset of its own: give --dataset")
 
 

@@ -71,10 +71,28 @@ INIT_HEADS = ("auto", "keep", "reset")  # what to do with the head of the init_f
 # If there are no such weights, or the weights do not say, the keys get these values.
 LEFT_OPEN = {
     "model.gelu": "tanh",
+    "preprocess.fit": "crop",
     "preprocess.interpolation": "bilinear",
     "preprocess.mean": (0.5,),
     "preprocess.std": (0.5,),
 }
+
+# Keys that change no update: a run may be continued with other values of them. With other values of
+# accumulation_steps and model.remat, updates differ by rounding, and those of the former also by the draws of dropout.
+CHANGE_NO_UPDATE = (
+    "data_dir",
+    "accumulation_steps",
+    "cache_bytes",
+    "num_workers",
+    "model.remat",
+    "log_every_steps",
+    "eval_every_epochs",
+    "eval_every_steps",
+    "save_every_epochs",
+    "save_every_steps",
+    "keep_checkpoints",
+)
+LENGTH = ("total_epochs", "total_steps")  # may change too: `training.continuing` says what happens then
 
 
 def get_config() -> ConfigDict:
@@ -101,7 +119,8 @@ def get_config() -> ConfigDict:
     config.preprocess = ConfigDict()
     config.preprocess.image_size_px = 8  # side of the model's square input, in pixels
     config.preprocess.crop_fraction = 1.0  # share of each side that the central crop keeps at test time
-    # These three and model.gelu: "" or () = as the weights of init_from; else "bilinear", 0.5, 0.5 and "tanh"
+    # These four and model.gelu: "" or () = as the weights of init_from; else "crop", "bilinear", 0.5, 0.5 and "tanh"
+    config.preprocess.fit = ""  # how images become square: "crop", "pad" (with gray) or "stretch"
     config.preprocess.interpolation = ""  # "bilinear" or "bicubic", used when an image is resized
     config.preprocess.mean = ()  # is subtracted from pixels in [0, 1]; one value, or one per channel
     config.preprocess.std = ()  # then divides them; mean 0.5 and std 0.5 give [-1, 1]
@@ -237,7 +256,7 @@ def is_left_open(config: ConfigDict, key: str) -> bool:
     return key in LEFT_OPEN and flatten(config)[key] in ("", ())
 
 
-def in_steps(section: ConfigDict, name: str, steps_per_epoch: float) -> int:
+def in_steps(section: ConfigDict | Mapping[str, Any], name: str, steps_per_epoch: float) -> int:
     """Returns a duration of a config section in updates: `<name>_steps`, or `<name>_epochs` if that is 0.
 
     The result is 0 only if both are 0: the smallest part of an epoch is at least one update.

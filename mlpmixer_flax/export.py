@@ -139,12 +139,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         "export",
         __doc__,
-        examples="  python -m mlpmixer_flax.export --workdir=runs/b16 --checkpoint=best \\\n"
+        examples="  python -m mlpmixer_flax.export --workdir=runs/b16 \\\n"
         "      --format=safetensors --output=b16.safetensors\n"
         "  python -m mlpmixer_flax.export --weights=imagenet1k/Mixer-B_16 \\\n"
         "      --format=stablehlo --output=b16.stablehlo",
     )
-    add_model(parser, default="last")
+    add_model(parser)
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
         "--output",
@@ -163,8 +163,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.workdir and not arguments.checkpoint:
-        arguments.checkpoint = "last"
     suffix = arguments.output.suffix.removeprefix(".")
     if suffix in FORMATS and suffix != arguments.format:
         raise UserError(

@@ -6,22 +6,28 @@ Training writes them; all later programs read them.
 import contextlib
 import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 
-BEST_BY = "test/accuracy"
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
+SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
+_KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
+
+
+class Accuracy(NamedTuple):
+    """The accuracy of an evaluation during training."""
+
+    value: float  # in [0, 1]
+    scored: str  # one of SCORED
 
 
 @dataclass(frozen=True)
@@ -39,18 +45,62 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
 
     Args:
       workdir: the run directory.
-      checkpoint: "last": the parameters of the newest checkpoint. "ema": their moving average, if the run
-        keeps one. "best": the weights with the best test accuracy; they are an EMA if the run keeps one.
-        None: the weights of the last test accuracy: "ema" if the run keeps an EMA, else "last".
+      checkpoint: "best": the weights with the best validation accuracy, or test accuracy if the run was
+        evaluated on a test split; they are an EMA if the run keeps one. "last": the parameters of the newest
+        checkpoint. "ema": their moving average, if the run keeps one. The number of a saved step, "300": its
+        weights; they are an EMA if the run keeps one. None: as `default_checkpoint` says.
 
     Raises:
       UserError: the directory is not a run directory, or the weights do not exist or cannot be read.
     """
-    config = read_config(workdir)
-    if not {"model", "preprocess", "ema_decay", "loss"} <= config.keys():
-        raise UserError(f"no run in {workdir}: it has no config.json of a run; give the directory of a run")
-    step, params = read_weights(workdir, checkpoint or ("ema" if config["ema_decay"] else "last"))
+    config = _read_config_of_run(workdir)
+    step, params = read_weights(workdir, checkpoint or default_checkpoint(workdir))
     return Run(config, read_class_names(workdir), step, params)
+
+
+def default_checkpoint(workdir: Path) -> str:
+    """Returns which weights to use unless told otherwise: "best", if a checkpoint has a score.
+
+    Otherwise they are those that would be evaluated: "ema" if the run keeps an EMA, else "last".
+
+    Raises:
+      UserError: the directory is not a run directory.
+    """
+    config = _read_config_of_run(workdir)
+    return "best" if _accuracies(workdir) else "ema" if config["ema_decay"] else "last"
+
+
+def describe_weights(workdir: Path, checkpoint: str, *, step: int) -> str:
+    """Returns which weights were read, for a message: "step 300, the best checkpoint (test accuracy 95.20%)".
+
+    Args:
+      checkpoint: as for `open_run`, but not None.
+      step: of the weights.
+    """
+    accuracy, has_ema = _accuracies(workdir).get(step), _read_config_of_run(workdir)["ema_decay"]
+    kinds = {"best": "the best checkpoint", "last": "the newest checkpoint", "ema": "the newest checkpoint"}
+    parts = [f"step {step:,}"] + ([kinds[checkpoint]] if checkpoint in kinds else [])
+    if accuracy and (checkpoint != "last" or not has_ema):  # otherwise the accuracy is that of the EMA
+        parts[-1] += f" ({accuracy.scored} accuracy {accuracy.value:.2%})"
+    if has_ema:
+        parts.append("without EMA" if checkpoint == "last" else "EMA weights")
+    return ", ".join(parts)
+
+
+def accuracy_of(scores: Any) -> Accuracy | None:
+    """Returns the accuracy in scores by name, such as a row of metrics.jsonl; None if there is none."""
+    for scored in SCORED:
+        value = scores.get(f"{scored}/accuracy") if isinstance(scores, Mapping) else None
+        if isinstance(value, (int, float)):
+            return Accuracy(value, scored)
+    return None
+
+
+def is_run(workdir: Path) -> bool:
+    """Returns whether a directory has a config.json of a run; another program's config.json is none."""
+    with contextlib.suppress(UserError, OSError):
+        return _KEYS_OF_A_RUN <= read_config(workdir).keys()
+    return False
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -64,10 +114,17 @@ def read_config(workdir: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not the config of a run: choose another --workdir")
+    return config
+
+
+def _read_config_of_run(workdir: Path) -> dict[str, Any]:
+    config = read_config(workdir)
+    if not _KEYS_OF_A_RUN <= config.keys():
+        raise UserError(f"no run in {workdir}: it has no config.json of a run; give the directory of a run")
     return config
 
 
@@ -79,11 +136,14 @@ def read_class_names(workdir: Path) -> list[str]:
     """
     file = workdir / "class_names.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        names = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it is not a list of names")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{file} cannot be read ({error}): the run directory is incomplete; choose another"
         ) from None
+    return names
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -94,46 +154,72 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
-    """Returns (step, tree of float32 numpy arrays) of the weights that `which`, one of CHECKPOINTS, names.
+    """Returns (step, tree of float32 numpy arrays) of the weights that `which` names.
+
+    `which` is one of CHECKPOINTS or the number of a saved step; see `open_run`.
 
     Raises:
       UserError: the run has no such weights, or they cannot be read.
     """
+    for _ in range(3):
+        step = _find_step(workdir, which)
+        try:
+            return step, _restore(workdir, step, which)
+        except UserError:
+            raise
+        except Exception as error:  # of any class: from Orbax, TensorStore or JSON
+            reason = " ".join(str(error).split())[:150]
+        # A run in training removes a checkpoint when a newer or better one is saved: then that one is read.
+        if step in saved_steps(workdir):
+            break
+    raise UserError(f"checkpoint {step} in {workdir} cannot be read ({reason}): choose another")
+
+
+def _find_step(workdir: Path, which: str) -> int:
     steps = saved_steps(workdir)
     if which == "best":
-        accuracies = _test_accuracies(workdir)
-        steps = sorted(accuracies, key=lambda step: (accuracies[step], step))
+        accuracies = _accuracies(workdir)
+        steps = sorted(accuracies, key=lambda step: (accuracies[step].value, step))
+    elif which not in CHECKPOINTS:
+        steps = [_saved_step(workdir, which)]
     if not steps:
+        raise UserError(f"{workdir} has no checkpoint{' with an accuracy' * (which == 'best')}: train first")
+    return steps[-1]
+
+
+def _restore(workdir: Path, step: int, which: str) -> dict[str, Any]:
+    folder = (workdir / "checkpoints" / str(step) / "default").absolute()
+    with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        if which == "ema" and stored["ema"] is None:
+            raise UserError(f"the run in {workdir} keeps no EMA of its weights: choose last or best")
+        name = "params" if which == "last" or stored["ema"] is None else "ema"
+        wanted = {name: stored[name]}  # without the optimizer's state
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
+        return checkpointer.restore(folder, args=restore)[name]
+
+
+def _saved_step(workdir: Path, which: str) -> int:
+    """Returns the number of a step; raises UserError if the run has no checkpoint of it."""
+    steps = [str(step) for step in saved_steps(workdir)]
+    if which not in steps:
+        earlier = "…, " if len(steps) > 10 else ""
         raise UserError(
-            f"{workdir} has no checkpoint{' with a test accuracy' * (which == 'best')}: train first"
+            f"{workdir} has no weights {which!r:.40}: choose one of {', '.join(CHECKPOINTS)}, or a step it has saved "
+            f"({earlier}{', '.join(steps[-10:]) or 'none yet'})"
         )
-    folder = (workdir / "checkpoints" / str(steps[-1]) / "default").absolute()
-    try:
-        with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            if which == "ema" and stored["ema"] is None:
-                raise UserError(f"the run in {workdir} keeps no EMA of its weights: choose last or best")
-            name = "params" if which == "last" or stored["ema"] is None else "ema"
-            wanted = {name: stored[name]}  # without the optimizer's state
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
-            return steps[-1], checkpointer.restore(folder, args=restore)[name]
-    except UserError:
-        raise
-    except Exception as error:  # of any class: from Orbax, TensorStore or JSON
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(
-            f"checkpoint {steps[-1]} in {workdir} cannot be read ({reason}): choose another"
-        ) from None
+    return int(which)
 
 
-def _test_accuracies(workdir: Path) -> dict[int, float]:
-    """Returns step -> test accuracy of the checkpoints that have one."""
+def _accuracies(workdir: Path) -> dict[int, Accuracy]:
+    """Returns step -> accuracy of the checkpoints that have one."""
     accuracies = {}
     for step in saved_steps(workdir):
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
         with contextlib.suppress(OSError, ValueError):  # does not exist, or is damaged
-            accuracies[step] = json.loads(file.read_text())[BEST_BY]
+            if accuracy := accuracy_of(json.loads(file.read_text())):
+                accuracies[step] = accuracy
     return accuracies
 
 
@@ -149,63 +235,22 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Checks that a run with this config can use the directory; writes nothing.
-
-    Raises:
-      UserError: the directory cannot be written to, or it holds a run with another config.
-    """
-    stored = workdir / "config.json"
-    try:
-        existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
-    except OSError as error:
-        raise UserError(f"cannot use workdir {workdir} ({error.strerror}): choose another") from None
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to workdir {workdir}: {existing} is not a directory you may write to")
-    if "[" in str(workdir.absolute()):
-        raise UserError(
-            f"cannot use workdir {workdir}: Orbax reads [ in a path as a pattern; choose a path without it"
-        )
-    if not stored.exists():
-        if (workdir / "checkpoints").exists():
-            raise UserError(
-                f"{workdir} has checkpoints but no config.json that they belong to: choose another --workdir"
-            )
-        return
-    theirs = flatten_dict(read_config(workdir), sep=".")
-    ours = flatten_dict(json.loads(json.dumps(config)), sep=".")  # JSON turns tuples into lists
-    differing = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
-    if differing:
-        changes = ", ".join(f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}" for key in differing)
-        raise UserError(f"{workdir} holds a run with another config ({changes}): choose another --workdir")
-
-
-def check_class_names(workdir: Path, class_names: list[str]) -> None:
-    """Checks that a run already in the directory, if there is one, has the same classes.
-
-    Raises:
-      UserError: it has others.
-    """
-    theirs = read_class_names(workdir) if (workdir / "class_names.json").exists() else class_names
-    if theirs != class_names:
-        lost, new = (
-            ", ".join(map(repr, [name for name in names if name not in others][:3])) or "none"
-            for names, others in ((theirs, class_names), (class_names, theirs))
-        )
-        raise UserError(
-            f"{workdir} holds a run with other classes (gone: {lost}; new: {new}): restore the dataset, or "
-            "choose another --workdir"
-        )
-
-
-def write_run(workdir: Path, config: dict[str, Any], *, class_names: list[str]) -> None:
+def write_run(
+    workdir: Path, config: dict[str, Any], *, class_names: list[str], data: dict[str, Any] | None = None
+) -> None:
     """Creates the directory and writes config and class names, which later programs need besides the weights.
+
+    `data` is what `training.record` needs to recognise the data again; None = nothing is written.
 
     Raises:
       UserError: they cannot be written.
     """
     make_folder(workdir)
     contents: dict[str, Any] = {"config": config, "class_names": class_names}
+    if data is not None:
+        contents["data"] = data
     for name, content in contents.items():
         with replacing(workdir / f"{name}.json") as file:
-            file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            # A path may have bytes that are not text; as escapes they are valid JSON.
+            file.write(text.encode(errors="backslashreplace"))

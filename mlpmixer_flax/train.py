@@ -3,18 +3,22 @@
 A config file describes one run. --config.KEY=VALUE changes a key of the config;
 mlpmixer_flax/config.py explains all keys. Config, metrics and checkpoints are
 written into the run directory, --workdir. To continue a run that was stopped,
-repeat the command with the same --workdir.
+repeat the command with the same --workdir. To train a run longer, also one that
+has ended, repeat it with a greater --config.total_epochs.
 """
 
 import argparse
+import contextlib
+import itertools
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mlpmixer_flax.cli import exit_status, make_parser
+from mlpmixer_flax import UserError
+from mlpmixer_flax.cli import exit_status, make_parser, path
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.signals import Interrupted
@@ -37,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--config", required=True, metavar="FILE", help="config file; those of the package are found by name"
     )
     parser.add_argument(
-        "--workdir", type=Path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
+        "--workdir", type=path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
     )
     arguments, arguments.overrides = parser.parse_known_args(argv)
     return arguments
@@ -55,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = arguments.workdir or Path("runs") / name
+    given = arguments.workdir
     try:
-        train(config, workdir)
+        with contextlib.nullcontext(given) if given else _new_workdir(name) as workdir:
+            train(config, workdir)
     except Interrupted as stop:
         name = signal.Signals(stop.number).name
         print(
@@ -65,6 +70,35 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return 128 + stop.number
     return 0
+
+
+@contextlib.contextmanager
+def _new_workdir(name: str) -> Iterator[Path]:
+    """Creates runs/NAME, or runs/NAME-2 and so on if another run has that name; removes it if it stays empty.
+
+    Raises:
+      UserError: it cannot be created.
+    """
+    runs = Path("runs")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    try:
+        is_new = not runs.exists()
+        while True:
+            workdir = runs / next(names)
+            with contextlib.suppress(FileExistsError):  # two runs may start in the same second
+                workdir.mkdir(parents=True)
+                break
+    except OSError as error:
+        raise UserError(
+            f"cannot create a directory in {runs.absolute()} ({error.strerror}): give --workdir"
+        ) from None
+    try:
+        yield workdir
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty, because the run has begun
+            workdir.rmdir()
+            if is_new:
+                runs.rmdir()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import argparse
 import importlib
+import json
+import re
+import shutil
 import signal
 
 import pytest
@@ -13,6 +16,7 @@ from mlpmixer_flax.cli import (
     add_model,
     check_dataset,
     exit_status,
+    load_model,
     pad,
     printable,
     shorten,
@@ -60,12 +64,61 @@ def parse(*arguments):
     return parser.parse_args(arguments)
 
 
-def test_weights_need_a_dataset_and_a_run_has_one(tmp_path):
+def test_weights_need_a_dataset_and_a_run_has_one(digits_run, tmp_path):
     check_dataset(parse("--workdir=nowhere"))
-    check_dataset(parse(f"--weights={tmp_path}"))  # a run directory
+    check_dataset(parse(f"--weights={digits_run}"))
+    check_dataset(parse(f"--weights={digits_run}@best"))
+    with pytest.raises(UserError, match="is not a run and has no dataset of its own: give --dataset$"):
+        check_dataset(parse(f"--weights={tmp_path}"))  # a directory, but not of a run
     check_dataset(parse("--weights=w.npz", "--dataset=digits"))
     with pytest.raises(UserError, match="^w.npz is not a run and has no dataset of its own: give --dataset$"):
         check_dataset(parse("--weights=w.npz"))
+
+
+def test_an_option_that_is_a_path_may_begin_with_a_tilde_and_may_not_be_empty(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--workdir=~/runs/a").workdir == tmp_path / "runs" / "a"
+    for text, message in [
+        ("", "argument --workdir: it is empty: give a path"),
+        (
+            "~nobody-of-this-name/a",
+            "argument --workdir: '~nobody-of-this-name/a' cannot be used (.*): give another",
+        ),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            parse(f"--workdir={text}")
+        assert stop.value.code == 2 and re.search(
+            message.replace("(", r"\(").replace(")", r"\)"), capsys.readouterr().err
+        )
+
+
+def test_a_model_of_a_run_is_that_of_its_best_checkpoint_and_this_is_said(digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    file = run / "checkpoints" / "20" / "metrics" / "metrics"
+    file.write_text(json.dumps({"test/accuracy": 0.9712}))
+    best = "using step 20, the best checkpoint (test accuracy 97.12%), EMA weights\n"
+    for arguments, step, line in [
+        ([f"--workdir={run}"], 20, best),
+        ([f"--weights={run}"], 20, best),
+        ([f"--workdir={run}", "--checkpoint=best"], 20, best),
+        (
+            [f"--workdir={run}", "--checkpoint=last"],
+            40,
+            "using step 40, the newest checkpoint, without EMA\n",
+        ),
+        ([f"--weights={run}@last"], 40, "using step 40, the newest checkpoint, without EMA\n"),
+        ([f"--workdir={run}", "--checkpoint=30"], 30, "using step 30, EMA weights\n"),
+    ]:
+        assert load_model(parse(*arguments)).step == step
+        assert capsys.readouterr().out == line
+    with pytest.raises(
+        UserError, match="has no weights 'bset': choose one of last, best, ema, or a step it has"
+    ):
+        load_model(parse(f"--workdir={run}", "--checkpoint=bset"))
+    with pytest.raises(UserError, match="--checkpoint=best is for --workdir only"):
+        load_model(parse(f"--weights={run}", "--checkpoint=best"))
+    with pytest.raises(UserError, match="no run in"):
+        load_model(parse(f"--workdir={tmp_path}"))
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,11 @@ def read(output):
 
 
 def test_scores_equal_those_that_training_reported(run, evaluated):
-    reported = [row for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row][-1]
+    """The scores are those of the best checkpoint, which is taken unless another is named."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row]
+    reported = max(rows, key=lambda row: (row["test/accuracy"], row["step"]))
     found = read(evaluated)
+    assert found["step"] == reported["step"]
     assert 0.2 < found["accuracy"] < 1
     assert found["accuracy"] == reported["test/accuracy"]
     assert found["accuracy_top5"] == reported["test/accuracy_top5"]

@@ -11,7 +11,7 @@ import pytest
 
 from mlpmixer_flax.config import get_finetuning_config
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import read_weights
+from mlpmixer_flax.rundir import open_run, read_weights
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
@@ -40,6 +40,11 @@ def random_weights(num_classes, *, channels=1, scale=1.0, seed=0):
 def start_of(workdir):
     """Returns the weights with which a run ends; with STILL they are those with which it began."""
     return read_weights(workdir)[1]
+
+
+def weights_of(workdir):
+    """Returns the weights of a run that others start from."""
+    return open_run(workdir).params
 
 
 STILL = "--config.optimizer.learning_rate=1e-30"  # so small that the weights do not change
@@ -92,7 +97,7 @@ def test_gelu_and_pixels_follow_the_weights_and_are_stored(tmp_path, capsys):
     assert main(following) == 0
     assert f"model.gelu=erf, as in the training of {tmp_path}/run" in capsys.readouterr().out
     chex.assert_trees_all_close(
-        start_of(tmp_path / "next"), start_of(tmp_path / "run"), rtol=1e-6, atol=1e-25
+        start_of(tmp_path / "next"), weights_of(tmp_path / "run"), rtol=1e-6, atol=1e-25
     )
     shutil.rmtree(tmp_path / "run")
     assert main(following) == 0  # it has ended, and does not need the weights again
@@ -175,6 +180,57 @@ def test_a_linear_probe_changes_the_head_and_nothing_else(tmp_path):
         chex.assert_trees_all_equal(after[name], weights[name])
     assert main([*arguments, f"--workdir={tmp_path}/bad", "--config.freeze=stems"]) == 2
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "freeze"),
+    [
+        ([], "head"),
+        ([], "stem, head"),
+        (["--config.init_from={}/ten.npz", "--config.init_head=reset"], "head"),
+        (["--config.init_from={}/seven.npz"], "stem,MixerBlock_0,head"),  # other classes, so a new head
+    ],
+)
+def test_a_new_head_that_is_frozen_is_refused_because_nothing_could_learn(
+    tmp_path, capsys, arguments, freeze
+):
+    write_npz(tmp_path / "ten.npz", random_weights(10), metadata={})
+    write_npz(tmp_path / "seven.npz", random_weights(7), metadata={})
+    workdir = tmp_path / "run"
+    given = [*SMALL, *(argument.format(tmp_path) for argument in arguments), f"--config.freeze={freeze}"]
+    assert main([*given, f"--workdir={workdir}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: freeze={freeze!r} freezes a new head, whose weights are all 0, so no layer can"
+    )
+    assert "leave 'head' out of --config.freeze" in error and not workdir.exists()
+
+
+def test_a_head_that_is_kept_may_be_frozen(tmp_path):
+    weights = random_weights(10)
+    write_npz(tmp_path / "w.npz", weights, metadata={})
+    arguments = [*SMALL, "--config.freeze=head", f"--config.init_from={tmp_path}/w.npz"]
+    assert main([*arguments, f"--workdir={tmp_path}/run"]) == 0
+    after = start_of(tmp_path / "run")
+    chex.assert_trees_all_equal(after["head"], weights["head"])
+    assert (after["stem"]["kernel"] != weights["stem"]["kernel"]).any()
+
+
+def test_a_run_starts_from_the_best_checkpoint_of_another_or_from_one_that_is_named(tmp_path):
+    first = [
+        *SMALL,
+        "--config.eval_every_steps=2",
+        "--config.save_every_steps=2",
+        "--config.keep_checkpoints=3",
+    ]
+    assert main([*first, "--config.optimizer.learning_rate=0.3", f"--workdir={tmp_path}/first"]) == 0
+    file = tmp_path / "first" / "checkpoints" / "4" / "metrics" / "metrics"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"test/accuracy": 0.99}))
+    for name, step in [("first", 4), ("first@best", 4), ("first@last", 6), ("first@2", 2)]:
+        workdir = tmp_path / f"from {name}"
+        assert main([*SMALL, STILL, f"--config.init_from={tmp_path}/{name}", f"--workdir={workdir}"]) == 0
+        expected = read_weights(tmp_path / "first", str(step))[1]
+        chex.assert_trees_all_close(start_of(workdir), expected, rtol=1e-6, atol=1e-25)
 
 
 # Weights with 21,843 classes are reported to diverge in fine-tuning (timm pull request 651).

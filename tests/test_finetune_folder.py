@@ -1,17 +1,21 @@
 """Tests the way from a folder of photos to predictions, with the config made for it."""
 
+import contextlib
 import csv
 import io
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from written_events import events, scalars
 
 from mlpmixer_flax import predict, train
 from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.rundir import describe_weights, open_run
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz
 
@@ -47,7 +51,11 @@ def run(tmp_path_factory):
     small |= {"model.patches.size": (4, 4), "preprocess.image_size_px": 16, "batch_size": 16}
     overrides = {"init_from": root / "weights.npz", "dataset": f"folder:{root / 'photos'}", **small}
     arguments = [f"--config.{key}={value}" for key, value in overrides.items()]
-    assert train.main(["--config=configs/finetune_folder.py", f"--workdir={root / 'run'}", *arguments]) == 0
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        command = ["--config=configs/finetune_folder.py", f"--workdir={root / 'run'}", *arguments]
+        assert train.main(command) == 0
+    (root / "said").write_text(said.getvalue())
     return root / "run"
 
 
@@ -57,11 +65,39 @@ def test_the_run_follows_the_config_and_knows_the_classes(run):
     assert config["optimizer"]["name"] == "sgd" and config["optimizer"]["clip_norm"] == 1.0
     assert json.loads((run / "class_names.json").read_text()) == sorted(CLASSES)
     rows = read_metrics(run / "metrics.jsonl")
-    tested = [row["step"] for row in rows if "test/accuracy" in row]
-    # 96 photos to train on are 6 steps of 16 images; each of the 20 epochs ends with an evaluation.
-    assert tested == list(range(6, 121, 6))
+    tested = [row["step"] for row in rows if "validation/accuracy" in row]
+    # About 96 photos to train on are 6 steps of 16 images; each of the 20 epochs ends with an evaluation.
+    photos = json.loads((run / "data.json").read_text())["train"]["examples"]
+    total = round(20 * photos / 16)
+    assert abs(photos - 96) < 8 and tested == sorted({*range(6, total + 1, 6), total})
     rates = {row["step"]: row["train/learning_rate"] for row in rows if "train/learning_rate" in row}
-    assert rates[120] < rates[10]
+    assert rates[total] < rates[10]
+
+
+def test_scores_of_the_validation_photos_are_called_so_everywhere(run):
+    names = {name for row in read_metrics(run / "metrics.jsonl") for name in row}
+    assert {"validation/loss", "validation/accuracy"} <= names
+    assert not any(name.startswith("test/") for name in names)
+    found = events(run)
+    tags = {tag for _, tag, _ in scalars(found)}
+    assert {"validation/loss", "validation/accuracy", "validation_class_accuracy/six"} <= tags
+    assert not any(tag.startswith("test") for tag in tags)
+    said = (run.parent / "said").read_text()
+    assert re.search(r": \d+ training images, \d+ validation images, 3 classes$", said, re.MULTILINE)
+    assert re.search(r"^step 6, epoch \d\.\d+: validation accuracy 0\.\d+, loss \d", said, re.MULTILINE)
+    assert re.search(r"^done: validation accuracy \d+\.\d\d% after \d+ steps, in ", said, re.MULTILINE)
+    assert "test" not in said.replace(str(run.parent), "").replace("no test images", "").replace(
+        "split 'test'", ""
+    )
+    step = default_best(run)
+    assert open_run(run).step == step and describe_weights(run, "best", step=step).startswith(
+        f"step {step}, the best checkpoint (validation accuracy "
+    )
+
+
+def default_best(run):
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "validation/accuracy" in row]
+    return max(rows, key=lambda row: (row["validation/accuracy"], row["step"]))["step"]
 
 
 def test_new_photos_are_classified_as_well_as_the_test_accuracy_says(run, tmp_path, capsys):
@@ -70,5 +106,9 @@ def test_new_photos_are_classified_as_well_as_the_test_accuracy_says(run, tmp_pa
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 90 and {row["class_name"] for row in rows} == CLASSES.keys()
     right = np.mean([f"/{row['class_name']}/" in row["file"] for row in rows])
-    tested = [row["test/accuracy"] for row in read_metrics(run / "metrics.jsonl") if "test/accuracy" in row]
+    tested = [
+        row["validation/accuracy"]
+        for row in read_metrics(run / "metrics.jsonl")
+        if "validation/accuracy" in row
+    ]
     assert tested[0] < 0.6 and min(tested[-1], right) > 0.7  # of three classes

@@ -18,6 +18,7 @@ import pytest
 from made_datasets import encode, write_dataset
 from written_events import events, scalars
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.train import main, train
 from mlpmixer_flax.training.configfile import load_config
 
@@ -40,7 +41,7 @@ def run_small(workdir, *arguments):
     return main(["--config=digits.py", f"--workdir={workdir}", *SMALL, *arguments])
 
 
-def start_process(workdir, *arguments, **options):
+def start_process(workdir, *arguments, env_changes=None, **options):
     command = [
         sys.executable,
         "-u",
@@ -54,6 +55,7 @@ def start_process(workdir, *arguments, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=os.environ | (env_changes or {}),
         **options,
     )
 
@@ -83,13 +85,14 @@ def test_the_run_directory_has_what_later_programs_need(tmp_path, capsys):
     assert run_small(workdir, "--config.total_steps=30", "--config.eval_every_steps=10") == 0
     out = capsys.readouterr().out
     names = {file.name for file in workdir.iterdir()}
-    assert {"config.json", "class_names.json", "metrics.jsonl", "checkpoints"} <= names
+    assert {"config.json", "class_names.json", "data.json", "metrics.jsonl", "checkpoints"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     config = json.loads((workdir / "config.json").read_text())
     assert config["total_steps"] == 30 and config["model"]["hidden_dim"] == 16
     assert config["preprocess"] == {
         "image_size_px": 8,
         "crop_fraction": 1.0,
+        "fit": "crop",
         "interpolation": "bilinear",
         "mean": [0.5],
         "std": [0.5],
@@ -104,6 +107,13 @@ def test_the_run_directory_has_what_later_programs_need(tmp_path, capsys):
     assert re.search(r"total: [\d,]+ parameters", out) and "compiled in" in out
     best = max(row["test/accuracy"] for row in logged if "test/accuracy" in row)
     assert f"best: {best:.2%}" in out and str(workdir) in out
+    # The first loss is there after one update; then come epochs, 22.4 steps each, and the time at the end.
+    assert re.search(r"^step 1/30, epoch 0.04: loss \d\.\d{4} in the first update$", out, re.MULTILINE)
+    assert re.search(r"^step 30/30, epoch 1.3: loss \d", out, re.MULTILINE)
+    assert re.search(r"^step 30, epoch 1.3: test accuracy 0\.\d{4}, accuracy top 5 \d", out, re.MULTILINE)
+    assert "30 steps (1.34 epochs) of 64 images on 1 x cpu,\n" in out
+    assert re.search(r"^done: test accuracy \d+\.\d\d% after 30 steps, in \d\d:\d\d$", out, re.MULTILINE)
+    assert out.count("no GPU found, using the CPU\n") == 1
     assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 90
 
     # TensorBoard also gets the config, images, and the accuracy per class.
@@ -150,7 +160,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     rng = random.Random()
     moments = sorted(rng.sample(range(20, 280, 10), 3))  # a line is printed every 10 steps
     print(f"killed while starting and after steps {moments}")
-    for pattern in ["steps of 64 images", *(rf"^step {step}/300" for step in moments)]:
+    for pattern in ["of 64 images on", *(rf"^step {step}/300" for step in moments)]:
         process = start_process(tmp_path / "killed", *arguments)
         read_until(process, pattern)
         time.sleep(rng.uniform(0, 0.03))  # a step takes some milliseconds
@@ -341,9 +351,10 @@ def test_a_workdir_with_another_config_is_refused_with_the_keys(tmp_path, capsys
     assert run_small(workdir, "--config.total_steps=2") == 0
     before = {file: file.stat().st_mtime_ns for file in workdir.rglob("*")}
     capsys.readouterr()
-    assert run_small(workdir, "--config.total_steps=3", "--config.seed=5") == 2
+    assert run_small(workdir, "--config.total_steps=3", "--config.seed=5", "--config.loss=sigmoid") == 2
     message = capsys.readouterr().err
-    assert "seed was 0, is 5" in message and "total_steps was 2, is 3" in message
+    assert "seed was 0, is 5" in message and "loss was 'softmax', is 'sigmoid'" in message
+    assert "total_steps" not in message  # which may change
     assert {file: file.stat().st_mtime_ns for file in workdir.rglob("*")} == before
 
 
@@ -373,15 +384,64 @@ def test_images_that_vary_in_size_train_and_continue_with_the_same_config(tmp_pa
     assert run_small(tmp_path / "run", *arguments) == 0, capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert run_small(tmp_path / "run", *arguments) == 0
-    assert "done\n" in capsys.readouterr().out
+    assert re.search(r"^done: in \d\d:\d\d$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_chosen_cpu_needs_no_word_about_a_gpu(tmp_path):
+    process = start_process(tmp_path / "run", "--config.total_steps=1", env_changes={"JAX_PLATFORMS": "cpu"})
+    out = process.communicate()[0]
+    assert process.returncode == 0 and "1 x cpu" in out and "no GPU" not in out
 
 
 @pytest.mark.slow
-def test_the_default_workdir_has_the_name_of_the_config_and_the_time(tmp_path, monkeypatch):
+def test_default_run_directories_have_the_name_of_the_config_and_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["--config=digits.py", *SMALL, "--config.total_steps=1"]) == 0
-    (workdir,) = Path("runs").iterdir()
-    assert re.fullmatch(r"digits-\d{8}-\d{6}", workdir.name)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260102-030405")  # two runs start in the same second
+    for count in range(1, 4):
+        assert main(["--config=digits.py", *SMALL, f"--config.total_steps={count}"]) == 0
+    begin = "digits-20260102-030405"
+    found = {folder.name: rows(folder)[-1]["step"] for folder in Path("runs").iterdir()}
+    assert found == {begin: 1, f"{begin}-2": 2, f"{begin}-3": 3}
+
+
+def test_default_run_directories_of_processes_are_different(tmp_path):
+    arguments = [sys.executable, "-m", "mlpmixer_flax.train", "--config=digits.py", *SMALL]
+    arguments += ["--config.total_steps=1"]
+    both = [subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    assert all(re.fullmatch(r"digits-\d{8}-\d{6}(-2)?", run.name) and rows(run) for run in runs)
+
+
+def test_an_error_leaves_no_default_run_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config=digits.py", "--config.dataset=digit"]) == 2
+    assert not list(tmp_path.iterdir())
+    Path("runs").mkdir()
+    assert main(["--config=digits.py", "--config.dataset=digit"]) == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"] and not list(Path("runs").iterdir())
+    Path("runs").rmdir()
+    Path("runs").touch()
+    capsys.readouterr()
+    assert main(["--config=digits.py", *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert re.match(r"error: cannot create a directory in .*runs \(.*\): give --workdir\n$", error)
+
+
+def test_an_empty_workdir_is_refused_and_a_tilde_is_the_home_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(SystemExit) as stop:
+        run_small("")
+    assert stop.value.code == 2 and "argument --workdir: it is empty: give a path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert run_small("~/run", "--config.total_steps=1") == 0
+    assert (tmp_path / "home" / "run" / "config.json").exists() and not (tmp_path / "~").exists()
+    config = load_config("digits.py", [*SMALL, "--config.total_steps=1"])
+    assert train(config, "~/run")["step"] == 1  # the function too
+    with pytest.raises(UserError, match="the run directory has an empty name"):
+        train(config, "")
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ In Python, give the changes to `load_config`: `mlpmixer_flax.load_config("mnist.
 Most durations have two keys: one ends in `_steps` (completed updates), the other in `_epochs` (passes over the training
 split). If the `_steps` key is above 0, it is used; otherwise the `_epochs` key is used.
 
-Four keys are empty by default. While they are empty, they follow the weights of `init_from`. If there are no such
+Five keys are empty by default. While they are empty, they follow the weights of `init_from`. If there are no such
 weights, or the weights do not say, they are
 {left_open}.
 {sections}

@@ -55,8 +55,14 @@ def save(figure: "Figure", path: Path) -> None:
 
 # Axis -> line -> its name in metrics.jsonl
 _CURVES = {
-    "loss": {"train": "train/loss", "test": "test/loss"},
-    "accuracy": {"train": "train/accuracy", "test": "test/accuracy", "test, top 5": "test/accuracy_top5"},
+    "loss": {"train": "train/loss", "validation": "validation/loss", "test": "test/loss"},
+    "accuracy": {
+        "train": "train/accuracy",
+        "validation": "validation/accuracy",
+        "validation, top 5": "validation/accuracy_top5",
+        "test": "test/accuracy",
+        "test, top 5": "test/accuracy_top5",
+    },
     "learning rate": {"train": "train/learning_rate"},
 }
 

@@ -34,6 +34,7 @@ class ImageBatches:
         size_px: int,
         crop_fraction: float,
         interpolation: str,
+        fit: str,
     ):
         single = isinstance(images, (str, bytes, os.PathLike, Image.Image))
         if single or (isinstance(images, np.ndarray) and images.ndim != 4):
@@ -51,6 +52,7 @@ class ImageBatches:
             size_px=size_px,
             crop_fraction=crop_fraction,
             interpolation=interpolation,
+            fit=fit,
         )
 
     def __iter__(self) -> Iterator[Batch]:

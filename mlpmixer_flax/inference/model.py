@@ -47,7 +47,9 @@ class Model:
     name: str  # as the user gave it
     module: MlpMixer  # for your own JAX code: module.apply({"params": params}, images)
     params: Params = dataclasses.field(repr=False)  # a tree of float32 numpy arrays
-    preprocess: Mapping[str, Any]  # config.preprocess: image_size_px, crop_fraction, interpolation, mean, std
+    preprocess: Mapping[
+        str, Any
+    ]  # config.preprocess: image_size_px, crop_fraction, fit, interpolation, mean, std
     class_names: tuple[str, ...] = dataclasses.field(repr=False)  # by output of the head; "0", ... if unknown
     loss: str  # that the model was trained with, a key of LOSSES
     config: Mapping[str, Any] = dataclasses.field(repr=False)  # of the run, as plain data; {} for weights
@@ -147,6 +149,7 @@ class Model:
             image_size_px=self.preprocess["image_size_px"],
             crop_fraction=self.preprocess["crop_fraction"],
             interpolation=self.preprocess["interpolation"],
+            fit=self.preprocess.get("fit", "crop"),  # runs of older versions have no such key
             skip_bad_images=skip_bad_images,
         )
         return dataclasses.replace(examples, image_shape=(*examples.image_shape[:2], self.channels))
@@ -207,4 +210,5 @@ class Model:
             size_px=self.preprocess["image_size_px"],
             crop_fraction=self.preprocess["crop_fraction"],
             interpolation=self.preprocess["interpolation"],
+            fit=self.preprocess.get("fit", "crop"),  # runs of older versions have no such key
         )

@@ -1,5 +1,6 @@
 """Saves the checkpoints of a run in the background, with Orbax, and restores them exactly."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -12,19 +13,19 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import BEST_BY
+from mlpmixer_flax.rundir import Accuracy, accuracy_of
 from mlpmixer_flax.training.step import TrainState
 
 
 class BestCheckpoint(NamedTuple):
-    """The checkpoint with the best test accuracy; of equal ones, the newest."""
+    """The checkpoint with the best accuracy; of equal ones, the newest."""
 
     step: int
-    accuracy: float
+    accuracy: Accuracy
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep` ones and the one with the best test accuracy are kept."""
+    """The checkpoints of a run: the newest `keep` ones and the one with the best accuracy are kept."""
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
@@ -34,7 +35,9 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         def accuracy(metrics):
-            return metrics[BEST_BY]
+            found = accuracy_of(metrics)
+            assert found  # other metrics are not saved, or dropped
+            return found.value
 
         newest = policies.LatestN(self._keep)
         best = policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
@@ -46,14 +49,15 @@ class Checkpoints:
         return ocp.CheckpointManager(epath.Path(self.folder), options=options)
 
     def _drop_damaged_metrics(self) -> None:
-        """Removes metrics files that cannot be read: with one of them, Orbax would open no checkpoint at all.
+        """Removes metrics files without a readable accuracy: with one, Orbax would open no checkpoint at all.
 
         The checkpoint beside such a file can still be restored, but can never be the best.
         """
         for file in self.folder.glob("*/metrics/metrics"):
-            try:
-                json.loads(file.read_text())
-            except ValueError:
+            accuracy = None
+            with contextlib.suppress(ValueError):
+                accuracy = accuracy_of(json.loads(file.read_text()))
+            if accuracy is None:
                 shutil.rmtree(file.parent)
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
@@ -102,11 +106,12 @@ class Checkpoints:
         self._manager = self._open()
 
     def best(self) -> BestCheckpoint | None:
-        """Returns the best checkpoint, or None if no state was saved with a test accuracy."""
+        """Returns the best checkpoint, or None if no state was saved with an accuracy."""
         self._manager.wait_until_finished()
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scored = [BestCheckpoint(step, scores[BEST_BY]) for step, scores in metrics.items() if scores]
-        return max(scored, key=lambda one: (one.accuracy, one.step), default=None)
+        found = {step: accuracy_of(scores) for step, scores in metrics.items()}
+        scored = [BestCheckpoint(step, accuracy) for step, accuracy in found.items() if accuracy]
+        return max(scored, key=lambda one: (one.accuracy.value, one.step), default=None)
 
     def close(self) -> None:
         """Waits until everything is on disk, and closes the files."""

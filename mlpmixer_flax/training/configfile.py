@@ -1,18 +1,20 @@
 """Reads config files: from `--config=FILE --config.KEY=VALUE` to a valid config."""
 
 import ast
-import difflib
 import importlib.util
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from flax.traverse_util import flatten_dict
 
 import mlpmixer_flax
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten, get_config, resolve
+from mlpmixer_flax.training.keys import suggest_key, suggest_option
 from mlpmixer_flax.training.validate import validate
 
 
@@ -23,18 +25,28 @@ def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> C
       path: of the file. If no such file exists, the name of a config of the package: "digits.py" or
         "configs/digits.py".
       changes: {"optimizer.learning_rate": 0.01}, {"optimizer": {"learning_rate": 0.01}}, or arguments as a
-        program gets them: ["--config.optimizer.learning_rate=0.01"].
+        program gets them: ["--config.optimizer.learning_rate=0.01"]. A duration that is changed in epochs is no
+        longer what the file says in steps: with "total_epochs", "total_steps" becomes 0, unless it is changed too.
 
     Raises:
       UserError: the file is missing or broken, a key is unknown, or a value cannot be used.
     """
-    config = _run_config_file(_find_config_file(path))
+    config = _run_config_file(path)
+    values = flatten(resolve(config, {}))  # a key left open also gets an example of its type
     if isinstance(changes, Mapping):
-        for key, value in flatten_dict(dict(changes), sep=".").items():
-            _change(config, key, value, given=f"{key}={value!r}")
+        given = flatten_dict(dict(changes), sep=".")
+        for key, value in given.items():
+            _change(config, key, value, values, given=f"{key}={value!r}", words=("True", "False"))
     else:
+        given = {}
         for argument in changes:
-            _parse_argument(config, argument)
+            key, value = _parse_argument(argument, values)
+            _change(config, key, value, values, given=argument, words=("true", "false"))
+            given[key] = value
+    for key in given:
+        steps = f"{key.removesuffix('_epochs')}_steps"
+        if key.endswith("_epochs") and steps not in given:
+            config.update_from_flattened_dict({steps: 0})
     validate(config)
     return config
 
@@ -48,8 +60,9 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _find_config_file(path: str) -> Path:
-    if Path(path).is_file():
-        return Path(path)
+    file = os.path.expanduser(path)
+    if os.path.isfile(file):
+        return Path(file)
     shipped = shipped_configs()
     name = path.removeprefix("configs/")
     if name in shipped:
@@ -57,45 +70,97 @@ def _find_config_file(path: str) -> Path:
     raise UserError(f"config file {path} does not exist: give a path or one of {', '.join(shipped)}")
 
 
-def _run_config_file(file: Path) -> ConfigDict:
+def _run_config_file(path: str) -> ConfigDict:
+    # Absolute, because that is how the traceback of an error names the file.
+    file = Path(os.path.abspath(_find_config_file(path)))
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise UserError(f"{file} is not a Python file: give one that defines get_config()")
+        raise UserError(f"{path} is not a Python file: give one that defines get_config()")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config() if hasattr(module, "get_config") else None
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        message = " ".join(str(error).split())
-        raise UserError(f"{file}, line {line}: {type(error).__name__}: {message}") from None
+        raise UserError(f"{path}, line {_line_of(error, file)}: {_explain(error)}") from None
+    if config is None:
+        raise UserError(f"{path} does not define get_config() that returns a config: see configs/digits.py")
     if not isinstance(config, ConfigDict) or flatten(config).keys() != flatten(get_config()).keys():
         raise UserError(
-            f"get_config() in {file} must return the base config with other values: do not add or remove keys"
+            f"get_config() in {path} must return the base config with other values: do not add or remove keys"
         )
     return config
 
 
-def _parse_argument(config: ConfigDict, argument: str) -> None:
+def _line_of(error: BaseException, file: Path) -> int:
+    """Returns the line of the config file that raised an error, also if it was raised further inside."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return error.lineno or 1
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno or 1 for frame in frames if frame.filename == str(file)]
+    return lines[-1] if lines else 1
+
+
+def _explain(error: BaseException) -> str:
+    """Returns what an error of a config file means, in our words if ml_collections raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    inside = frames[-1] if frames else None
+    if inside is None or inside.f_globals.get("__name__", "").split(".")[0] != ml_collections.__name__:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    values = flatten(resolve(get_config(), {}))
+    section, key = inside.f_locals.get("self"), inside.f_locals.get("key", inside.f_locals.get("attribute"))
+    if not isinstance(section, ConfigDict) or not isinstance(key, str):
+        return "a value of the config cannot be changed in this way: write config.KEY = VALUE"
+    key = _path_to(section) + key
+    if key not in values:
+        return f"the config has no key {key!r}: {suggest_key(key, list(values))}"
+    if "value" not in inside.f_locals:
+        return f"key {key!r} cannot be removed: give it a value, such as {values[key]!r}"
+    value = inside.f_locals["value"]
+    return f"{key}={value!r} has the wrong type: give {_example(values[key], words=('True', 'False'))}"
+
+
+def _path_to(section: ConfigDict, base: ConfigDict | None = None, prefix: str = "") -> str:
+    """Returns the dotted path to a section, ending in ".", found by its keys; "" for the config itself."""
+    for name, inner in (base or get_config()).items():
+        if isinstance(inner, ConfigDict):
+            path = f"{prefix}{name}."
+            if inner.keys() == section.keys():
+                return path
+            if deeper := _path_to(section, inner, path):
+                return deeper
+    return ""
+
+
+def _parse_argument(argument: str, values: Mapping[str, Any]) -> tuple[str, Any]:
+    """Returns (key, value) of an argument; the value is None if it has the wrong type."""
     name, equals, text = argument.partition("=")
     key = name.removeprefix("--config.")
     if key == name or not equals:
-        raise UserError(f"cannot use {argument!r}: to change a key of the config, give --config.KEY=VALUE")
+        raise UserError(f"cannot use {argument!r}: {suggest_option(argument, list(values))}")
     try:
-        value = _parse(text, like=flatten(config).get(key, ""))
+        return key, _parse(text, like=values.get(key, ""))
     except (KeyError, TypeError, ValueError, SyntaxError):
-        value = None
-    _change(config, key, value, given=argument)
+        return key, None
 
 
-def _change(config: ConfigDict, key: str, value: Any, *, given: str) -> None:
-    """Sets a key of the config. The value None has the wrong type for every key."""
-    values = flatten(resolve(config, {}))  # a key left open also gets an example of its type
+def _change(
+    config: ConfigDict,
+    key: str,
+    value: Any,
+    values: Mapping[str, Any],
+    *,
+    given: str,
+    words: tuple[str, str],
+) -> None:
+    """Sets a key of the config. The value None has the wrong type for every key.
+
+    Args:
+      values: an example of the value of each key, by dotted key.
+      given, words: for the message: the change, and what true and false are called where it is written.
+    """
     if key not in values:
-        raise UserError(f"the config has no key {key!r}: {_suggest(key, list(values))}")
-    wrong_type = UserError(f"{given} has the wrong type: give a value such as {values[key]!r}")
+        raise UserError(f"the config has no key {key!r}: {suggest_key(key, list(values))}")
+    wrong_type = UserError(f"{given} has the wrong type: give {_example(values[key], words=words)}")
     if value is None:
         raise wrong_type
     try:
@@ -104,8 +169,12 @@ def _change(config: ConfigDict, key: str, value: Any, *, given: str) -> None:
         raise wrong_type from None
 
 
+def _example(value: Any, *, words: tuple[str, str]) -> str:
+    return " or ".join(words) if isinstance(value, bool) else f"a value such as {value!r}"
+
+
 def _parse(text: str, *, like: Any) -> Any:
-    """Returns the value of an argument, for a key whose present value is `like`."""
+    """Returns the value of an argument, for a key with a value such as `like`."""
     if isinstance(like, str):
         return text
     if isinstance(like, bool):
@@ -114,10 +183,3 @@ def _parse(text: str, *, like: Any) -> Any:
         return tuple(part.strip(" '\"") for part in text.strip("()").split(",") if part.strip())
     value = ast.literal_eval(text)
     return (value,) if isinstance(like, tuple) and not isinstance(value, tuple) else value
-
-
-def _suggest(key: str, keys: list[str]) -> str:
-    by_leaf = {known.split(".")[-1]: known for known in keys}
-    close = difflib.get_close_matches(key, keys, n=1)
-    close = close or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], by_leaf, n=1)]
-    return f"did you mean {close[0]!r}?" if close else "mlpmixer_flax/config.py lists all keys"

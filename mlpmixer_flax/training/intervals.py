@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlpmixer_flax.rundir import BEST_BY
+from mlpmixer_flax.rundir import accuracy_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Intervals:
 
 
 class Best:
-    """Remembers the best test accuracy of a run."""
+    """Remembers the best accuracy of a run."""
 
     def __init__(self, accuracy: float = 0.0):
         self.accuracy = accuracy  # the best so far
@@ -42,7 +42,8 @@ class Best:
 
         None means that the step was not evaluated: it is never the best.
         """
-        if scores is None or scores[BEST_BY] < self.accuracy:
+        accuracy = accuracy_of(scores)
+        if accuracy is None or accuracy.value < self.accuracy:
             return False
-        self.accuracy = scores[BEST_BY]
+        self.accuracy = accuracy.value
         return True

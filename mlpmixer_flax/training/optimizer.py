@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlpmixer_flax import UserError
@@ -71,9 +72,7 @@ def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
     Raises:
       UserError: `freeze` names a layer that does not exist, or all layers.
     """
-    frozen = set(filter(None, (name.strip() for name in freeze.split(","))))
-    if freeze == "all_but_head":
-        frozen = params.keys() - {"head"}
+    frozen = params.keys() - {"head"} if freeze == "all_but_head" else _named(freeze)
     if frozen - params.keys() or frozen == params.keys():
         raise UserError(
             f"freeze={freeze!r} must be 'all_but_head' or some, but not all, of the layers "
@@ -83,3 +82,22 @@ def split_frozen(params: Params, freeze: str) -> tuple[Params, Params]:
         {name: layer for name, layer in params.items() if name not in frozen},
         {name: layer for name, layer in params.items() if name in frozen},
     )
+
+
+def check_frozen_head(freeze: str, kernel: Any) -> None:
+    """Checks that config.freeze does not freeze a new head: all its logits are equal, and no layer would learn.
+
+    `kernel` is the head's kernel at the start of the run.
+
+    Raises:
+      UserError: it does.
+    """
+    if "head" in _named(freeze) and not np.any(kernel):
+        raise UserError(
+            f"freeze={freeze!r} freezes a new head, whose weights are all 0, so no layer can learn: leave 'head' out "
+            "of --config.freeze, or give weights with a head for the same classes as --config.init_from"
+        )
+
+
+def _named(freeze: str) -> set[str]:
+    return set(filter(None, (name.strip() for name in freeze.split(","))))

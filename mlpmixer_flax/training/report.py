@@ -71,7 +71,7 @@ class Reporter:
     resumes at `start_step`, everything that was written about later steps is dropped.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int):
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, steps_per_epoch: float):
         file = workdir / "metrics.jsonl"
         _drop_after(file, start_step)
         self._jsonl = file.open("a")
@@ -84,7 +84,7 @@ class Reporter:
             file=sys.stdout,
             disable=not sys.stdout.isatty(),
         )
-        self._start_step, self._total_steps = start_step, total_steps
+        self._start_step, self._total_steps, self._steps_per_epoch = start_step, total_steps, steps_per_epoch
         self._started = time.monotonic()
 
     def beginning(self, config: Mapping[str, object], images: np.ndarray) -> None:
@@ -102,45 +102,66 @@ class Reporter:
         with tqdm.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 
+    def first_update(self, step: int, metrics: Metrics) -> None:
+        """Shows the loss of the first update: it is written with the means that follow, but they may take long."""
+        loss = f"loss {float(jax.device_get(metrics['loss'])):.4f}"
+        if self._bar.disable:
+            print(f"{self._steps(step)}: {loss} in the first update", flush=True)
+        else:
+            self._bar.set_postfix_str(loss)
+
     def training(self, step: int, scalars: dict[str, float]) -> None:
         """Reports a `Recent.summary`: `train/loss`, `train/accuracy`, `images_per_second` and more."""
         self._write(step, scalars)
         speed = f"{scalars['images_per_second']:,.0f} img/s"
         loss, accuracy = scalars["train/loss"], scalars["train/accuracy"]
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.3f}, {speed}")
+            parts = [f"epoch {self._epoch(step)}", f"loss {loss:.3f}", f"acc {accuracy:.3f}", speed]
+            if len(f"{self._total_steps}") > 5:  # otherwise the line has more than 80 columns
+                del parts[2]
+            self._bar.set_postfix_str(", ".join(parts))
             return
         done = step - self._start_step
         left = (time.monotonic() - self._started) / done * (self._total_steps - step)
         print(
-            f"step {step}/{self._total_steps}: loss {loss:.4f}, accuracy {accuracy:.4f}, {speed}, "
-            f"ETA {tqdm.format_interval(left)}",
+            f"{self._steps(step)}: loss {loss:.4f}, acc {accuracy:.4f}, {speed}, ETA {tqdm.format_interval(left)}",
             flush=True,
         )
 
     def evaluation(self, step: int, scalars: dict[str, float]) -> None:
-        """Reports the scores of the test split: `test/loss`, `test/accuracy`, `test/accuracy_top5`."""
+        """Reports the scores of a split by name: `test/loss`, `validation/accuracy`, `test/accuracy_top5`."""
         self._write(step, scalars)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in scalars.items())
-        self.say(f"step {step}: {shown}")
+        scored = next(iter(scalars)).partition("/")[0]
+        shown = ", ".join(
+            f"{name.partition('/')[2].replace('_top5', ' top 5')} {value:.4f}"
+            for name, value in sorted(scalars.items())
+        )
+        self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
 
-    def class_accuracy(self, step: int, by_class: Mapping[str, float]) -> None:
-        """Writes the test accuracy per class to TensorBoard; NaN means that the class has no images.
+    def class_accuracy(self, step: int, by_class: Mapping[str, float], *, scored: str) -> None:
+        """Writes the accuracy per class to TensorBoard; NaN means that the class has no images.
 
-        Up to 20 classes get a curve each; more classes share a histogram.
+        Up to 20 classes get a curve each; more classes share a histogram. `scored` is `Setup.scored`.
         """
+        tag = f"{scored}_class_accuracy"
         known = {name: value for name, value in by_class.items() if not math.isnan(value)}
         if len(by_class) > 20:
             values, bins = np.array(list(known.values())), np.linspace(0, 1, 21)
             self._events.add_histogram(
-                "test_class_accuracy",
+                tag,
                 values,
                 step,
                 bins=bins,  # pyright: ignore[reportArgumentType]  # tensorboardX hands it to NumPy
             )
             return
         for name, value in known.items():
-            self._events.add_scalar(f"test_class_accuracy/{name}", value, step)
+            self._events.add_scalar(f"{tag}/{name}", value, step)
+
+    def _steps(self, step: int) -> str:
+        return f"step {step}/{self._total_steps}, epoch {self._epoch(step)}"
+
+    def _epoch(self, step: int) -> str:
+        return f"{step / self._steps_per_epoch:.{1 if step >= self._steps_per_epoch else 2}f}"
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -156,14 +177,28 @@ class Reporter:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Returns the rows of a metrics.jsonl, [] if it does not exist; leaves out a line that a kill cut off."""
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """Returns the rows of a metrics.jsonl, [] if it does not exist; leaves out damaged lines.
+
+    A kill may cut off the last line, and a full disk or a crash of the system may damage any.
+    """
+    return [row for line in _read_lines(file) if (row := _parse(line)) is not None]
+
+
+def _read_lines(file: Path) -> list[str]:
+    if not file.exists():
+        return []
+    return [line for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    """Returns the row of a line, or None if the line is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
 def _tile(images: np.ndarray) -> np.ndarray:
@@ -178,6 +213,8 @@ def _tile(images: np.ndarray) -> np.ndarray:
 
 
 def _drop_after(file: Path, step: int) -> None:
-    kept = [json.dumps(row) + "\n" for row in read_metrics(file) if row["step"] <= step]
+    rows = read_metrics(file)
+    if damaged := len(_read_lines(file)) - len(rows):
+        print(f"{file}: {damaged} damaged line{'s' * (damaged > 1)} removed", flush=True)
     with replacing(file) as new:
-        new.write("".join(kept).encode())
+        new.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step).encode())

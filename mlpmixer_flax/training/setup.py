@@ -14,12 +14,14 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
+from mlpmixer_flax.data.folders import folder_parts
+from mlpmixer_flax.data.tfds import tfds_parts
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
-from mlpmixer_flax.training.optimizer import Params, make_optimizer, make_schedule
+from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
 from mlpmixer_flax.training.step import (
     PreviewStep,
     TrainState,
@@ -40,6 +42,7 @@ class Setup:
     class_names: list[str]  # in the order of the head's outputs
     train_batches: TrainBatches
     test_batches: TestBatches
+    scored: str  # what the names of scores begin with: "validation" or "test"
     model: MlpMixer
     input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
     mesh: jax.sharding.Mesh
@@ -48,6 +51,11 @@ class Setup:
     update: TrainStep  # (state, batch) -> (state, metrics)
     score: EvalStep  # (parameters, batch) -> sums over the batch
     preview: PreviewStep  # first batch -> images as the first update sees them
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Updates per pass over the training split."""
+        return len(self.train_batches.examples) / self.config.batch_size
 
 
 def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
@@ -91,11 +99,15 @@ def _canonical(value: Any) -> Any:
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as a run stores it: with the absolute path of a folder, valid from any directory."""
-    dataset = config.dataset
+    """Returns the config as a run stores it: with absolute paths of data, valid from any directory."""
+    dataset, data_dir = config.dataset, config.data_dir
     if dataset.startswith("folder:"):
-        dataset = f"folder:{os.path.abspath(os.path.expanduser(dataset.removeprefix('folder:')))}"
-    return {**config.to_dict(), "dataset": dataset}
+        dataset = f"folder:{_absolute(dataset.removeprefix('folder:'))}"
+    return {**config.to_dict(), "dataset": dataset, "data_dir": data_dir and _absolute(data_dir)}
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def make_setup(config: ConfigDict) -> Setup:
@@ -124,6 +136,7 @@ def make_setup(config: ConfigDict) -> Setup:
         class_names=info["class_names"],
         train_batches=train_batches,
         test_batches=test_batches,
+        scored=_scored(config),
         model=model,
         input_shape=input_shape,
         mesh=mesh,
@@ -140,21 +153,30 @@ def make_setup(config: ConfigDict) -> Setup:
     )
 
 
-def load_init_weights(setup: Setup, like: Params) -> Params:
-    """Returns the weights of config.init_from, adapted to the model, as numpy arrays.
+def initial_params(setup: Setup, like: Params) -> Params | None:
+    """Returns the weights of config.init_from, adapted to the model, as numpy arrays; None = random weights.
 
     `like` has the shapes of the model's parameters.
+
+    Raises:
+      UserError: the weights cannot be used, or config.freeze would freeze a new head.
     """
     config, patch = setup.config, setup.model.patches["size"]
+    if not config.init_from and not config.freeze:
+        return None
     # If the model gets a new head, it starts exactly as in a run from random weights.
-    like = {**like, "head": jax.jit(lambda: setup.init(None).params["head"])()}
-    return source.load(
-        config.init_from,
-        like,
-        grid=(setup.input_shape[0] // patch[0], setup.input_shape[1] // patch[1]),
-        head=config.init_head,
-        class_names=setup.class_names,
-    )
+    new_head = jax.device_get(jax.jit(lambda: setup.init(None).params["head"])())
+    params = None
+    if config.init_from:
+        params = source.load(
+            config.init_from,
+            {**like, "head": new_head},
+            grid=(setup.input_shape[0] // patch[0], setup.input_shape[1] // patch[1]),
+            head=config.init_head,
+            class_names=setup.class_names,
+        )
+    check_frozen_head(config.freeze, (params or {"head": new_head})["head"]["kernel"])
+    return params
 
 
 def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]:
@@ -204,6 +226,23 @@ def _check_channels(config: ConfigDict, channels: int) -> None:
             )
 
 
+def _scored(config: ConfigDict) -> str:
+    """Returns "validation" if all parts of the test split are of validation or training splits, else "test".
+
+    A part of the training split serves for validation. "test" of a folder without test images is its validation
+    split.
+    """
+    if config.dataset.startswith("folder:"):
+        (parts,) = folder_parts(config.dataset.removeprefix("folder:"), config.test_split)
+    else:
+        (parts,) = tfds_parts(config.dataset, config.test_split, data_dir=config.data_dir)
+    names = {part.split.casefold() for part in parts}
+    others = [
+        name for name in names if not (name.startswith(("val", "dev", "train")) or "validation" in name)
+    ]
+    return "test" if others else "validation"
+
+
 def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
     def open_split(split: str, *, min_crop_area: float) -> Examples:
         return open_examples(
@@ -214,6 +253,7 @@ def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
             image_size_px=config.preprocess.image_size_px,
             crop_fraction=config.preprocess.crop_fraction,
             interpolation=config.preprocess.interpolation,
+            fit=config.preprocess.fit,
             min_crop_area=min_crop_area,
             skip_bad_images=config.skip_bad_images,
             for_training=True,

@@ -4,7 +4,7 @@ import math
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, resolve
-from mlpmixer_flax.data.images import RESAMPLING
+from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.models import GELU, check_patch
 from mlpmixer_flax.training.losses import LOSSES
@@ -19,6 +19,7 @@ CHOICES = {
     "schedule.name": tuple(SCHEDULES),
     "model.gelu": tuple(GELU),
     "model.dtype": ("float32", "bfloat16"),
+    "preprocess.fit": FITS,
     "preprocess.interpolation": tuple(RESAMPLING),
 }
 

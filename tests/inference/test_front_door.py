@@ -179,7 +179,7 @@ def test_no_images_have_no_predictions_and_no_features(model):
     ("image", "message"),
     [
         ("absent.png", "^image 'absent.png' cannot be used .*FileNotFoundError"),
-        (b"no image", r"^images\[2\]: the image of 8 bytes cannot be used \(empty, cut short or not an image"),
+        (b"no image", r"^images\[2\]: the image of 8 bytes cannot be used: it is a text file"),
         (PIXELS[0] / 255, r"^images\[2\]: an array float64 \(20, 26, 4\) is not an image: give uint8 \(h, w\)"),
         (PIXELS[0, ..., :2], r"^images\[2\]: an array uint8 \(20, 26, 2\) is not .* 1, 3 or 4 channels"),
         (Image.new("F", (9, 8)), r"^images\[2\]: the Pillow image of 9x8 px cannot be used .* float32"),

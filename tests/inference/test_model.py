@@ -88,15 +88,17 @@ def test_an_ema_that_a_run_does_not_keep_is_refused(run, tmp_path):
         load(copy, checkpoint="ema")
 
 
-def test_a_run_gives_the_weights_that_its_last_accuracy_belongs_to(run, tmp_path):
-    for options, which in [((), "ema"), (["--checkpoint=last"], "last"), (["--checkpoint=best"], "best")]:
+def test_a_run_gives_its_best_weights_unless_others_are_named(run, tmp_path):
+    for options, which in [((), "best"), (["--checkpoint=last"], "last"), (["--checkpoint=ema"], "ema")]:
         step, params = read_weights(run, which)
         model = named(f"--workdir={run}", *options)
         chex.assert_trees_all_equal(model.params, params)
         assert model.step == step
-    chex.assert_trees_all_equal(
-        load_run(copy_with(run, tmp_path / "copy", ema_decay=0.0)).params, read_weights(run, "last")[1]
-    )
+    for ema_decay, which in [(0.0, "last"), (0.9, "ema")]:  # without scores, those that would be evaluated
+        copy = copy_with(run, tmp_path / which, ema_decay=ema_decay)
+        for metrics in copy.glob("checkpoints/*/metrics"):
+            shutil.rmtree(metrics)
+        chex.assert_trees_all_equal(load_run(copy).params, read_weights(run, which)[1])
 
 
 def test_probabilities_are_those_that_training_evaluates(run, digits):
@@ -124,7 +126,7 @@ def test_an_exported_file_is_the_same_model_as_its_run(run, tmp_path, format):
     file = tmp_path / "weights"
     options = [f"--format={format}", f"--output={file}", "--checkpoint=ema"]
     assert export.main([f"--workdir={run}", *options]) == 0
-    ours, theirs = load_run(run), named(f"--weights={file}")
+    ours, theirs = load_run(run, "ema"), named(f"--weights={file}")
     chex.assert_trees_all_equal(theirs.params, ours.params)
     assert theirs.class_names == ours.class_names == tuple("0123456789")
     assert theirs.module.gelu == "erf" and theirs.module.patches["size"] == (2, 2)

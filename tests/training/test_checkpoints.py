@@ -1,6 +1,6 @@
 """Tests what a run keeps on disk, restores exactly, refuses, and survives if files are damaged."""
 
-import json
+import shutil
 from pathlib import Path
 
 import chex
@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import check_class_names, check_workdir, read_class_names, read_weights, write_run
+from mlpmixer_flax import UserError, rundir
+from mlpmixer_flax.rundir import (
+    default_checkpoint,
+    describe_weights,
+    open_run,
+    read_class_names,
+    read_config,
+    read_weights,
+    write_run,
+)
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 
@@ -60,7 +68,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 0.1, 2: 0.9, 3: None, 4: 0.3, 5: None, 6: 0.2})
     assert kept(tmp_path) == [2, 5, 6]
     reopened = Checkpoints(tmp_path, keep=2)
-    assert reopened.best() == (2, 0.9)
+    assert reopened.best() == (2, (0.9, "test"))
     reopened.close()
     save(tmp_path, {7: 0.95, 8: None})  # by a later process
     assert kept(tmp_path) == [7, 8]
@@ -133,62 +141,107 @@ def test_if_no_checkpoint_can_be_read_the_run_is_refused_and_nothing_is_moved(tm
     assert kept(tmp_path) == [1]
 
 
-CONFIG = {"seed": 0, "optimizer": {"name": "sgd"}, "preprocess": {"mean": (0.5,)}}
-
-
-def test_the_same_config_may_continue_and_another_is_refused_with_the_keys(tmp_path):
-    check_workdir(tmp_path / "new", CONFIG)
-    assert not (tmp_path / "new").exists()
-    write_run(tmp_path, CONFIG, class_names=["cat", "châtaigne"])
-    check_workdir(tmp_path, CONFIG)
-    other = {**CONFIG, "seed": 1, "optimizer": {"name": "adam"}}
-    message = "with another config .optimizer.name was 'sgd', is 'adam', seed was 0, is 1.: choose another --workdir"
-    with pytest.raises(UserError, match=message):
-        check_workdir(tmp_path, other)
-    assert json.loads((tmp_path / "class_names.json").read_text()) == ["cat", "châtaigne"]
-    assert json.loads((tmp_path / "config.json").read_text())["preprocess"] == {"mean": [0.5]}
-
-
-def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="cannot write to workdir .*not a directory"):
-            check_workdir(workdir, CONFIG)
+def test_a_config_and_names_with_any_bytes_are_written_and_read_back(tmp_path):
+    config = {"dataset": "folder:/photos/caf\udce9", "preprocess": {"mean": (0.5,)}}
+    write_run(tmp_path, config, class_names=["cat", "châtaigne"])
+    assert read_config(tmp_path) == {"dataset": "folder:/photos/caf\udce9", "preprocess": {"mean": [0.5]}}
+    assert read_class_names(tmp_path) == ["cat", "châtaigne"]
+    assert "châtaigne" in (tmp_path / "class_names.json").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="cannot write to /proc/nothing"):
-        write_run(Path("/proc/nothing/can/be/made/here"), CONFIG, class_names=[])
+        write_run(Path("/proc/nothing/can/be/made/here"), config, class_names=[])
 
 
-def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"Orbax reads \[ in a path as a pattern; choose a path without it"):
-        check_workdir(tmp_path / "runs [1]" / "b16", CONFIG)
+# --- which weights are read
 
 
-def test_classes_that_differ_from_those_of_the_run_are_refused(tmp_path):
-    check_class_names(tmp_path, ["cat", "dog"])
-    write_run(tmp_path, CONFIG, class_names=["cat", "dog"])
-    check_class_names(tmp_path, ["cat", "dog"])
-    with pytest.raises(
-        UserError, match=r"run with other classes \(gone: 'cat'; new: 'a cat'\): restore the dataset"
-    ):
-        check_class_names(tmp_path, ["a cat", "dog"])
+def as_run(workdir, ema_decay):
+    write_run(
+        workdir,
+        {"model": {}, "preprocess": {}, "loss": "softmax", "ema_decay": ema_decay},
+        class_names=["cat"],
+    )
 
 
-def test_a_config_json_without_a_config_is_refused(tmp_path):
-    for text, message in (
-        ("{", "config.json cannot be read .*choose another --workdir"),
-        ("[]", "config.json is not the config of a run: choose another --workdir"),
-    ):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=message):
-            check_workdir(tmp_path, CONFIG)
+@pytest.mark.parametrize("scored", ["test", "validation"])
+def test_the_best_checkpoint_is_the_default_and_is_described(tmp_path, scored):
+    as_run(tmp_path, 0.0)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step, accuracy in {1: 0.9, 2: 0.5, 3: None}.items():
+        checkpoints.save(step, state(step), accuracy and {f"{scored}/accuracy": accuracy})
+    assert checkpoints.best() == (1, (0.9, scored))
+    checkpoints.close()
+    assert default_checkpoint(tmp_path) == "best"
+    assert open_run(tmp_path).step == open_run(tmp_path, "best").step == 1
+    assert (open_run(tmp_path, "last").step, open_run(tmp_path, "2").step) == (3, 2)
+    for which, step, text in [
+        ("best", 1, f"step 1, the best checkpoint ({scored} accuracy 90.00%)"),
+        ("last", 3, "step 3, the newest checkpoint"),
+        ("2", 2, f"step 2 ({scored} accuracy 50.00%)"),
+    ]:
+        assert describe_weights(tmp_path, which, step=step) == text
 
 
-def test_checkpoints_of_an_unknown_config_are_refused(tmp_path):
-    save(tmp_path, {1: None})
-    with pytest.raises(UserError, match="has checkpoints but no config.json"):
-        check_workdir(tmp_path, CONFIG)
+@pytest.mark.parametrize(("ema_decay", "default"), [(0.0, "last"), (0.9, "ema")])
+def test_without_scores_the_default_is_what_would_be_evaluated(tmp_path, ema_decay, default):
+    as_run(tmp_path, ema_decay)
+    save(tmp_path, {1: None, 2: None})
+    assert default_checkpoint(tmp_path) == default
+    with pytest.raises(UserError, match="has no checkpoint with an accuracy: train first"):
+        open_run(tmp_path, "best")
 
 
-def test_a_name_that_no_file_system_accepts_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot use workdir"):
-        check_workdir(tmp_path / ("x" * 300), CONFIG)
+def test_an_ema_is_described(tmp_path):
+    as_run(tmp_path, 0.9)
+    save(tmp_path, {1: 0.5})
+    assert describe_weights(tmp_path, "best", step=1).endswith("(test accuracy 50.00%), EMA weights")
+    assert describe_weights(tmp_path, "ema", step=1) == (
+        "step 1, the newest checkpoint (test accuracy 50.00%), EMA weights"
+    )
+    assert describe_weights(tmp_path, "last", step=1) == "step 1, the newest checkpoint, without EMA"
+
+
+def test_runs_of_both_names_of_scores_have_one_best(tmp_path):
+    """A run that began before validation scores had their name continues with the new name."""
+    as_run(tmp_path, 0.0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state(1), {"test/accuracy": 0.9})
+    checkpoints.save(2, state(2), {"validation/accuracy": 0.8})
+    checkpoints.save(3, state(3), {"validation/accuracy": 0.7})
+    checkpoints.close()
+    assert kept(tmp_path) == [1, 3] and open_run(tmp_path).step == 1
+
+
+def test_a_checkpoint_that_training_removes_meanwhile_is_not_an_error(tmp_path, monkeypatch):
+    as_run(tmp_path, 0.0)
+    save(tmp_path, {1: 0.5, 2: 0.6})
+    find = rundir._find_step
+    found = []
+
+    def find_and_lose(workdir, which):
+        found.append(find(workdir, which))
+        if len(found) == 1:  # a better one was saved, so that this one goes
+            shutil.rmtree(workdir / "checkpoints" / str(found[0]))
+        return found[-1]
+
+    monkeypatch.setattr(rundir, "_find_step", find_and_lose)
+    assert read_weights(tmp_path, "best")[0] == 1 and found == [2, 1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"test/accuracy": "high"}', "\0\0", '{"loss": 1}'])
+def test_a_run_continues_if_metrics_of_a_checkpoint_are_damaged(tmp_path, content):
+    save(tmp_path, {1: 0.9, 2: 0.5})
+    for file in files_with_content(tmp_path / "checkpoints" / "1" / "metrics"):
+        file.write_text(content)
+    assert read_weights(tmp_path, "best")[0] == 2
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.best() == (2, (0.5, "test"))
+    checkpoints.save(3, state(3), scores(0.4))
+    checkpoints.close()
+    assert kept(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2]", "nothing"])
+def test_class_names_that_are_no_list_of_names_are_refused(tmp_path, content):
+    (tmp_path / "class_names.json").write_text(content)
+    with pytest.raises(UserError, match="class_names.json cannot be read .* is incomplete; choose another"):
+        read_class_names(tmp_path)

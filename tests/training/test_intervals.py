@@ -55,3 +55,9 @@ def test_a_step_that_was_not_evaluated_is_never_the_best():
     best.improves(scores(0.3))
     assert not best.improves(None)
     assert best.accuracy == 0.3
+
+
+def test_scores_of_a_validation_split_are_compared_in_the_same_way():
+    best = Best(0.5)
+    assert not best.improves({"validation/accuracy": 0.4, "validation/loss": 1.0})
+    assert best.improves({"validation/accuracy": 0.6, "validation/loss": 1.0}) and best.accuracy == 0.6

@@ -35,7 +35,8 @@ def clock(monkeypatch):
 
 
 def open_reporter(workdir, start_step=0, total_steps=100):
-    return contextlib.closing(Reporter(workdir, start_step=start_step, total_steps=total_steps))
+    reporter = Reporter(workdir, start_step=start_step, total_steps=total_steps, steps_per_epoch=40.0)
+    return contextlib.closing(reporter)
 
 
 def lines(workdir):
@@ -106,13 +107,13 @@ def test_few_classes_get_a_curve_each_and_many_a_histogram_but_no_line_in_the_fi
     few = {"cat": 0.5, "great auk": np.nan, "кот": 1.0}
     many = {f"class {i}": i / 40 for i in range(40)} | {"unseen": np.nan}
     with open_reporter(tmp_path) as reporter:
-        reporter.class_accuracy(10, few)
-        reporter.class_accuracy(20, many)
+        reporter.class_accuracy(10, few, scored="test")
+        reporter.class_accuracy(20, many, scored="validation")
     found = events(tmp_path)
     *curves, (step, tag, _) = scalars(found)
     assert curves == [(10, "test_class_accuracy/cat", 0.5), (10, "test_class_accuracy/кот", 1.0)]
     (histogram,) = (value.histo for event in found for value in event.summary.value if value.histo.num)
-    assert (step, tag, histogram.num) == (20, "test_class_accuracy", 40)
+    assert (step, tag, histogram.num) == (20, "validation_class_accuracy", 40)
     assert sum(histogram.bucket) == 40 and max(histogram.bucket) <= 3
     assert not lines(tmp_path)
 
@@ -159,6 +160,35 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
     assert lines(tmp_path) == [{"step": 10, "train/loss": 1.0}, {"step": 30, **TRAINING}]
 
 
+DAMAGED = [
+    b"\0" * 40,
+    b"\xff\xfe\xfa",
+    b"nonsense",
+    b"{",
+    b"3",
+    b"null",
+    b"[1, 2]",
+    b'"step"',
+    b"{}",
+    b"[" * 9999,
+]
+DAMAGED += [b'{"train/loss": 1.0}', b'{"step": "7", "train/loss": 1.0}', b'{"step": 7, "train/loss": "low"}']
+DAMAGED += [b'{"step": 7, "train/loss": null}', b'{"step": 1, "train/lo{"step": 2, "train/loss": 1.0}']
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: str(line[:20]))
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_damaged_line_does_not_stop_a_run_from_resuming(tmp_path, capsys, line, place):
+    file = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 10, "train/loss": 1.0}', b'{"step": 20, "train/loss": 0.5}']
+    file.write_bytes(b"\n".join([*good[:place], line, *good[place:]]) + b"\n")
+    assert [row["step"] for row in read_metrics(file)] == [10, 20]
+    with open_reporter(tmp_path, start_step=20) as reporter:
+        reporter.training(30, TRAINING)
+    assert [row["step"] for row in lines(tmp_path)] == [10, 20, 30]
+    assert f"{file}: 1 damaged line removed" in capsys.readouterr().out
+
+
 def test_a_complete_last_line_without_its_newline_is_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}')
     with open_reporter(tmp_path, start_step=10) as reporter:
@@ -175,16 +205,20 @@ def test_without_a_file_there_are_no_rows(tmp_path):
 
 def test_plain_lines_if_the_output_is_not_a_terminal(tmp_path, capsys, clock):
     with open_reporter(tmp_path, start_step=100, total_steps=200) as reporter:
+        reporter.first_update(101, {"loss": np.float32(2.30259), "accuracy": np.float32(0)})
         for _ in range(50):
             reporter.advance()
         clock.now += 90  # 50 steps in 90 s: as long again for the other 50
         reporter.training(150, TRAINING)
         reporter.evaluation(150, TEST)
+        reporter.evaluation(150, {"validation/accuracy": 0.5, "validation/loss": 1.5})
         reporter.say("stopped")
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "step 150/200: loss 1.2346, accuracy 0.5000, 1,234 img/s, ETA 01:30",
-        "step 150: test/loss 2.5000, test/accuracy 0.2500, test/accuracy_top5 0.7500",
+        "step 101/200, epoch 2.5: loss 2.3026 in the first update",
+        "step 150/200, epoch 3.8: loss 1.2346, acc 0.5000, 1,234 img/s, ETA 01:30",
+        "step 150, epoch 3.8: test accuracy 0.2500, accuracy top 5 0.7500, loss 2.5000",
+        "step 150, epoch 3.8: validation accuracy 0.5000, loss 1.5000",
         "stopped",
     ]
     assert err == ""
@@ -195,10 +229,12 @@ BAR = """
 import pathlib, sys, time
 from mlpmixer_flax.training.report import Reporter
 start, total, speed = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-reporter = Reporter(pathlib.Path(sys.argv[1]), start_step=start, total_steps=total)
+reporter = Reporter(pathlib.Path(sys.argv[1]), start_step=start, total_steps=total, steps_per_epoch=4.0)
 for step in range(start + 1, start + 5):
     time.sleep(0.15)  # longer than the 0.1 s between two looks of the bar
     reporter.advance()
+    if step == start + 1:
+        reporter.first_update(step, {"loss": 2.30259})
     if step == start + 2:
         scalars = {"train/loss": 11.234, "train/accuracy": 0.4567, "images_per_second": speed}
         reporter.training(step, scalars)
@@ -246,12 +282,14 @@ def test_progress_bar_on_a_terminal(tmp_path, start, total, speed, shown):
     bars = [frame for frame in frames if "|" in frame]
     full = bars[-1]
     assert re.match(rf" *\d+%\|.*\| {start + 4}/{total}, ", full), full
-    for part in ("loss 11.234", "acc 0.457", shown):
+    for part in (f"epoch {(start + 2) / 4:.{2 if start == 0 else 1}f}", "loss 11.234", shown):
         assert part in full
+    assert ("acc 0.457" in full) == (total < 100_000)  # otherwise there is no room for it
+    assert any("loss 2.3026" in bar for bar in bars)
     assert re.search(r", ETA (\d+:)?\d\d:\d\d *$", full), full  # not cut off at the edge
     # The evaluation has a line of its own above the bar; there is no other line.
     others = [frame.strip() for frame in frames if frame.strip() and "|" not in frame]
-    assert others == ["step 2: test/loss 2.5000, test/accuracy 0.2500"]
+    assert others == [f"step {start + 2}, epoch 0.50: test accuracy 0.2500, loss 2.5000"]
 
 
 # Means between two reports

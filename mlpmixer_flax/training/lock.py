@@ -1,0 +1,79 @@
+"""Keeps a second process out of a run directory while a run is in training."""
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import jax
+from filelock import FileLock, Timeout
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.atomic import make_folder, replacing
+
+_FILE = "in_use.lock"
+_OWNER = "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
+
+
+class RunLock:
+    """The lock of a run directory; programs that only read a run do not need it.
+
+    The system releases it when the process ends, however it ends, so files that a killed run leaves behind block
+    nothing.
+    """
+
+    def __init__(self, workdir: Path):
+        self._workdir = workdir
+        self._lock: FileLock | None = None
+
+    def check(self) -> None:
+        """Takes the lock if the directory has the file for it; otherwise no process uses it, and nothing is written.
+
+        Raises:
+          UserError: another process uses the directory.
+        """
+        if (self._workdir / _FILE).exists():
+            self.take()
+
+    def take(self) -> None:
+        """Creates the directory and takes the lock, if this process does not hold it already.
+
+        Raises:
+          UserError: another process uses the directory, or it cannot be written to.
+        """
+        # In a run on several hosts, which share the directory, the first process takes the lock for all.
+        if self._lock or (jax.distributed.is_initialized() and jax.process_index()):
+            return
+        make_folder(self._workdir)
+        lock = FileLock(self._workdir / _FILE)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self._workdir} is in use by {self._owner()}: wait until it ends, or choose another --workdir"
+            ) from None
+        except NotImplementedError:  # the file system has no locks
+            return
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {self._workdir / _FILE} ({error.strerror}): choose another --workdir"
+            ) from None
+        self._lock = lock
+        owner = {"process": os.getpid(), "host": socket.gethostname()}
+        with replacing(self._workdir / _OWNER) as file:
+            file.write(json.dumps(owner).encode())
+
+    def _owner(self) -> str:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            owner = json.loads((self._workdir / _OWNER).read_text())
+            return f"process {owner['process']} on {owner['host']}"
+        return "another process"
+
+    def close(self) -> None:
+        """Releases the lock."""
+        if self._lock:
+            with contextlib.suppress(OSError):
+                (self._workdir / _OWNER).unlink()
+            self._lock.release()
+            self._lock = None

@@ -1,0 +1,134 @@
+"""Records of what data a run consists of, so that data which changed between two starts is noticed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.config import ConfigDict
+from mlpmixer_flax.data.folders import FolderRecords
+from mlpmixer_flax.data.tfds import load_builder
+from mlpmixer_flax.dataloader import Examples
+from mlpmixer_flax.training.continuing import Change, another_config
+
+FILE = "data.json"  # in the run directory
+_MOST_FILES = 100_000  # of a split; longer lists are not stored, and changes are then only counted
+
+
+def make_record(config: ConfigDict, train: Examples, test: Examples) -> dict[str, Any]:
+    """Returns what identifies the data of a run, as plain data.
+
+    For a folder these are, for each split, the number of images, a hash of the names and sizes of the files in
+    the order of the examples, and the files themselves if they are not too many. Names are relative to the
+    folder, so a folder that was moved has the same record. For TFDS datasets they are name, version and number of
+    examples. The content of a file that keeps its size is not compared.
+
+    Raises:
+      UserError: a file has disappeared.
+    """
+    splits = {"train": _describe(train), "test": _describe(test)}
+    if train.files is not None:
+        return {"dataset": "folder", **splits}
+    info = load_builder(config.dataset, config.data_dir).info
+    return {"dataset": info.full_name, **splits}
+
+
+def _describe(examples: Examples) -> dict[str, Any]:
+    records = examples.source.records
+    if not isinstance(records, FolderRecords):
+        return {"examples": len(examples)}
+    digest, sizes = hashlib.blake2b(digest_size=16), {}
+    for name in records.files:
+        try:
+            size = os.stat(os.path.join(records.root, name)).st_size
+        except OSError as error:
+            raise UserError(
+                f"image {name!r} of {examples.name} can no longer be read ({error.strerror}): restore it, and start again"
+            ) from None
+        digest.update(os.fsencode(name) + b"\0%d\0" % size)
+        sizes[name] = size
+    record: dict[str, Any] = {"examples": len(examples), "hash": digest.hexdigest()}
+    return record | ({"files": sizes} if len(sizes) <= _MOST_FILES else {})
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """Returns the record in a run directory, or {} if there is none; says so if it cannot be read."""
+    file = workdir / FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        pass
+    print(f"{file} is damaged and is written again: whether the data has changed is not known")
+    return {}
+
+
+def check_data(
+    workdir: Path,
+    stored: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    moved: Change | None,
+) -> None:
+    """Checks that a run continues with the data with which it began.
+
+    Args:
+      stored, record: from `read_record` and `make_record`.
+      moved: the change of config.dataset, if it has another name now.
+
+    Raises:
+      UserError: the data is not the same; or it has another name and nothing was recorded.
+    """
+    if not stored:
+        if moved:
+            raise UserError(f"{another_config(workdir, [moved])}: choose another --workdir")
+        return
+    differences = _compare(stored, record)
+    if differences:
+        cause = f"{moved.now} does not have the data of the run in {workdir}" if moved else ""
+        raise UserError(
+            f"{cause or f'the data of the run in {workdir} has changed since the run began'} "
+            f"({'; '.join(differences)}), and that would change its length and the order of its images: restore "
+            f"the data, or start a new run from this one with --config.init_from={workdir} and another --workdir"
+        )
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between two records, in words."""
+    if before.get("dataset") != now["dataset"]:
+        return [f"it was {before.get('dataset')}, is {now['dataset']}"]
+    differences = []
+    for split in ("train", "test"):
+        theirs, ours = before.get(split), now[split]
+        if theirs == ours:
+            continue
+        name = {"train": "training", "test": "evaluation"}[split]
+        if not isinstance(theirs, dict) or "files" not in theirs or "files" not in ours:
+            counts = [each.get("examples") if isinstance(each, dict) else None for each in (theirs, ours)]
+            words = (
+                f"{counts[0]:,} images, now {counts[1]:,}" if isinstance(counts[0], int) else "other images"
+            )
+            differences.append(f"{name}: {words}")
+        else:
+            differences.append(f"{name}: {_compare_files(theirs['files'], ours['files'])}")
+    return differences
+
+
+def _compare_files(before: Mapping[str, int], now: Mapping[str, int]) -> str:
+    changes = {
+        "added": [name for name in now if name not in before],
+        "gone": [name for name in before if name not in now],
+        "changed": [name for name in now if before.get(name, now[name]) != now[name]],
+    }
+    words = [
+        f"{len(names):,} image{'s' * (len(names) > 1)} {change}, such as {min(names)!r}"
+        for change, names in changes.items()
+        if names
+    ]
+    return ", ".join(words) or "the same images in another order"
