@@ -54,10 +54,11 @@ mixer_l16_config = _mixer(16, 1024, 24, 512, 4096)
 mixer_l32_config = _mixer(32, 1024, 24, 512, 4096)
 mixer_h14_config = _mixer(14, 1280, 32, 640, 5120)
 
-# Small sizes for images of 8 to 32 px
+# Small sizes for images of 8 to 64 px
 mixer_digits_config = _mixer(2, 64, 3, 32, 128)
 mixer_mnist_config = _mixer(7, 128, 3, 64, 256)
 mixer_nano4_config = _mixer(4, 128, 8, 128, 256)
+mixer_folder_config = _mixer(8, 128, 4, 64, 256)
 mixer_tiny4_config = _mixer(4, 256, 12, 128, 1024)
 
 RANDAUGMENT_OPS = (

@@ -1,15 +1,21 @@
-"""Train a Mixer: python -m mlpmixer_flax.train --config=configs/digits.py
+"""Train a Mixer: python -m mlpmixer_flax.train photos/
 
-A config file describes one run. --config.KEY=VALUE changes a key of the config;
-mlpmixer_flax/config.py explains all keys. Config, metrics and checkpoints are
-written into the run directory, --workdir. To continue a run that was stopped,
-repeat the command with the same --workdir. To train a run longer, also one that
-has ended, repeat it with a greater --config.total_epochs.
+Trains on a folder of images, photos/<class>/*.jpg, or on the dataset of a
+config file. A config file describes one run; --config.KEY=VALUE changes a key
+of it, and mlpmixer_flax/config.py explains all keys. A folder without a config
+file is trained on with configs/folder.py, after image size, model and length
+are changed to suit the images and the device.
+
+Config, metrics and checkpoints are written into the run directory, --workdir.
+To continue a run that was stopped, repeat the command with the same --workdir.
+To train a run longer, also one that has ended, repeat it with a greater
+--config.total_epochs.
 """
 
 import argparse
 import contextlib
 import itertools
+import os
 import signal
 import sys
 import textwrap
@@ -19,9 +25,12 @@ from pathlib import Path
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import exit_status, make_parser, path
+from mlpmixer_flax.config import ConfigDict, flatten
+from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.signals import Interrupted
+from mlpmixer_flax.training.sizing import suit_folder
 
 train = fit  # the name that users of this module import
 
@@ -31,19 +40,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
         "train",
         __doc__,
-        examples="  python -m mlpmixer_flax.train --config=configs/digits.py\n"
+        examples="  python -m mlpmixer_flax.train photos/\n"
+        "  python -m mlpmixer_flax.train photos/ --config=configs/finetune_folder.py\n"
         "  python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist \\\n"
         "      --config.total_epochs=3 --config.optimizer.learning_rate=1e-3\n"
         "configs of the package:\n"
         + textwrap.fill("  " + " ".join(shipped_configs()), 79, subsequent_indent="  "),
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="config file; those of the package are found by name"
+        "folder",
+        nargs="?",
+        metavar="FOLDER",
+        help="folder of images; short for --config.dataset=folder:FOLDER",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config file; those of the package are found by name (default: configs/folder.py, adapted to FOLDER)",
     )
     parser.add_argument(
         "--workdir", type=path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
     )
     arguments, arguments.overrides = parser.parse_known_args(argv)
+    if not (arguments.folder or arguments.config):
+        parser.error("nothing to train on: give a folder of images, such as photos/, or --config=FILE")
     return arguments
 
 
@@ -57,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
-    name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = _config(arguments)
+    subject = Path(arguments.config or os.path.abspath(arguments.folder)).stem
+    name = f"{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     given = arguments.workdir
     try:
         with contextlib.nullcontext(given) if given else _new_workdir(name) as workdir:
@@ -70,6 +91,29 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return 128 + stop.number
     return 0
+
+
+def _config(arguments: argparse.Namespace) -> ConfigDict:
+    """Returns the config of the run; prints what was chosen for a folder without a config file."""
+    overrides = arguments.overrides
+    if arguments.folder:
+        overrides = [f"--config.dataset=folder:{arguments.folder}", *overrides]
+    config = load_config(arguments.config or "folder.py", overrides)
+    if arguments.config:
+        return config
+    chosen = suit_folder(config.dataset.removeprefix("folder:"))
+    stored = flatten(ConfigDict(read_config(arguments.workdir))) if arguments.workdir else {}
+    changes = [f"--config.{key}={stored.get(key, value)}" for key, value in chosen.items()]
+    given = [argument.partition("=")[0] for argument in overrides]
+    shown = [change.removeprefix("--config.") for change in changes if change.partition("=")[0] not in given]
+    if shown and not stored:
+        print(
+            "configs/folder.py, with values that suit the images and the device:",
+            textwrap.fill(", ".join(shown), 79, initial_indent="  ", subsequent_indent="  "),
+            sep="\n",
+            flush=True,
+        )
+    return load_config("folder.py", [*changes, *overrides])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mlpmixer_flax import UserError
+from mlpmixer_flax import UserError, train
 from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.training.configfile import load_config
 
@@ -82,8 +82,8 @@ def test_training_command_is_understood(command):
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "mlpmixer_flax.train"]
     assert any(word.startswith("--workdir=") for word in words)
-    (config,) = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    load_config(str(ROOT / config), [word for word in words if word.startswith("--config.")])
+    arguments = train.parse(words[3:])
+    load_config(str(ROOT / "configs" / Path(arguments.config or "folder.py").name), arguments.overrides)
 
 
 @pytest.mark.slow

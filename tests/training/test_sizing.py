@@ -1,0 +1,57 @@
+"""Tests which image size, model and length are chosen for a folder of images."""
+
+import numpy as np
+import pytest
+from made_datasets import encode
+from made_folders import names, write
+
+from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_nano4_config
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.sizing import suit_folder
+
+
+def folder(root, *, height, width, count=4):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    data = encode(pixels, "PNG")
+    return write(root, *names("train/a", count), *names("train/b", count), *names("test/a", 1), data=data)
+
+
+def architecture(chosen):
+    return {key.removeprefix("model."): value for key, value in chosen.items() if key.startswith("model.")}
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size_px", "model"),
+    [(28, 28, 32, mixer_nano4_config), (47, 300, 32, mixer_nano4_config), (48, 64, 64, mixer_folder_config)],
+)
+def test_the_short_side_decides_the_image_size_and_the_model(tmp_path, height, width, size_px, model):
+    chosen = suit_folder(folder(tmp_path, height=height, width=width))
+    assert chosen["preprocess.image_size_px"] == size_px
+    assert architecture(chosen) == flatten(model)
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "batch_size"), [(6, 200.0, 16), (80, 200.0, 32), (2500, 100.0, 64)]
+)
+def test_a_run_sees_about_400_000_images_in_20_to_200_epochs(tmp_path, count, epochs, batch_size):
+    root = folder(tmp_path, height=8, width=8, count=count)
+    write(root, "validation/a/0.png")  # so that all images of train are training images
+    chosen = suit_folder(root)
+    assert chosen["total_epochs"] == pytest.approx(epochs, abs=25)
+    assert chosen["batch_size"] == batch_size
+    assert 1 <= chosen["eval_every_epochs"] <= chosen["total_epochs"] / 40
+
+
+def test_files_that_are_no_images_do_not_count(tmp_path):
+    root = folder(tmp_path, height=64, width=64)
+    write(root, *names("train/c", 5), data=b"no image")
+    assert suit_folder(root)["preprocess.image_size_px"] == 64
+
+
+def test_the_choice_is_valid_and_without_it_the_config_is_the_one_for_photos_on_a_cpu(tmp_path):
+    chosen = suit_folder(folder(tmp_path, height=100, width=80))
+    config = load_config("folder.py", {"dataset": f"folder:{tmp_path}", **chosen})
+    assert config.model.num_blocks == 4
+    plain = flatten(load_config("folder.py"))
+    for_few = {"total_epochs", "eval_every_epochs", "save_every_epochs", "batch_size"}
+    assert {key for key in chosen if plain[key] != chosen[key]} == for_few
