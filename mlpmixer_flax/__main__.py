@@ -36,7 +36,7 @@ def _help() -> str:
         [
             "usage: mlpmixer PROGRAM ...     or: python -m mlpmixer_flax.PROGRAM ...",
             "",
-            __doc__,
+            __doc__ or "",
             "",
             *lines,
             "",
