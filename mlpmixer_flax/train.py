@@ -61,7 +61,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workdir", type=path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
     )
-    arguments, arguments.overrides = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # Apart from the others, because argparse takes a word that has a space, as in "a, b", for a FOLDER.
+    changes = [word for word in words if word.startswith("--config.")]
+    arguments, unknown = parser.parse_known_args([word for word in words if word not in changes])
+    arguments.overrides = [*changes, *unknown]
     if not (arguments.folder or arguments.config):
         parser.error("nothing to train on: give a folder of images, such as photos/, or --config=FILE")
     return arguments
