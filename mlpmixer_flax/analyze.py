@@ -3,13 +3,14 @@
 Give the parts to show. Without any, all parts are shown except shuffle, which
 trains three models.
 
-  curves        loss, accuracy and learning rate of a run: curves.png
+  curves        loss, accuracy and learning rate of a run, over its steps and
+                epochs: curves.png
   token_mixing  weights from patches to hidden units, as in the paper's Figure
                 5: token_mixing_block00.png and so on, one file per block
   stem          the kernels of the stem, the patch embedding: stem.png
-  fewshot       test accuracy of a linear classifier (ridge regression) trained
-                on the model's features of 5 images per class, drawn three
-                times: fewshot.json
+  fewshot       accuracy on --test_split of a linear classifier (ridge
+                regression) trained on the model's features of 5 images per
+                class, drawn three times: fewshot.json
   shuffle       the paper's Figure 4: trains --config three times: on the
                 original images, with patches and their pixels shuffled, and
                 with all pixels shuffled: shuffle.png. Also prints how much
@@ -19,6 +20,7 @@ trains three models.
 """
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -29,13 +31,26 @@ from tqdm import tqdm
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
-from mlpmixer_flax.cli import add_dataset, add_model, exit_status, load_model, make_parser, named_dataset
+from mlpmixer_flax.cli import (
+    add_dataset,
+    add_model,
+    exit_status,
+    load_model,
+    make_parser,
+    named_dataset,
+    path,
+)
+from mlpmixer_flax.config import ConfigDict, flatten, get_config
 from mlpmixer_flax.inference import figures, weight_figures
+from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.fewshot import features_of_split, few_shot
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
+from mlpmixer_flax.rundir import accuracy_of
+from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.keys import find_key
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.training.setup import make_setup, settle
 
@@ -48,8 +63,22 @@ def _curves(model: Model, arguments: argparse.Namespace) -> None:
     if arguments.workdir is None:
         raise UserError(f"{model.name} has no training curves: give a run directory, --workdir")
     rows = read_metrics(arguments.workdir / "metrics.jsonl")
-    figures.save(figures.curves(rows, title=model.name), arguments.output / "curves.png")
+    figure = figures.curves(rows, title=model.name, steps_per_epoch=steps_per_epoch(model, arguments.workdir))
+    save(figure, arguments.output / "curves.png")
     print("curves: curves.png")
+
+
+def steps_per_epoch(model: Model, workdir: Path) -> float | None:
+    """Returns the updates per epoch; None if the run has no record of its data, or a damaged one."""
+    try:
+        images = json.loads((workdir / record.FILE).read_text(encoding="utf-8"))["train"]["examples"]
+        return images / model.config["batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _named(model: Model) -> str:
+    return model.name if model.step is None else f"{model.name}, step {model.step}"
 
 
 def _token_mixing(model: Model, arguments: argparse.Namespace) -> None:
@@ -57,16 +86,14 @@ def _token_mixing(model: Model, arguments: argparse.Namespace) -> None:
     files = [f"token_mixing_block{i:02}.png" for i in range(model.module.num_blocks)]
     for i, file in enumerate(tqdm(files, "drawing token mixing", delay=2, leave=False, disable=None)):
         kernel = model.params[f"MixerBlock_{i}"]["token_mixing"]["Dense_0"]["kernel"]
-        title = f"Token mixing, block {i} of {model.name}"
-        figures.save(
-            weight_figures.token_mixing(kernel, grid=(rows, columns), title=title), arguments.output / file
-        )
+        title = f"Token mixing, block {i} of {_named(model)}"
+        save(weight_figures.token_mixing(kernel, grid=(rows, columns), title=title), arguments.output / file)
     print(f"token_mixing: {files[0]}" + f" to {files[-1]}" * (len(files) > 1))
 
 
 def _stem(model: Model, arguments: argparse.Namespace) -> None:
-    figure = weight_figures.stem(model.params["stem"]["kernel"], title=f"Patch embedding of {model.name}")
-    figures.save(figure, arguments.output / "stem.png")
+    figure = weight_figures.stem(model.params["stem"]["kernel"], title=f"Patch embedding of {_named(model)}")
+    save(figure, arguments.output / "stem.png")
     print("stem: stem.png")
 
 
@@ -93,20 +120,16 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         file.write((json.dumps({**named, **result}, indent=2) + "\n").encode())
     draws = ", ".join(f"{accuracy:.2%}" for accuracy in result["accuracy_by_seed"])
     print(
-        f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} test images of {data.dataset} are classified correctly\n"
-        f"  with {shots} images per class; each draw: {draws}; fewshot.json"
+        f"fewshot: {result['accuracy']:.2%} of {len(test[1]):,} images are classified correctly\n"
+        f"  ({data.dataset}, split {data.test_split})\n"
+        f"  with {shots} images per class of split {data.train_split}: {draws}; fewshot.json"
     )
     if not arguments.dataset:
         print("  (the model was trained on this dataset, so this does not measure transfer)")
 
 
 def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
-    if config.init_from:
-        raise UserError(
-            f"init_from={config.init_from!r} cannot be used for shuffle, because it was trained on images that are not "
-            "shuffled: set --config.init_from= (empty)"
-        )
+    config = arguments.shuffled
     largest, difference = symmetry(model, seed=config.seed)
     print(
         f"shuffle: logits change by at most {difference:.1e} if patches and weights are shuffled in\n"
@@ -116,18 +139,20 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     print(f"  {arguments.config}, trained three times:", flush=True)
     setup = make_setup(settle(config, {}))
     shuffles = {
-        "as they are": lambda images: images,
-        "with patches and their pixels shuffled": partial(
+        "images as they are": lambda images: images,
+        "patches and their pixels shuffled": partial(
             shuffle_patches, patch_px=setup.model.patches["size"], seed=config.seed
         ),
-        "with all pixels shuffled": partial(shuffle_pixels, seed=config.seed),
+        "all pixels shuffled": partial(shuffle_pixels, seed=config.seed),
     }
     runs = {}
     for name, shuffle in shuffles.items():
         runs[name] = learn(setup, shuffle)
-        print(f"  {runs[name][-1]['test/accuracy']:.2%} test accuracy on images {name}", flush=True)
-    figure = figures.compare(runs, title=f"{arguments.config}, trained on images …")
-    figures.save(figure, arguments.output / "shuffle.png")
+        if last := accuracy_of(runs[name][-1]):
+            print(f"  {last.value:.2%} {last.scored} accuracy: {name}", flush=True)
+    title = f"{arguments.config}, trained on images as they are and on shuffled ones"
+    figure = figures.compare(runs, title=title, steps_per_epoch=setup.steps_per_epoch)
+    save(figure, arguments.output / "shuffle.png")
     print("  shuffle.png")
 
 
@@ -141,10 +166,47 @@ _PARTS = {
 }
 
 
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Checks options that the parser does not know: only shuffle uses them, to change its config.
+
+    Raises:
+      UserError: shuffle is not asked for, or the option is similar to one of this program.
+    """
+    own = vars(arguments).keys() - {"parts", "overrides"}
+    shuffles = "shuffle" in arguments.parts
+    for argument in arguments.overrides:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--config."):
+            if not shuffles:
+                raise UserError(f"{argument} changes the config of shuffle: add shuffle, or leave it out")
+            continue
+        plain = name.strip("-").replace("-", "_").casefold()
+        if near := difflib.get_close_matches(plain, own, n=1, cutoff=0.75):
+            raise UserError(f"cannot use {argument!r}: did you mean --{near[0]}{equals}{value}?")
+        if not shuffles:
+            key = find_key(plain, list(flatten(get_config())))
+            meant = f"did you mean shuffle --config.{key}={value or 'VALUE'}?" if key else ""
+            raise UserError(f"cannot use {argument!r}: {meant or '--help lists all options'}")
+
+
+def _config_to_shuffle(arguments: argparse.Namespace) -> ConfigDict:
+    """Returns the config that shuffle trains; raises UserError as `load_config`, or if it starts from weights."""
+    config = load_config(arguments.config, arguments.overrides)
+    if config.init_from:
+        raise UserError(
+            f"init_from={config.init_from!r} cannot be used for shuffle, because it was trained on images that are not "
+            "shuffled: set --config.init_from= (empty)"
+        )
+    return config
+
+
 def _run(arguments: argparse.Namespace) -> None:
+    _check_options(arguments)
     for name in arguments.parts:
         if name not in _PARTS:
             raise UserError(f"part {name!r} is unknown: choose from {', '.join(_PARTS)}")
+    if "shuffle" in arguments.parts:
+        arguments.shuffled = _config_to_shuffle(arguments)
     model = load_model(arguments)
     make_folder(arguments.output)
     print(f"{model.name}, files in {arguments.output}:", flush=True)
@@ -175,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model(parser)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="directory to write (default: analysis, in the run directory or else in the current one)",
     )
@@ -199,8 +261,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="config file to train (default: configs/digits.py)",
     )
     arguments, arguments.overrides = parser.parse_known_intermixed_args(argv)
-    if arguments.overrides and "shuffle" not in arguments.parts:  # they change its config
-        parser.error(f"unrecognized arguments: {' '.join(arguments.overrides)}")
     arguments.output = arguments.output or (arguments.workdir or Path()) / "analysis"
     return arguments
 

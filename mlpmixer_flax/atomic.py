@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.faults import pass_on
 
 
 def make_folder(path: Path) -> None:
     """Creates a folder and its parents, if they do not exist.
 
     Raises:
-      UserError: it cannot be created.
+      UserError: it cannot be created there.
+      OSError: the disk is full or at fault; the error names the folder.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        pass_on(error, path)
         raise UserError(f"cannot write to {path} ({error.strerror}): choose another place") from None
 
 
@@ -29,7 +32,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     removed, and `path` stays as it was.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the file cannot be written there.
+      OSError: the disk is full or at fault; the error names the file.
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
@@ -39,6 +43,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        pass_on(error, path if error.filename in (None, str(temporary)) else None)
         raise UserError(f"cannot write {path} ({error.strerror}): choose another place") from None
     finally:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Shared by all programs: options that name a model or a dataset, exit status, and text in columns."""
+"""Shared by all programs: options that name a model or a dataset, and the exit status."""
 
 import argparse
 import io
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from rich.cells import cell_len, chop_cells, set_cell_size
-
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.files import is_url
+from mlpmixer_flax.faults import explain, start_devices
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.rundir import default_checkpoint, describe_weights
+from mlpmixer_flax.text import printable
 from mlpmixer_flax.weights.source import named_run
 
 # --- options
@@ -39,10 +40,12 @@ def path(text: str) -> Path:
     """Returns the path that an option gives, with "~" expanded; the `type` of every option that is a path.
 
     Raises:
-      argparse.ArgumentTypeError: it is empty, or there is no such home directory.
+      argparse.ArgumentTypeError: it is empty, a URL such as gs://bucket/run, or there is no such home directory.
     """
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a path")
+    if is_url(text) and not os.path.lexists(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL: give a path on this machine")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -74,8 +77,9 @@ def load_model(arguments: argparse.Namespace) -> Model:
     """Loads the model that the options of `add_model` name; prints which weights of a run these are.
 
     Raises:
-      UserError: as `load`, or --checkpoint is given for weights.
+      UserError: as `load` and `start_devices`, or --checkpoint is given for weights.
     """
+    start_devices()
     workdir, checkpoint = arguments.workdir, arguments.checkpoint
     if workdir is None:
         if checkpoint:
@@ -102,9 +106,7 @@ def add_dataset(group: argparse._ActionsContainer) -> None:
         metavar="DIR",
         help="TFDS directory (default: that of the run, else $TFDS_DATA_DIR)",
     )
-    group.add_argument(
-        "--skip_bad_images", action="store_true", help="leave out images of a folder that cannot be used"
-    )
+    group.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be used")
 
 
 @dataclass(frozen=True)
@@ -141,58 +143,68 @@ def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
 
 # --- exit status
 
+_LOG_LEVELS = {
+    "absl": logging.CRITICAL,  # Orbax and TFDS warn about normal things; Orbax logs each error that it also raises
+    "asyncio": logging.CRITICAL,  # reports each file of a save that has failed
+    "huggingface_hub": logging.ERROR,  # warns about every retry
+    "matplotlib.font_manager": logging.ERROR,  # warns about weights of fonts
+}
+
 
 def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
     """Runs a program, prints an error without a traceback, and returns the exit status.
 
-    The status is what the program returns (None = 0); 1 if the loss diverged or nobody reads the output any
-    more; 2 for a UserError; 130 for Ctrl-C, after printing `interrupted`.
+    The status is what the program returns (None = 0); 1 if the loss diverged, nobody reads the output any more, or
+    the environment is at fault (memory, disk, driver); 2 for a UserError or a missing permission; 130 for Ctrl-C,
+    after printing `interrupted`. Any other exception is a bug and keeps its traceback.
     """
-    # Orbax and TFDS warn about normal things, the hub about every retry, Matplotlib about weights of fonts.
-    for name in ("absl", "huggingface_hub", "matplotlib.font_manager"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    sys.unraisablehook = _report_unraisable
+    warnings.filterwarnings(
+        "ignore", "coroutine .* was never awaited", RuntimeWarning
+    )  # as the log of asyncio
     warnings.filterwarnings("ignore", module="PIL")  # about images, without their file names
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name may be invalid text, or have characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return program() or 0
+        status = program() or 0
+        sys.stdout.flush()  # here, so that a full disk is noticed
+        return status
     except (UserError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        _print_error(sentence)
+        return 2 if isinstance(error, PermissionError) else 1
 
 
-# --- text in columns: a Chinese character needs two columns, a combining accent none
+def _print_error(text: str) -> None:
+    """Prints an error, whose lines may have characters of file names that control the terminal."""
+    print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
-def printable(text: str) -> str:
-    """Returns the text, escaped if it has characters that control the terminal."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Reports an exception that nothing can catch, except those of the rest of a save that has failed already."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
-def shorten(text: str, columns: int) -> str:
-    """Returns the text, or its start and "…" if it needs more columns."""
-    text = printable(text)
-    return text if cell_len(text) <= columns else chop_cells(text, columns - 1)[0] + "…"
-
-
-def shorten_start(text: str, columns: int) -> str:
-    """Returns the text, or "…" and its end if it needs more columns: for paths, whose end says most."""
-    text = printable(text)
-    if cell_len(text) <= columns:
-        return text
-    while cell_len(text) > columns - 1:
-        text = text[1:]
-    return "…" + text
-
-
-def pad(text: str, columns: int) -> str:
-    """Returns the text in exactly this many columns: shortened, or filled with spaces on the right."""
-    return set_cell_size(shorten(text, columns), columns)
+def _drop_output() -> None:
+    """Lets what is not yet written of the output go nowhere, so that Python's end does not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,9 @@ that are padding. Images of one square size keep that size, and the device resiz
 cropped and resized here. No JAX, no TensorFlow.
 """
 
+import ast
 import functools
+import linecache
 import os
 import signal
 import sys
@@ -105,6 +107,49 @@ def _shard_rows(batch_size: int, shard_index: int, shard_count: int) -> np.ndarr
     return np.arange(shard_index * rows, (shard_index + 1) * rows)
 
 
+def check_workers(batches: TrainBatches | TestBatches, num_workers: int) -> None:
+    """Checks that `iterate` can start its worker processes from the script that runs now.
+
+    Each worker first imports this script, as Python does in every new process. A script that trains at its top level
+    would train again in each worker, and no worker would ever make a batch.
+
+    Raises:
+      UserError: the script calls this outside of `if __name__ == "__main__":`, or is not a file.
+    """
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)  # a notebook has none, so its workers import nothing
+    if not num_workers or batches.examples.images is not None or script is None:
+        return
+    if not os.path.isfile(script):
+        raise UserError(
+            f"num_workers={num_workers} starts processes that import the script, but {script!r} is not a file: "
+            "save the script in a file, or set num_workers to 0"
+        )
+    frame, guarded = sys._getframe(), []
+    while frame:
+        if frame.f_globals is vars(main) and frame.f_code.co_name == "<module>":
+            guarded.append(_is_guarded(frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    if guarded and not any(guarded):
+        raise UserError(
+            f"num_workers={num_workers} starts processes that import {os.path.relpath(script)!r} and so would run "
+            'all of it again: put the code that trains or reads batches below if __name__ == "__main__":, or set '
+            "num_workers to 0"
+        )
+
+
+@functools.cache  # so that a script that is edited while it runs is judged as it was at the start
+def _is_guarded(file: str, line: int) -> bool:
+    """Returns whether a line at the top level of a script depends on `__name__`; True if it cannot be read."""
+    try:
+        statements = ast.parse("".join(linecache.getlines(file))).body
+    except SyntaxError:
+        return True
+    around = [part for part in statements if part.lineno <= line <= (part.end_lineno or line)]
+    names = {node.id for part in around for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return not around or "__name__" in names
+
+
 def _exit_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
     """Makes a worker exit when its parent does, also if the parent was killed, or ended before this call.
 
@@ -131,8 +176,9 @@ def iterate(
     any number of them. If you stop early, close the iterator to end the processes.
 
     Raises:
-      UserError: as `Examples.read`, also from a worker.
+      UserError: as `check_workers`, and as `Examples.read`, also from a worker.
     """
+    check_workers(batches, num_workers)
     if batches.examples.images is not None or start >= stop:
         yield from map(batches.__getitem__, range(start, stop))
         return

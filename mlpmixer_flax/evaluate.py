@@ -5,28 +5,36 @@ be scored on any dataset or folder of images, if the model has its classes.
 Classes are matched by name. For ImageNet, the WordNet number (n01440764) is
 also a name. If a TFDS dataset or the model has no class names, classes are
 matched by number. Images are read in gray or color, as the model needs them.
-The program writes to --output:
+The program writes to a directory:
 
-  scores.json      all scores; "confusion": [true class, predicted class,
-                   images] for all pairs that occur; "mistakes", with file names
-                   if the dataset is a folder
+  scores.json      all scores and what they are of; "confusion": [true class,
+                   predicted class, images] for all pairs that occur;
+                   "mistakes", with file names if the dataset is a folder
   per_class.csv    one row per class: accuracy, and the class it is most often
                    mistaken for
   confusion.png    confusion matrix: which class is mistaken for which
-  mistakes.png     the 30 mistakes with the highest confidence
+  mistakes.png     the 30 mistakes with the highest confidence: images as they
+                   are stored, with file names if the dataset is a folder
   calibration.png  accuracy and number of predictions by their confidence
+
+Without --output, the directory is RUN/evaluation. If the dataset, split or
+checkpoint is not the default of the run, it becomes part of the name, as in
+RUN/evaluation-cifar10-train, so scores never replace scores of something else.
+For weights that are no run, the directory is evaluation-WEIGHTS-DATASET-SPLIT
+in the current one. Paths and slices are shortened, and a code is added.
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import json
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import (
@@ -37,13 +45,15 @@ from mlpmixer_flax.cli import (
     load_model,
     make_parser,
     named_dataset,
-    pad,
-    shorten,
+    path,
 )
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.inference import figures
 from mlpmixer_flax.inference.classes import in_words
+from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.forward import Rows, check_positive
+from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.inference.originals import read_originals
 from mlpmixer_flax.inference.scores import (
     confusions,
     list_mistakes,
@@ -52,7 +62,10 @@ from mlpmixer_flax.inference.scores import (
     per_class,
     score_images,
 )
+from mlpmixer_flax.rundir import default_checkpoint
+from mlpmixer_flax.text import pad, printable, shorten
 from mlpmixer_flax.training.evaluation import evaluate
+from mlpmixer_flax.weights.source import NamedRun, named_run
 
 __all__ = ["evaluate", "main", "open_split", "score_images"]
 
@@ -67,23 +80,24 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: Rows, examples
     """
     names = [row["name"] for row in found["per_class"]]
     lines = (f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in found.items())
+    # Names may have bytes that are not text; as escapes they are valid JSON.
     with replacing(output / "scores.json") as file:
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode(errors="backslashreplace"))
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, found["per_class"][0])
     table.writeheader()
     table.writerows(found["per_class"])
     with replacing(output / "per_class.csv") as file:
-        file.write(text.getvalue().encode())
-    figures.save(figures.confusion(found["confusion"], names), output / "confusion.png")
-    figures.save(
-        figures.calibration(rows["confidence"], rows["label"] == rows["best"][:, 0]),
-        output / "calibration.png",
-    )
-    worst = found["mistakes"][:30]
-    images = list(examples.read(np.array([row["image"] for row in worst]))[0]) if worst else []
-    captions = ([row[key] for row in worst] for key in ("is", "said", "confidence"))
-    figures.save(figures.mistakes(images, *captions), output / "mistakes.png")
+        file.write(text.getvalue().encode(errors="backslashreplace"))
+    title, worst = _subject(found), found["mistakes"][:30]
+    correct = rows["label"] == rows["best"][:, 0]
+    images = read_originals(examples, [row["image"] for row in worst])
+    for name, figure in {
+        "confusion": figures.confusion(found["confusion"], names, title=title),
+        "calibration": figures.calibration(rows["confidence"], correct, title=title),
+        "mistakes": figures.mistakes(images, worst, title=title),
+    }.items():
+        save(figure, output / f"{name}.png")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -98,37 +112,85 @@ def _run(arguments: argparse.Namespace) -> None:
         data_dir=data.data_dir,
         skip_bad_images=data.skip_bad_images,
     )
-    output = arguments.output or (arguments.workdir or Path()) / "evaluation"
+    workdir = arguments.workdir
+    run = named_run(arguments.weights) if workdir is None else NamedRun(workdir, arguments.checkpoint)
+    subject = {
+        "model": model.name,
+        "checkpoint": run and (run.checkpoint or default_checkpoint(run.workdir)),
+        "step": model.step,
+        "dataset": _with_absolute_path(data.dataset),
+        "split": data.test_split,
+        "images": len(examples),
+    }
+    output = arguments.output or default_output(subject, model, run)
     make_folder(output)  # first, so that an error here is found before an hour of work
 
     names = in_words(model.class_names)
     rows = score_images(model, examples, classes=classes, batch_size=arguments.batch_size)
+    measured = measure(rows)
+    if len(names) <= 5:
+        del measured["accuracy_top5"]  # it would always be 1
     found = {
-        "model": model.name,
-        "checkpoint": arguments.checkpoint,  # None: the default
-        "step": model.step,
-        "dataset": data.dataset,
-        "split": data.test_split,
-        "images": len(examples),
-        **measure(rows),
+        **subject,
+        **measured,
         "per_class": per_class(rows, names),
         "confusion": confusions(rows),
         "mistakes": list_mistakes(rows, examples, names),
     }
     write_scores(output, found, rows=rows, examples=examples)
     print(_as_text(found))
-    print(f"in {output}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png")
+    print(
+        f"in {printable(str(output))}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
+    )
+
+
+def default_output(subject: Mapping[str, Any], model: Model, run: NamedRun | None) -> Path:
+    """Returns the directory for scores of this subject, as the module's docstring says.
+
+    Args:
+      subject: the first keys of scores.json.
+      run: that the model comes from; None for other weights.
+    """
+    own, folder = {}, Path()
+    if run:
+        config, folder = model.config, run.workdir
+        own = {"model": model.name, "dataset": config["dataset"], "split": config["test_split"]}
+        own["checkpoint"] = default_checkpoint(folder)
+    keys = ("model", "dataset", "split", "checkpoint")
+    others = {key: _as_name(subject[key]) for key in keys if subject[key] != own.get(key)}
+    if others.get("checkpoint", "").isdigit():
+        others["checkpoint"] = f"step{others['checkpoint']}"
+    return folder / "-".join(["evaluation", *others.values()])
+
+
+def _as_name(text: str) -> str:
+    """Returns a text as part of a file's name; texts that differ have names that differ."""
+    name = re.sub(r"[^\w.+%-]+", "_", text.rstrip("/").rpartition("/")[2])
+    code = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:6]
+    short = name.encode()[-40:].decode(errors="ignore").strip("._-")
+    return name if name == text == short else f"{short}-{code}"
+
+
+def _with_absolute_path(dataset: str) -> str:
+    """Returns the name of a dataset as a run stores it: the path of a folder is valid from any directory."""
+    kind, colon, folder = dataset.partition(":")
+    return f"{kind}:{os.path.abspath(os.path.expanduser(folder))}" if kind == "folder" and colon else dataset
+
+
+def _subject(found: Mapping[str, Any]) -> str:
+    """Returns what was scored, for a title: "runs/b16, step 300, on cifar10, split test"."""
+    step = "" if found["step"] is None else f", step {found['step']},"
+    return f"{found['model']}{step} on {found['dataset']}, split {found['split']}"
 
 
 def _as_text(found: Mapping[str, Any]) -> str:
     """Returns the scores as text of 80 columns."""
     measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
-    if len(found["per_class"]) > 5:  # else it is always 100 %
+    if "accuracy_top5" in found:
         measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
     measured["loss"] = f"{found['loss']:.4f}"
     measured["calibration error"] = f"{found['calibration_error']:.4f}"
-    step = "" if found["step"] is None else f", step {found['step']},"
-    head = f"{found['model']}{step} on {found['dataset']}, split {found['split']}: {found['images']:,} images"
+    head = f"{printable(_subject(found))}: {found['images']:,} images"
     lines = [head, "", *(f"{name:<19}{value:>8}" for name, value in measured.items()), ""]
     return "\n".join([*lines, as_table(found["per_class"]), ""])
 
@@ -175,9 +237,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="DIR",
-        help="directory to write (default: evaluation, in the run directory or else in the current one)",
+        help="directory to write; files of an earlier evaluation in it are replaced (default: see above)",
     )
     parser.add_argument(
         "--batch_size", type=int, default=64, metavar="N", help="images per forward pass (default: 64)"

@@ -40,6 +40,7 @@ Keep the run or an npz file, which do not age, so that you can export again.
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -52,10 +53,12 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError, __version__
-from mlpmixer_flax.atomic import replacing
-from mlpmixer_flax.cli import add_model, exit_status, load_model, make_parser
+from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.cli import add_model, exit_status, load_model, make_parser, path
+from mlpmixer_flax.data.files import is_url
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.text import printable
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
 WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # the formats that hold weights only
@@ -73,20 +76,20 @@ def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> li
       UserError: a file cannot be written.
     """
     beside = Path(f"{path}.json")
-    with replacing(beside) as file:  # first, so that a missing write permission is found before the work
-        file.write(json.dumps(metadata, indent=2, ensure_ascii=False).encode())
     size_px = model.preprocess["image_size_px"]
     shape = jax.export.symbolic_shape(f"b, {size_px}, {size_px}, {model.channels}")
-    with tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None) as bar:
+    bar = tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None)
+    # Both are opened before the work, so that a missing permission is found, and stay as they were if one fails.
+    with bar, replacing(beside) as description, replacing(path) as file:
+        text = json.dumps(metadata, indent=2, ensure_ascii=False)
+        description.write(text.encode(errors="backslashreplace"))  # names may have bytes that are not text
         params = jax.device_put(model.params)
         predict = jax.jit(lambda images: model.probabilities(params, images, cropped=True))
         predict = jax.export.export(predict, platforms=PLATFORMS)
         exported = predict(jax.ShapeDtypeStruct(shape, jnp.uint8))
         bar.update()
-        content = exported.serialize()
+        file.write(exported.serialize())
         bar.update()
-    with replacing(path) as file:
-        file.write(content)
     return [
         f"class names and preprocessing -> {beside}",
         f"takes images uint8 (b, {size_px}, {size_px}, {model.channels}), on {', '.join(PLATFORMS)}: "
@@ -94,15 +97,22 @@ def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> li
     ]
 
 
-def export(model: Model, output: Path, *, format: str) -> list[str]:
-    """Writes a model or its weights to `output`; returns notes for the user.
+def export(model: Model, output: str | os.PathLike[str], *, format: str) -> list[str]:
+    """Writes a model or its weights to a file, and creates the folder of the file; returns notes for the user.
 
     Args:
+      output: the file; an existing one is replaced.
       format: "stablehlo" or a key of WRITERS.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: the format is unknown, or the file cannot be written.
     """
+    if format not in FORMATS:
+        raise UserError(f"format={format!r} is unknown: choose one of {', '.join(FORMATS)}")
+    if is_url(os.fspath(output)):
+        raise UserError(f"{os.fspath(output)!r} is a URL: give a path on this machine")
+    output = Path(os.path.expanduser(output))
+    make_folder(output.parent)
     metadata: dict[str, Any] = {
         "model": model.config.get("model") or _sizes(model.module),
         "preprocess": model.preprocess,
@@ -148,10 +158,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         required=True,
         metavar="FILE",
-        help="file to write; an existing file is replaced",
+        help="file to write; its folder is created, and an existing file is replaced",
     )
     return parser.parse_args(argv)
 
@@ -176,7 +186,11 @@ def _run(arguments: argparse.Namespace) -> None:
             "these are not the weights that the run evaluated (its EMA): --checkpoint=ema exports the EMA"
         )
     for note in notes:
-        print(textwrap.fill(note, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+        print(
+            textwrap.fill(
+                printable(note), 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+        )
 
 
 if __name__ == "__main__":

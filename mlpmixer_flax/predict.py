@@ -20,6 +20,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -27,21 +28,14 @@ from rich.cells import cell_len
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import (
-    add_model,
-    exit_status,
-    load_model,
-    make_parser,
-    pad,
-    printable,
-    shorten,
-    shorten_start,
-)
-from mlpmixer_flax.data.folders import images_below
+from mlpmixer_flax.cli import add_model, exit_status, load_model, make_parser
+from mlpmixer_flax.data.files import advice, files_below, images_below, is_archive, local_path, suffix_of
+from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
+from mlpmixer_flax.text import listed, pad, printable, shorten, shorten_start
 
 __all__ = ["Prediction", "Score", "find_files", "load_run", "main", "predict"]  # some are handed on
 
@@ -59,27 +53,37 @@ def predict(
     return model.predict_each(files, top=top, batch_size=batch_size)
 
 
-def find_files(path: str) -> list[str]:
+def find_files(path: str | os.PathLike[str]) -> list[str]:
     """Returns the files that a path stands for, in a fixed order.
 
     A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for
-    the files that match it, and any other path for itself.
+    the files that match it, and any other path for itself. Says on stderr if a folder has images in a format that
+    cannot be read here.
 
     Raises:
-      UserError: no such file exists, or a folder cannot be read.
+      UserError: no such file exists, a folder cannot be read or has no images, or the path is a URL.
     """
-    path = os.path.expanduser(path)
-    folder = path
+    folder = path = local_path(path, name="image")
     while folder and not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     # Brackets in the name of an existing folder are not a pattern.
     matches = sorted(glob.glob(glob.escape(folder) + path.removeprefix(folder), recursive=True))
-    files = []
+    if not matches:
+        check_reachable(path)
+        raise UserError(f"{path!r} does not exist, and no file matches it as a pattern: give another path")
+    files, others = [], Counter[str]()
     for match in matches:
-        files += images_below(match) if os.path.isdir(match) else [match]
+        images = images_below(match) if os.path.isdir(match) else [match]
+        files += images
+        if os.path.isdir(match):
+            others.update(map(suffix_of, {*files_below("", match.rstrip("/") or "/")}.difference(images)))
+    left_out = listed([f"{suffix!r} files ({count:,})" for suffix, count in sorted(others.items())])
+    remedy = advice(others)
+    if files and remedy:
+        print(f"left out of {path!r}: {left_out}; {remedy}", file=sys.stderr)
     if not files:
-        flaw = "has no images" if matches else "does not exist, and no file matches it as a pattern"
-        raise UserError(f"{path!r} {flaw}: give another path")
+        remedy = remedy or ("unpack its archives" if any(map(is_archive, others)) else "give another path")
+        raise UserError(f"{path!r} has no images{left_out and f', only {left_out}'}: {remedy}")
     return files
 
 
@@ -169,6 +173,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     forms = parser.add_mutually_exclusive_group()
     for form in ("csv", "json"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help="see above")
+    argv = sys.argv[1:] if argv is None else argv
+    if "--" in argv:
+        # argparse forgets this mark, and then takes the name "-x.png" for an option.
+        end = argv.index("--")
+        names = (f"./{name}" if name.startswith("-") else name for name in argv[end + 1 :])
+        argv = [*argv[:end], *names]
     return parser.parse_intermixed_args(argv)
 
 

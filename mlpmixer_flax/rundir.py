@@ -6,6 +6,7 @@ Training writes them; all later programs read them.
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.faults import check_readable, pass_on, start_devices
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
@@ -115,6 +117,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        pass_on(error, file)
         raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not the config of a run: choose another --workdir")
@@ -140,6 +143,7 @@ def read_class_names(workdir: Path) -> list[str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("it is not a list of names")
     except (OSError, ValueError) as error:
+        pass_on(error, file)
         raise UserError(
             f"{file} cannot be read ({error}): the run directory is incomplete; choose another"
         ) from None
@@ -147,10 +151,17 @@ def read_class_names(workdir: Path) -> list[str]:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps of the complete checkpoints, in ascending order."""
-    return sorted(
-        int(folder.name) for folder in (workdir / "checkpoints").glob("[0-9]*") if folder.name.isdigit()
-    )
+    """Returns the steps of the complete checkpoints, in ascending order.
+
+    Raises:
+      UserError: permission to read the directory is missing.
+    """
+    folder = workdir / "checkpoints"
+    try:
+        return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
+    except OSError as error:  # there is no such directory
+        pass_on(error, folder)
+        return []
 
 
 def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
@@ -161,6 +172,7 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
     Raises:
       UserError: the run has no such weights, or they cannot be read.
     """
+    start_devices()  # Orbax does it otherwise, and its error would be taken for a damaged checkpoint
     for _ in range(3):
         step = _find_step(workdir, which)
         try:
@@ -168,6 +180,9 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
         except UserError:
             raise
         except Exception as error:  # of any class: from Orbax, TensorStore or JSON
+            folder = workdir / "checkpoints" / str(step)
+            pass_on(error, folder)
+            check_readable(folder)
             reason = " ".join(str(error).split())[:150]
         # A run in training removes a checkpoint when a newer or better one is saved: then that one is read.
         if step in saved_steps(workdir):
@@ -217,9 +232,11 @@ def _accuracies(workdir: Path) -> dict[int, Accuracy]:
     accuracies = {}
     for step in saved_steps(workdir):
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
-        with contextlib.suppress(OSError, ValueError):  # does not exist, or is damaged
+        try:
             if accuracy := accuracy_of(json.loads(file.read_text())):
                 accuracies[step] = accuracy
+        except (OSError, ValueError) as error:  # does not exist, or is damaged
+            pass_on(error, file)
     return accuracies
 
 

@@ -9,6 +9,7 @@ The model does not run, and published weights are not downloaded.
 """
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: i
         try:
             info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
         except UserError as error:
-            raise UserError(f"{error}; or give --num_classes, so that no dataset is needed") from None
+            raise UserError(f"without --num_classes the dataset is needed, but {error}") from None
         num_classes, channels = info["num_classes"], info["image_shape"][2]
     check_positive(num_classes=num_classes)
     size_px = config.preprocess.image_size_px
@@ -52,7 +53,7 @@ def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: i
     return _summarize(module, (size_px, size_px, channels), config)
 
 
-def summarize_run(workdir: Path) -> str:
+def summarize_run(workdir: str | Path) -> str:
     """Returns the table of a run; raises UserError as `load_run`."""
     model = load_run(workdir)
     size_px = model.preprocess["image_size_px"]
@@ -116,8 +117,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _run(arguments))
 
 
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Checks the options that the parser does not know: only --config.KEY=VALUE may be among them.
+
+    Raises:
+      UserError: one is similar to an option of this program, or there is no config that it could change.
+    """
+    own = [f"--{option}" for option in vars(arguments).keys() - {"overrides"}]
+    for argument in arguments.overrides:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--config."):
+            continue
+        if near := difflib.get_close_matches(name, own, n=1, cutoff=0.75):
+            raise UserError(f"cannot use {argument!r}: did you mean {near[0]}{equals}{value}?")
+        if arguments.config is None:
+            raise UserError(f"cannot use {argument!r}: --help lists all options")
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.config:
+    _check_options(arguments)
+    if arguments.config is not None:
         print(summarize_config(arguments.config, arguments.overrides, num_classes=arguments.num_classes))
     elif arguments.overrides or arguments.num_classes is not None:
         extra = " ".join(arguments.overrides) or f"--num_classes={arguments.num_classes}"

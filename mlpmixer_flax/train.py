@@ -18,7 +18,6 @@ import itertools
 import os
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,9 @@ from pathlib import Path
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import exit_status, make_parser, path
 from mlpmixer_flax.config import ConfigDict, flatten
+from mlpmixer_flax.faults import pass_on, start_devices
 from mlpmixer_flax.rundir import read_config
+from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.signals import Interrupted
@@ -44,8 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "  python -m mlpmixer_flax.train photos/ --config=configs/finetune_folder.py\n"
         "  python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist \\\n"
         "      --config.total_epochs=3 --config.optimizer.learning_rate=1e-3\n"
-        "configs of the package:\n"
-        + textwrap.fill("  " + " ".join(shipped_configs()), 79, subsequent_indent="  "),
+        "configs of the package:\n" + wrap("  " + " ".join(shipped_configs())),
     )
     parser.add_argument(
         "folder",
@@ -72,7 +72,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program. Exit status: 0 done, 1 loss diverged, 2 unusable input, 128 + n stopped by signal n."""
+    """Runs the program.
+
+    Exit status: 0 done, 1 the loss diverged or the machine is at fault, 2 unusable input, 128 + n stopped by signal n.
+    """
     arguments = parse(argv)
     return exit_status(
         lambda: _run(arguments),
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    start_devices()
     config = _config(arguments)
     subject = Path(arguments.config or os.path.abspath(arguments.folder)).stem
     name = f"{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -113,7 +117,7 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     if shown and not stored:
         print(
             "configs/folder.py, with values that suit the images and the device:",
-            textwrap.fill(", ".join(shown), 79, initial_indent="  ", subsequent_indent="  "),
+            wrap("  " + ", ".join(shown)),
             sep="\n",
             flush=True,
         )
@@ -137,6 +141,7 @@ def _new_workdir(name: str) -> Iterator[Path]:
                 workdir.mkdir(parents=True)
                 break
     except OSError as error:
+        pass_on(error, runs.absolute())
         raise UserError(
             f"cannot create a directory in {runs.absolute()} ({error.strerror}): give --workdir"
         ) from None

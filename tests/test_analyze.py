@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlpmixer_flax.analyze import main
+from mlpmixer_flax.analyze import main, steps_per_epoch
 from mlpmixer_flax.export import export
 from mlpmixer_flax.inference.fewshot import features_of_split
-from mlpmixer_flax.inference.figures import compare
 from mlpmixer_flax.inference.load import load_run
 
 SMALL = [
@@ -49,9 +48,12 @@ def test_program_shows_all_parts_of_a_run_except_the_one_that_trains(run, capsys
     out, err = capsys.readouterr()
     assert not err
     assert written(run / "analysis") == sorted([*PICTURES, "fewshot.json"])
-    for name in PICTURES:
+    titles = ["", "Patch embedding of ", "Token mixing, block 0 of ", "Token mixing, block 1 of "]
+    step = load_run(run).step
+    for name, start in zip(PICTURES, titles, strict=True):
         with Image.open(run / "analysis" / name) as image:
             assert image.width == 1200 and len(set(image.convert("L").tobytes())) > 20
+            assert image.text["Title"] == (f"{run}" if name == "curves.png" else f"{start}{run}, step {step}")
     names = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")]
     assert names[0].startswith("using step ")
     assert names[2:] == ["curves", "token_mixing", "stem", "fewshot", "shuffle"]
@@ -59,7 +61,7 @@ def test_program_shows_all_parts_of_a_run_except_the_one_that_trains(run, capsys
     assert max(len(line) for line in out.splitlines() if str(run) not in line) <= 80
     found = json.loads((run / "analysis" / "fewshot.json").read_text())
     assert (found["dataset"], found["train_split"], found["test_images"]) == ("digits", "train", 364)
-    assert f"fewshot: {found['accuracy']:.2%} of 364" in out
+    assert f"fewshot: {found['accuracy']:.2%} of 364 images" in out and "(digits, split test)\n" in out
     assert 0.3 < found["accuracy"] < 1
 
 
@@ -106,30 +108,35 @@ def test_fewshot_uses_the_test_split_and_shots_of_the_options(run, tmp_path, cap
     assert written(tmp_path) == ["fewshot.json"]
     found = json.loads((tmp_path / "fewshot.json").read_text())
     assert (found["shots"], found["test_images"], found["test_split"]) == (2, 100, "test[:100]")
-    assert "with 2 images per class" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert (
+        "of 100 images" in out
+        and "(digits, split test[:100])\n  with 2 images per class of split train" in out
+    )
 
 
 @pytest.mark.slow
-def test_shuffle_trains_three_times_and_draws_the_curves(run, tmp_path, capsys):
+def test_shuffle_trains_three_times_and_says_which_split_is_scored(run, tmp_path, capsys):
     small = [*SMALL, "--config.model.num_blocks=1", "--config.eval_every_steps=0"]
+    small += ["--config.train_split=train[300:]", "--config.test_split=train[:300]"]
     assert main([f"--workdir={run}", f"--output={tmp_path}", "shuffle", "--config=digits.py", *small]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert max(map(len, lines)) <= 80
     assert float(lines[0].split("at most ")[1].split()[0]) < 1e-5
-    accuracies = [float(line.split("%")[0]) for line in lines if "test accuracy" in line]
+    accuracies = [float(line.split("%")[0]) for line in lines if "% validation accuracy: " in line]
     assert len(set(accuracies)) == 3 and min(accuracies) > 15  # of 10 classes
+    assert not any("test" in line for line in lines)
     assert written(tmp_path) == ["shuffle.png"]
+    with Image.open(tmp_path / "shuffle.png") as image:
+        assert image.text["Title"] == "digits.py, trained on images as they are and on shuffled ones"
 
 
-def test_runs_are_compared_in_the_same_axes():
-    runs = {
-        "a": [{"step": 1, "train/loss": 3.0, "test/accuracy": 0.1}, {"step": 2, "train/loss": 2.0}],
-        "b": [{"step": 2, "train/loss": 1.0, "test/accuracy": 0.7}],
-    }
-    loss, accuracy = compare(runs, title="two").axes
-    assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("training loss", "test accuracy")
-    assert [line.get_xydata().tolist() for line in loss.lines] == [[[1, 3], [2, 2]], [[2, 1]]]
-    assert [line.get_label() for line in accuracy.lines] == ["a, last 0.1", "b, last 0.7"]
+def test_the_length_of_an_epoch_is_that_of_the_training_and_may_be_unknown(run, model, tmp_path):
+    assert steps_per_epoch(model, run) == 1433 / 64
+    for content in (None, "{", "[]", '{"train": {}}', '{"train": {"examples": "many"}}'):
+        if content:
+            (tmp_path / "data.json").write_text(content)
+        assert steps_per_epoch(model, tmp_path) is None
 
 
 def test_weights_have_no_curves_and_no_dataset(model, tmp_path, capsys, monkeypatch):
@@ -158,18 +165,34 @@ def test_weights_have_no_curves_and_no_dataset(model, tmp_path, capsys, monkeypa
             ["shuffle", "--config.init_from=a.npz"],
             "init_from='a.npz' cannot be used for shuffle, because it was trained on images that are not shuffled: set --config.init_from=",
         ),
-        (["shuffle", "--foo"], "'--foo'"),
+        (["shuffle", "--foo"], "cannot use '--foo': to change a key of the config, give --config.KEY=VALUE"),
+        (
+            ["shuffle", "--lr=1"],
+            "cannot use '--lr=1': did you mean --config.optimizer.learning_rate=1?",
+        ),
+        (["shuffle", "--config.sed=1"], "the config has no key 'sed': did you mean 'seed'?"),
+        (["shuffle", "--config=nope.py"], "config file nope.py does not exist"),
+        # Only shuffle has a config.
+        (["--lr=1"], "cannot use '--lr=1': did you mean shuffle --config.optimizer.learning_rate=1?"),
+        (
+            ["stem", "--lr", "1"],
+            "cannot use '--lr': did you mean shuffle --config.optimizer.learning_rate=VALUE?",
+        ),
+        (["--foo"], "cannot use '--foo': --help lists all options"),
+        (
+            ["stem", "--config.seed=1"],
+            "--config.seed=1 changes the config of shuffle: add shuffle, or leave it out",
+        ),
+        # The program's own options come before keys of the config.
+        (["--batchsize=3"], "cannot use '--batchsize=3': did you mean --batch_size=3?"),
+        (["shuffle", "--Test-Split=x"], "cannot use '--Test-Split=x': did you mean --test_split=x?"),
         (["--output=/dev/null/here", "stem"], "cannot write to /dev/null/here"),
     ],
 )
 def test_an_error_is_one_line_and_nothing_is_written(run, tmp_path, capsys, arguments, message):
     assert main([f"--output={tmp_path}", *arguments, f"--workdir={run}"]) == 2
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    if "cannot use" in err or "shuffle" in arguments:
+        assert not out  # an error in the command is found before the model is loaded
     assert not list(tmp_path.iterdir())
-
-
-def test_options_that_no_part_uses_are_refused(run, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([f"--workdir={run}", "stem", "--config.seed=1"])
-    assert stop.value.code == 2 and "--config.seed=1" in capsys.readouterr().err

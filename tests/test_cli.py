@@ -11,17 +11,8 @@ import pytest
 from rich.cells import cell_len
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import (
-    add_dataset,
-    add_model,
-    check_dataset,
-    exit_status,
-    load_model,
-    pad,
-    printable,
-    shorten,
-    shorten_start,
-)
+from mlpmixer_flax.cli import add_dataset, add_model, check_dataset, exit_status, load_model
+from mlpmixer_flax.text import pad, printable, shorten, shorten_start, wrap
 
 PROGRAMS = ["train", "predict", "evaluate", "analyze", "export", "summary", "pretrained"]
 TEXTS = ["", "cat", "a" * 30, "数字" * 9, "Ka\u0308fer " * 5, "bad\udcff\n.png", "\x1b[31mred", "é" * 20]
@@ -55,6 +46,12 @@ def test_the_start_or_the_end_of_a_text_is_kept():
     assert shorten("holiday/cat.jpg", 8) == "holiday…"
     assert shorten_start("holiday/cat.jpg", 8) == "…cat.jpg"
     assert pad("cat", 5) == "cat  "
+
+
+def test_long_notes_are_broken_at_spaces():
+    assert wrap("a " * 45 + "'/photos/of-a-long-name/" + "b" * 70) == (
+        "a " * 39 + "a\n  a a a a a\n  '/photos/of-a-long-name/" + "b" * 70
+    )
 
 
 def parse(*arguments):
@@ -127,6 +124,11 @@ def test_a_model_of_a_run_is_that_of_its_best_checkpoint_and_this_is_said(digits
         (None, 0, ""),
         (1, 1, ""),
         (UserError("no cat: give one"), 2, "error: no cat: give one\n"),
+        (
+            UserError("no a\x1b[31m\udcff.png:\n  give one"),
+            2,
+            "error: no a\\x1b[31m\\udcff.png:\n  give one\n",
+        ),
         (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
         (KeyboardInterrupt(), 128 + signal.SIGINT, "stopped\n"),
     ],

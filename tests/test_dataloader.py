@@ -326,6 +326,111 @@ def test_a_worker_exits_if_its_parent_was_killed_before_it_started():
     assert run_python(code).returncode == 1 and time.monotonic() - start < 30
 
 
+# Lines of a script, with "    " before them if they are guarded.
+READS = """
+batches = TrainBatches(open_examples("digits", "train", cache_bytes={cache_bytes}), batch_size=32, seed=0)
+for batch in iterate(batches, 0, 3, num_workers=2):
+    print(len(batch["label"]), flush=True)
+"""
+IMPORTS = "from mlpmixer_flax.dataloader import TrainBatches, iterate, open_examples\n"
+UNGUARDED = IMPORTS + READS
+IN_A_FUNCTION = IMPORTS + "def work():" + READS.replace("\n", "\n    ") + "\n"
+TRAINS = """
+import mlpmixer_flax as mf
+mf.fit(mf.load_config("digits.py", {{"cache_bytes": {cache_bytes}, "num_workers": 1, "total_steps": 2}}), "run")
+"""
+
+
+def run_script(tmp_path, script, *, cache_bytes=0, stdin=False):
+    """Runs a script in a session of its own; returns the result, after a check that no process of it is left."""
+    file = tmp_path / "script.py"
+    file.write_text(script.format(cache_bytes=cache_bytes))
+    command = [sys.executable, "-"] if stdin else [sys.executable, "script.py"]
+    with (
+        file.open() as source,
+        subprocess.Popen(
+            command,
+            stdin=source if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            start_new_session=True,
+        ) as process,
+    ):
+        out, err = process.communicate(timeout=100)
+    deadline = time.monotonic() + 20  # Python's own helper of workers ends a moment later
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    "script", [UNGUARDED, IN_A_FUNCTION + "work()", IN_A_FUNCTION + "if work:\n    work()"]
+)
+def test_a_script_without_a_main_guard_is_told_in_a_sentence(tmp_path, script):
+    returncode, out, err = run_script(tmp_path, script)
+    assert returncode == 1 and out == "" and err.count("Traceback") == 1
+    assert err.splitlines()[-1] == (
+        "mlpmixer_flax.UserError: num_workers=2 starts processes that import 'script.py' and so would run all of it "
+        'again: put the code that trains or reads batches below if __name__ == "__main__":, or set num_workers to 0'
+    )
+
+
+@pytest.mark.slow
+def test_training_without_a_main_guard_stops_before_anything_is_written(tmp_path):
+    returncode, _, err = run_script(tmp_path, TRAINS)
+    assert returncode == 1 and err.count("Traceback") == 1
+    assert "num_workers=1 starts processes that import 'script.py'" in err.splitlines()[-1]
+    assert os.listdir(tmp_path) == ["script.py"]
+
+
+def test_a_script_from_standard_input_is_told_to_be_saved(tmp_path):
+    returncode, out, err = run_script(tmp_path, UNGUARDED, stdin=True)
+    assert returncode == 1 and out == "" and "'<stdin>' is not a file: save the script in a file" in err
+
+
+@pytest.mark.slow
+def test_a_script_with_a_main_guard_gets_its_batches(tmp_path):
+    script = IN_A_FUNCTION + 'if __name__ == "__main__":\n    work()'
+    assert run_script(tmp_path, script) == (0, "32\n" * 3, "")
+
+
+def test_a_main_guard_may_have_any_form(tmp_path):
+    script = """
+from mlpmixer_flax.dataloader import TrainBatches, check_workers, open_examples
+batches = TrainBatches(open_examples("digits", "train", cache_bytes=0), batch_size=32, seed=0)
+def work(form):
+    check_workers(batches, 2)
+    print(form)
+if __name__ == "__main__":
+    work(1)
+if __name__ != "__main__":
+    pass
+else:
+    work(2)
+__name__ == "__main__" and work(3)
+try:
+    if "__main__" == __name__:
+        work(4)
+finally:
+    pass
+exec("if __name__ == '__main__':\\n    work(5)")
+if __name__ == "__main__": exec("work(6)")
+work(7)
+"""
+    returncode, out, err = run_script(tmp_path, script)
+    assert returncode == 1 and out.split() == list("123456") and "__main__" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_script_needs_no_main_guard_where_no_worker_starts(tmp_path):
+    assert run_script(tmp_path, UNGUARDED, cache_bytes=10**9) == (0, "32\n" * 3, "")
+    assert run_script(tmp_path, UNGUARDED.replace("num_workers=2", "num_workers=0")) == (0, "32\n" * 3, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),

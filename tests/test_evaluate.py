@@ -1,7 +1,10 @@
 """Scores of a split are means over its images for any batch size; the program writes them to files."""
 
 import csv
+import dataclasses
+import io
 import json
+import os
 import re
 import shutil
 from functools import cache
@@ -14,13 +17,15 @@ from PIL import Image
 
 from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.dataloader import open_examples
-from mlpmixer_flax.evaluate import main
+from mlpmixer_flax.evaluate import default_output, main
+from mlpmixer_flax.export import export
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import evaluate, evaluate_classes, make_eval_step
 from mlpmixer_flax.training.report import read_metrics
+from mlpmixer_flax.weights.source import NamedRun
 
 CLASSES = 8
 QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all of the time here
@@ -198,7 +203,8 @@ def test_scores_equal_those_that_training_reported(run, evaluated):
 
 def test_the_files_agree_with_each_other(run, evaluated):
     found = read(evaluated)
-    assert (found["model"], found["dataset"], found["split"]) == (str(run), "digits", "test")
+    of = {"model": str(run), "checkpoint": "best", "step": 40, "dataset": "digits", "split": "test"}
+    assert of.items() <= found.items()
     assert found["images"] == len(open_examples("digits", "test"))
     assert sum(row["images"] for row in found["per_class"]) == found["images"]
     assert sum(images for _, _, images in found["confusion"]) == found["images"]
@@ -248,6 +254,106 @@ def test_a_folder_is_matched_by_name_and_read_in_gray(run, evaluated, folder, tm
     assert f"top-1 accuracy     {found['accuracy']:>8.2%}" in shown
     table = shown[shown.index("\nclass") :].splitlines()
     assert len([line for line in table if line.split()[:1] and line.split()[0] in WORDS]) == 10
+
+
+OWN = {"checkpoint": "best", "dataset": "digits", "split": "test"}
+OTHERS = [
+    ({"split": "train"}, "evaluation-train"),
+    ({"split": "train+test"}, "evaluation-train+test"),
+    ({"checkpoint": "last"}, "evaluation-last"),
+    ({"checkpoint": "30", "split": "train"}, "evaluation-train-step30"),
+    ({"dataset": "cifar10"}, "evaluation-cifar10"),
+    ({"split": "test[:5]"}, "evaluation-test_5-......"),
+    ({"split": "test[5:]"}, "evaluation-test_5-......"),
+    ({"dataset": "folder:/a/photos"}, "evaluation-photos-......"),
+    ({"dataset": "folder:/b/photos"}, "evaluation-photos-......"),
+    ({"dataset": f"folder:/{'数' * 80}", "split": "train"}, f"evaluation-{'数' * 13}-......-train"),
+    ({"dataset": "folder:/bad\udcff\n\x1b[31m"}, "evaluation-bad_31m-......"),
+    ({"dataset": "folder:/"}, "evaluation-folder-......"),
+]
+
+
+def test_scores_of_something_else_have_a_directory_of_their_own(run):
+    model, named = load_run(run), NamedRun(run, None)
+    own = {**OWN, "model": str(run)}
+    assert default_output(own, model, named) == run / "evaluation"
+    names = [default_output({**own, **changes}, model, named) for changes, _ in OTHERS]
+    for name, (_, expected) in zip(names, OTHERS, strict=True):
+        assert name.parent == run and re.fullmatch(expected.replace("+", "[+]"), name.name), name
+    weights = [{**own, "model": name, "checkpoint": None} for name in ("w.npz", "a/w.npz", "~/w.npz")]
+    names += [default_output(subject, load_run(run), None) for subject in weights]
+    assert str(names[-3]) == "evaluation-w.npz-digits-test"
+    assert all(re.fullmatch("evaluation-w.npz-......-digits-test", str(name)) for name in names[-2:])
+    assert len(set(names)) == len(OTHERS) + 3 and max(len(os.fsencode(name.name)) for name in names) < 200
+
+
+def test_scores_of_something_else_replace_nothing_and_say_what_they_are_of(run, evaluated, capsys):
+    before = (evaluated / "scores.json").read_bytes()
+    assert main([f"--weights={run}@last", "--split=test[:40]"]) == 0
+    assert (evaluated / "scores.json").read_bytes() == before
+    (output,) = run.glob("evaluation-test_40-*-last")
+    assert f"\nin {output}:\n" in capsys.readouterr().out
+    of = {"checkpoint": "last", "step": 40, "dataset": "digits", "split": "test[:40]", "images": 40}
+    assert of.items() <= read(output).items()
+
+
+@pytest.mark.slow
+def test_a_model_of_five_classes_has_no_top_5_and_files_may_have_any_name(
+    run, folder, tmp_path, monkeypatch, capsys
+):
+    model = load_run(run)
+    head = {name: values[..., :5] for name, values in model.params["head"].items()}
+    five = dataclasses.replace(
+        model,
+        module=model.module.clone(num_classes=5),
+        params={**model.params, "head": head},
+        class_names=tuple(WORDS[:5]),
+    )
+    export(five, tmp_path / "w.npz", format="npz")
+    photos = tmp_path / "photos"
+    names = [b"bad\xff", b"new\nline", "\N{GRINNING FACE}".encode(), b"-x", b"x" * 200, b"\x1b[31m"]
+    for word, other in zip(WORDS[:5], WORDS[1:6], strict=True):  # so nearly all predictions are mistakes
+        files = sorted((folder / "test" / other).iterdir())
+        for split in (b"train", b"test"):
+            place = os.path.join(os.fsencode(photos), split, word.encode())
+            os.makedirs(place)
+            for file, name in zip(files, names, strict=False):
+                shutil.copy(os.fsencode(file), os.path.join(place, name + b".png"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--weights=w.npz", "--dataset=folder:photos"]) == 0
+    (output,) = tmp_path.glob("evaluation-w.npz-photos-*-test")
+    found = read(output)
+    assert found["dataset"] == f"folder:{photos}" and found["images"] == 30
+    assert "accuracy_top5" not in found and "top-5" not in capsys.readouterr().out
+    assert found["mistakes"] and all((photos / row["file"]).exists() for row in found["mistakes"])
+    assert any("\udcff" in row["file"] for row in found["mistakes"])
+
+
+def test_class_names_that_are_not_text_are_written_with_escapes(run, tmp_path):
+    named = tmp_path / "run"
+    shutil.copytree(run, named)
+    names = [f"bad\udcff\n{word}" for word in WORDS]
+    (named / "class_names.json").write_text(json.dumps(names))
+    assert main([f"--workdir={named}", "--split=test[:40]", f"--output={tmp_path}/new\udcff/out"]) == 0
+    output = tmp_path / "new\udcff" / "out"
+    assert [row["name"] for row in read(output)["per_class"]] == names
+    text = (output / "per_class.csv").read_text(encoding="utf-8")
+    assert [row["name"] for row in csv.DictReader(io.StringIO(text, newline=""))] == [
+        name.replace("\udcff", "\\udcff") for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("gs://bucket/scores", "'gs://bucket/scores' is a URL"), ("", "it is empty")]
+)
+def test_an_output_that_is_no_path_is_refused_before_anything_is_read(
+    output, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["--workdir=nowhere", f"--output={output}"])
+    assert stop.value.code == 2 and f"argument --output: {message}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_is_one_line_and_nothing_is_written(run, folder, tmp_path, capsys):

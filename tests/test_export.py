@@ -98,9 +98,53 @@ def test_weights_of_a_file_are_converted_to_the_other_format_with_their_metadata
 
 @pytest.mark.parametrize("format", ["npz", "safetensors", "stablehlo"])
 def test_a_file_that_cannot_be_written_is_an_error(run, tmp_path, format):
-    with pytest.raises(UserError, match="cannot write .*folder"):
-        export(load_run(run), tmp_path / "no" / "such" / "folder", format=format)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*file/folder .*: choose another place"):
+        export(load_run(run), tmp_path / "file" / "folder" / "w", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_folder_of_the_file_is_created_and_paths_are_text_or_path(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = load_run(run)
+    for output in (
+        "~/a/b/w.npz",
+        Path("~/c/w.npz"),
+        tmp_path / ("x" * 200),
+        str(tmp_path / "new\n\udcff" / "-w"),
+    ):
+        (note,) = export(model, output, format="npz")
+        file = Path(output).expanduser()
+        assert str(file) in note and load(file).class_names == model.class_names
+    assert main([f"--workdir={run}", "--format=npz", "--output=~/d/e/w.npz"]) == 0
+    assert (tmp_path / "d" / "e" / "w.npz").exists()
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/w.npz", "s3://bucket/w.npz"])
+def test_a_url_and_an_unknown_format_are_refused_before_anything_is_written(
+    run, url, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"'{url}' is a URL: give a path on this machine"):
+        export(load_run(run), url, format="npz")
+    with pytest.raises(SystemExit):
+        main([f"--workdir={run}", "--format=npz", f"--output={url}"])
+    assert f"argument --output: '{url}' is a URL: give a path on this machine" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match="format='onnx' is unknown: choose one of npz, safetensors, stablehlo"
+    ):
+        export(load_run(run), "new/w.onnx", format="onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_class_names_that_are_not_text_are_written_with_escapes(run, tmp_path):
+    names = tuple(f"bad\udcff\n{number}" for number in range(10))
+    model = dataclasses.replace(load_run(run), class_names=names)
+    for format in ("npz", "safetensors"):
+        export(model, tmp_path / format, format=format)
+        assert load(tmp_path / format).class_names == names
+    export(model, tmp_path / "m", format="stablehlo")
+    assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))["class_names"] == list(names)
 
 
 def test_an_error_is_one_line_and_nothing_is_written(run, tmp_path, capsys):

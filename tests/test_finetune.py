@@ -95,7 +95,11 @@ def test_gelu_and_pixels_follow_the_weights_and_are_stored(tmp_path, capsys):
     # The weights may also be a run: the next run follows its values too.
     following = [*SMALL, f"--config.init_from={tmp_path}/run", f"--workdir={tmp_path}/next", STILL]
     assert main(following) == 0
-    assert f"model.gelu=erf, as in the training of {tmp_path}/run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"model.gelu=erf, as in the training of {tmp_path}/run" in said
+    assert re.search(
+        f"^{tmp_path}/run: step [0-9]+, the best checkpoint \\(test accuracy", said, re.MULTILINE
+    )
     chex.assert_trees_all_close(
         start_of(tmp_path / "next"), weights_of(tmp_path / "run"), rtol=1e-6, atol=1e-25
     )

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "mlpmixer_flax"
 
 # The rule is the line of CONTRIBUTING.md that has this form: "a < b < programs".
-RULE = re.search(r"^    (atomic < .*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1].split(" < ")
+RULE = re.search(r"^    (\w+ < .* < programs)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[
+    1
+].split(" < ")
 
 LIBRARY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rglob("*.py"))
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.py"))

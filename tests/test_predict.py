@@ -27,7 +27,7 @@ from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.predict import find_files, main, predict
+from mlpmixer_flax.predict import find_files, main, parse, predict
 from mlpmixer_flax.rundir import read_class_names
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights import download
@@ -170,11 +170,66 @@ def test_folders_and_patterns_stand_for_their_images_in_order(tmp_path, monkeypa
     assert find_files("[bc]") == ["b/2.PNG", "b/a/1.jpg", "c/é.webp"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_files("~/c/*.webp") == [str(tmp_path / "c/é.webp")]
-    for nothing in ("absent.png", "*.gif", "c/d", ""):
-        with pytest.raises(
-            UserError, match="(has no images|no file matches it as a pattern): give another path"
-        ):
+    assert find_files(Path("b")) == find_files("b") and find_files(Path("~/c/é.webp")) == [
+        f"{tmp_path}/c/é.webp"
+    ]
+    for nothing in ("absent.png", "*.gif", ""):
+        with pytest.raises(UserError, match="no file matches it as a pattern: give another path"):
             find_files(nothing)
+
+
+def test_a_folder_without_images_says_what_it_has_and_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.chdir(tmp_path)
+    write(
+        ".",
+        "heic/1.HEIC",
+        "heic/a/2.heic",
+        "some/3.heic",
+        "csv/list.csv",
+        "clips/a.mp4",
+        "clips/b.mp4",
+        data=b"",
+    )
+    write(".", "zip/a.zip", "zip/b.tar.gz", data=b"")
+    write(".", "some/4.png", "some/5.png")
+    Path("empty/.hidden").mkdir(parents=True)
+    heic = "HEIC photos cannot be read here: convert them to JPEG or PNG, or pip install pillow-heif"
+    for path, message in [
+        ("heic", f"'heic' has no images, only '.heic' files (2): {heic}"),
+        ("csv", "'csv' has no images, only '.csv' files (1): give another path"),
+        ("clips/", "'clips/' has no images, only '.mp4' files (2): give another path"),
+        ("zip", "'zip' has no images, only '.gz' files (1), '.zip' files (1): unpack its archives"),
+        ("empty", "'empty' has no images: give another path"),
+        ("[cz]*", "'[cz]*' has no images, only '.csv' files (1), '.gz' files (1), '.mp4' files (2), '.zip' files (1): "
+         "unpack its archives"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError) as error:
+            find_files(path)
+        assert str(error.value) == message
+    assert capsys.readouterr().err == ""
+    assert find_files("some") == ["some/4.png", "some/5.png"]
+    assert capsys.readouterr().err == f"left out of 'some': '.heic' files (1); {heic}\n"
+    find_files("*")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/cat.jpg", "s3://bucket/photos", "https://example.org/cat.jpg"])
+def test_a_url_is_refused_before_the_model_is_loaded(url, capsys):
+    assert main(["--workdir=nowhere", url]) == 2
+    assert capsys.readouterr().err == (
+        f"error: image {url!r} is a URL, and only local paths can be read: copy the data to this machine, or mount "
+        "it, and give the path there\n"
+    )
+
+
+def test_names_after_two_dashes_may_begin_with_a_dash(tmp_path, monkeypatch):
+    assert parse(["--workdir=r", "a.png", "--top=1", "--", "-x.png", "--", "b.png"]).images == [
+        *("a.png", "./-x.png", "./--", "b.png")
+    ]
+    monkeypatch.chdir(tmp_path)
+    write(".", "-x.png")
+    assert find_files("./-x.png") == ["./-x.png"] and find_files("-*.png") == ["-x.png"]
 
 
 @pytest.mark.slow

@@ -239,7 +239,9 @@ def test_a_config_needs_no_dataset_if_the_number_of_classes_is_given(capsys):
     arguments = ["--config=b16_imagenet21k.py", "--config.data_dir=nowhere"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: dataset 'imagenet21k' is") and "give --num_classes" in error
+    assert error.startswith(
+        "error: without --num_classes the dataset is needed, but dataset 'imagenet21k' is"
+    )
     out = printed(capsys, *arguments, "--num_classes=21843")
     assert f"total: {B16 + 20_843 * 769:,} parameters" in out
 
@@ -251,12 +253,30 @@ def test_a_config_needs_no_dataset_if_the_number_of_classes_is_given(capsys):
         (["--config=digits.py", "--config.model.hiden_dim=8"], "error: the config has no key"),
         (["--weights=imagenet1k/Mixer-B_17"], "error: no weights 'imagenet1k/Mixer-B_17'"),
         (["--workdir=nowhere"], "error: no run in nowhere"),
+        (["--config="], "error: config file  does not exist"),
+        (
+            ["--config=digits.py", "--num_clases=5"],
+            "error: cannot use '--num_clases=5': did you mean --num_classes=5?\n",
+        ),
+        (
+            ["--config=digits.py", "--lr=5"],
+            "error: cannot use '--lr=5': did you mean --config.optimizer.learning_rate=5?\n",
+        ),
+        (
+            ["--workdir=r", "--checkpoint=best"],
+            "error: cannot use '--checkpoint=best': --help lists all options\n",
+        ),
+        (
+            ["--config=digits.py", "--config.dataset=digit"],
+            "error: without --num_classes the dataset is needed, but dataset 'digit' is unknown: did you mean",
+        ),
     ],
 )
 def test_an_error_is_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
+    assert error.count("?") <= 1  # one suggestion
 
 
 @pytest.mark.parametrize("extra", ["--config.model.num_blocks=2", "--num_classes=5"])

@@ -31,7 +31,7 @@ def run(notebook: Path, output: Path) -> None:
             content,
             timeout=None,
             record_timing=False,
-            coalesce_streams=True,  # keeps only the last state of a progress bar
+            coalesce_streams=True,  # one output for all lines that a cell prints
             resources={"metadata": {"path": folder}},
         ).execute()
     for cell in content.cells:
@@ -42,7 +42,7 @@ def run(notebook: Path, output: Path) -> None:
 
 
 def shrink(png: str) -> str:
-    """Returns a PNG in base64 with 256 colours: at most half the size, and it looks the same."""
+    """Returns a PNG in base64 with 256 colors: at most half the size, and it looks the same."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize()
     smaller = io.BytesIO()
     image.save(smaller, "PNG", optimize=True)

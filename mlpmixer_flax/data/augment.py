@@ -151,15 +151,19 @@ def resize(images: jax.Array, size_px: int, interpolation: str) -> jax.Array:
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Returns (images / 255 - mean) / std in float32; mean and std have one value, or one per channel."""
-    centred = images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)
-    return centred / jnp.asarray(std, jnp.float32)
+    """Returns (images / 255 - mean) / std of images (n, h, w, c) in float32; mean and std have one value, or one per channel."""
+    return (images.astype(jnp.float32) / 255 - _per_channel(mean)) / _per_channel(std)
 
 
 def denormalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Inverts `normalize` for display: returns uint8, rounded, with noise clipped to 0 and 255."""
-    levels = (images * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32)) * 255
+    levels = (images * _per_channel(std) + _per_channel(mean)) * 255
     return jnp.clip(jnp.round(levels), 0, 255).astype(jnp.uint8)
+
+
+def _per_channel(values: Sequence[float]) -> jax.Array:
+    """Returns values as an array of the rank of images, as jax_numpy_rank_promotion="raise" wants it."""
+    return jnp.asarray(values, jnp.float32)[None, None, None]
 
 
 def random_crop(key: jax.Array, images: jax.Array, *, padding_px: int) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.cells import cell_len
 
-from mlpmixer_flax.data.text import shorten
+from mlpmixer_flax.text import shorten
 
 _COLUMNS = 80
 _NAME_COLUMNS = 24

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -12,14 +13,13 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.decoding import decode
 from mlpmixer_flax.data.folders import FolderRecords, folder_info, folder_parts
-from mlpmixer_flax.data.image_checks import open_folder
-from mlpmixer_flax.data.images import MODES, first_line, flaw_of, to_square
+from mlpmixer_flax.data.image_checks import open_folder, say_left_out
+from mlpmixer_flax.data.images import MODES, flaw_of, to_square
 from mlpmixer_flax.data.notes import say_once
-from mlpmixer_flax.data.source import DatasetInfo, Source
-from mlpmixer_flax.data.splits import SplitLike, count_common
-from mlpmixer_flax.data.text import printable
-from mlpmixer_flax.data.tfds import open_tfds, tfds_info, tfds_parts
+from mlpmixer_flax.data.splits import DatasetInfo, Record, Source, SplitLike, count_common, describe_split
+from mlpmixer_flax.data.tfds import TfdsRecords, open_tfds, tfds_info, tfds_parts
 
+T = TypeVar("T")
 _FOLDER = "folder:"  # the name of a dataset begins with this if it is a folder of images
 
 
@@ -105,6 +105,11 @@ class Examples:
         """The file name of each example, relative to the folder; None if the dataset is not a folder."""
         return self.source.records.files if isinstance(self.source.records, FolderRecords) else None
 
+    @property
+    def skipped(self) -> int:
+        """How many images of the split were left out, because they cannot be used."""
+        return self.source.skipped
+
     def read(
         self, indices: np.ndarray, crop_seeds: Sequence[tuple[int, ...]] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -116,45 +121,50 @@ class Examples:
             are central.
 
         Raises:
-          UserError: a record or image is damaged, an image has another shape than the dataset says, or a
-            label does not belong to any class.
+          UserError: a record or image is damaged, an image has another shape than the dataset says, a label
+            does not belong to any class, or a file can no longer be read.
+          MemoryError, OSError: memory, the disk or a limit of the system is at fault, not the data.
         """
         if self.images is not None and self.labels is not None:
             return self.images[indices], self.labels[indices]
         images = np.empty((len(indices), *self.image_shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
-        try:
-            records = self.source.records.__getitems__(indices.tolist())
-        except Exception as error:
-            raise UserError(
-                f"records of {self.name} are damaged ({first_line(error)}): restore them or prepare the "
-                "dataset again"
-            ) from error
-        for row, record in enumerate(records):
-            identity = record.get("id", record.get("file_name", b""))
-            identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
-            name = f"{indices[row]} ({printable(identity)})" if identity else str(indices[row])
-            try:
-                crop_seed = None if crop_seeds is None else crop_seeds[row]
-                image = self._decode(record[self.source.image_key], crop_seed, name)
-                if image.shape != self.image_shape:
-                    raise ValueError(f"its shape is {image.shape}, not {self.image_shape}")
-                label = int(record[self.source.label_key])
-                if not 0 <= label < self.num_classes:
-                    raise ValueError(f"its label {label} is not in [0, {self.num_classes})")
-            except Exception as error:
+        for row, (record, found) in enumerate(self._read_each(indices, crop_seeds)):
+            if isinstance(found, str):
                 raise UserError(
-                    f"image {name} of {self.name} cannot be used ({flaw_of(error)}): repair it or leave it out of "
-                    "the split"
-                ) from error
-            images[row], labels[row] = image, label
+                    f"image {record.name} of {self.name} cannot be used ({found}): {self.source.remedy}"
+                )
+            images[row], labels[row] = found, record.label
         return images, labels
 
-    def _decode(self, encoded: bytes, crop_seed: tuple[int, ...] | None, name: str) -> np.ndarray:
+    def find_flaws(self, indices: np.ndarray) -> dict[int, tuple[str, str]]:
+        """Returns index -> name and flaw, for the examples that cannot be used.
+
+        Raises:
+          UserError: as `read`, if a file can no longer be read.
+        """
+        each = zip(indices.tolist(), self._read_each(indices, None), strict=True)
+        return {index: (record.name, found) for index, (record, found) in each if isinstance(found, str)}
+
+    def _read_each(
+        self, indices: np.ndarray, crop_seeds: Sequence[tuple[int, ...]] | None
+    ) -> Iterator[tuple[Record, np.ndarray | str]]:
+        """Yields each record, and its image or why it cannot be used."""
+        for row, record in enumerate(self.source.records.__getitems__(indices.tolist())):
+            try:
+                found = record.flaw or self._decode(record, crop_seeds[row] if crop_seeds else None)
+            except Exception as error:
+                found = flaw_of(error, f"image {record.name} of {self.name}")
+            yield record, found
+
+    def _decode(self, record: Record, crop_seed: tuple[int, ...] | None) -> np.ndarray:
+        """Returns the image of a record as `read` does; any exception means that it cannot be used."""
         size_px, _, channels = self.image_shape
-        image, notes = decode(encoded, MODES[channels])
+        if not 0 <= record.label < self.num_classes:
+            raise ValueError(f"its label {record.label} is not in [0, {self.num_classes})")
+        image, notes = decode(record.image, MODES[channels])
         if self.files is None:  # the check of a folder has said it already
-            say_once(notes, f"image {name} of {self.name}")
+            say_once(notes, f"image {record.name} of {self.name}")
         if self.cropped:
             image = to_square(
                 image,
@@ -166,7 +176,10 @@ class Examples:
                 rng=None if crop_seed is None else np.random.default_rng(crop_seed),
             )
         pixels = np.asarray(image)
-        return pixels.reshape(*pixels.shape[:2], channels)
+        pixels = pixels.reshape(*pixels.shape[:2], channels)
+        if pixels.shape != self.image_shape:
+            raise ValueError(f"its shape is {pixels.shape}, not {self.image_shape}")
+        return pixels
 
 
 def open_examples(
@@ -181,7 +194,7 @@ def open_examples(
     interpolation: str = "bilinear",
     fit: str = "crop",
     skip_bad_images: bool = False,
-    for_training: bool = False,
+    for_training: tuple[SplitLike, SplitLike] | None = None,
 ) -> Examples:
     """Opens a split; decodes it into memory if its decoded images fit in `cache_bytes`.
 
@@ -195,9 +208,11 @@ def open_examples(
         least `min_crop_area` of the image, resized. In `TestBatches`, or with `min_crop_area` 1, it is the
         central square with a side of `crop_fraction` of the short side, resized. `fit` "pad" or "stretch" uses
         whole images instead of squares from them: see `images.to_square`.
-      skip_bad_images: leaves out the images of a folder that cannot be used, instead of raising an error.
-      for_training: checks the images of all splits of a folder, not only of this one, so that one error counts
-        all bad images, and images with the same content in two splits are found.
+      skip_bad_images: leaves out the images that cannot be used, and counts them in `Examples.skipped`, instead of
+        raising an error. For this, every image of the split is read once.
+      for_training: the splits to train and to evaluate on, if this is one of them. It checks the images of all splits
+        of a folder, not only of this one, so that one error counts all bad images, and images with the same
+        content in two splits are found.
 
     Raises:
       UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; the dataset is
@@ -216,7 +231,7 @@ def open_examples(
     else:
         cropped, image_shape = False, (height, width, channels)
     examples = Examples(
-        name=f"split {split!r} of dataset {dataset!r}",
+        name=describe_split(dataset, split),
         source=source,
         image_shape=image_shape,
         cropped=cropped,
@@ -225,26 +240,58 @@ def open_examples(
         interpolation=interpolation,
         fit=fit,
     )
+    if skip_bad_images:
+        examples = _leave_out_bad(examples)
     if len(examples) * math.prod(image_shape) > cache_bytes or (cropped and min_crop_area < 1):
         return examples
     images, labels = _decode_all(examples)
     return dataclasses.replace(examples, images=images, labels=labels)
 
 
+def _leave_out_bad(examples: Examples) -> Examples:
+    """Reads every example of a TFDS dataset once; returns the ones that `read` accepts.
+
+    So the split is known before training, and a batch stays a function of seed and step.
+    """
+    records = examples.source.records
+    if not isinstance(records, TfdsRecords):
+        return examples  # a folder was checked when it was opened
+    flaws: dict[int, tuple[str, str]] = {}
+    for _, found in _in_chunks(examples, "checking", examples.find_flaws):
+        flaws |= found
+    say_left_out(dict(flaws.values()), len(examples), examples.name)
+    kept = np.delete(np.arange(len(examples)), list(flaws))
+    source = dataclasses.replace(
+        examples.source, records=dataclasses.replace(records, kept=kept), skipped=len(flaws)
+    )
+    return dataclasses.replace(examples, source=source)
+
+
 def _decode_all(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(examples), *examples.image_shape), np.uint8)
     labels = np.empty(len(examples), np.int32)
+    for chunk, decoded in _in_chunks(examples, "decoding", examples.read):
+        images[chunk], labels[chunk] = decoded
+    return images, labels
 
-    def decode(chunk: np.ndarray) -> int:
-        images[chunk], labels[chunk] = examples.read(chunk)
-        return len(chunk)
 
+def _in_chunks(
+    examples: Examples, verb: str, function: Callable[[np.ndarray], T]
+) -> Iterator[tuple[np.ndarray, T]]:
+    """Yields chunks of the indices of all examples, and what the function returns for each, in order."""
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
     # Threads are enough: Pillow decodes without holding the interpreter's lock.
-    with tqdm(
-        desc=f"decoding {examples.name}", total=len(examples), unit="img", delay=2, leave=False, disable=None
-    ) as bar:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for count in pool.map(decode, chunks):
-                bar.update(count)
-    return images, labels
+    with (
+        tqdm(
+            desc=f"{verb} {examples.name}",
+            total=len(examples),
+            unit="img",
+            delay=2,
+            leave=False,
+            disable=None,
+        ) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for chunk, result in zip(chunks, pool.map(function, chunks), strict=True):
+            yield chunk, result
+            bar.update(len(chunk))

@@ -5,6 +5,7 @@ suffixes open files.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -13,13 +14,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.formats import is_image
+from mlpmixer_flax.data.files import is_archive, local_path
 from mlpmixer_flax.data.layout import LAYOUT, Classes, find_layout, split_of
-from mlpmixer_flax.data.paths import is_archive, local_path
-from mlpmixer_flax.data.source import DatasetInfo
-from mlpmixer_flax.data.splits import Part, SplitLike, num_examples, read_split
-from mlpmixer_flax.data.text import quoted
-from mlpmixer_flax.data.walk import files_below
+from mlpmixer_flax.data.splits import DatasetInfo, Part, Record, SplitLike, num_examples, read_split
+from mlpmixer_flax.faults import check_reachable, pass_on
+from mlpmixer_flax.text import quoted
 
 COLOR_SHAPE = (None, None, 3)  # of all images in folders: any size, read in colour
 _HASH_BYTES = 8
@@ -50,21 +49,47 @@ class FolderRecords:
     root: str
     files: list[str]
     labels: list[int]
+    sizes: list[int] | None = None  # in bytes, when the images were checked; None = they were not
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Returns records {"image": bytes, "label": int, "file_name": str}.
+    def __getitems__(self, indices: list[int]) -> list[Record]:
+        """Returns records, whose names are those of the files.
 
         Raises:
-          OSError: a file no longer exists or cannot be read.
+          UserError: a file no longer exists, may no longer be read, or has another size than when it was checked.
+          OSError: the disk or a limit of the system is at fault.
         """
-        records = []
-        for i in indices:
-            with open(os.path.join(self.root, self.files[i]), "rb") as file:
-                records.append({"image": file.read(), "label": self.labels[i], "file_name": self.files[i]})
-        return records
+        return [Record(self.files[i], self._read(i), self.labels[i]) for i in indices]
+
+    def _read(self, i: int) -> bytes:
+        path = os.path.join(self.root, self.files[i])
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            pass_on(error, path)
+            check_folder(self.root)
+            gone = isinstance(error, FileNotFoundError)
+            event = "was deleted, moved or renamed" if gone else f"cannot be read now ({error.strerror})"
+            raise UserError(f"image {path!r} {event}: restore it, and start again") from error
+        if self.sizes is not None and len(content) != self.sizes[i]:
+            raise UserError(
+                f"image {path!r} has {len(content):,} bytes, but had {self.sizes[i]:,} when it was checked, so somebody "
+                "has changed or replaced it: restore it, and start again"
+            )
+        return content
+
+
+def check_folder(root: str) -> None:
+    """Raises UserError if a folder of images has disappeared; a drive that is unmounted leaves an empty folder."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
+        if any(entries):
+            return
+    raise UserError(
+        f"folder {root!r} is empty or does not exist any more: restore it or mount its drive again, and start again"
+    )
 
 
 def read_folder(path: str | os.PathLike[str]) -> Folder:
@@ -84,11 +109,15 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         kind = "an archive: unpack it" if is_archive(root) else "a file: put the images in class folders"
         raise UserError(f"{path!r} is {kind} and give the folder, with the layout {LAYOUT}")
     if not path or not os.path.isdir(root):
+        check_reachable(root)
         raise UserError(f"folder {path!r} does not exist: give folder:PATH with the layout {LAYOUT}")
     try:
         layout = find_layout(path, root)
     except OSError as error:
-        raise UserError(f"folder {path!r} cannot be read ({error}): change its permissions") from error
+        pass_on(error)
+        raise UserError(
+            f"folder {path!r} cannot be read ({error}): restore it, or mount its drive again"
+        ) from error
     splits, notes = {}, list(layout.notes)
     for split, classes in layout.splits.items():
         prefix = layout.folders[split]
@@ -241,17 +270,9 @@ def select_split(folder: Folder, split: SplitLike) -> FolderRecords:
     return FolderRecords(folder.root, [file for _, _, file in chosen], [label for _, label, _ in chosen])
 
 
-def images_below(path: str | os.PathLike[str]) -> list[str]:
-    """Returns the paths of the images in a folder and its subfolders, sorted; each begins with `path`.
-
-    Raises:
-      UserError: the folder or a subfolder cannot be read.
-    """
-    path = os.fspath(path)
-    try:
-        return sorted(filter(is_image, files_below("", path.rstrip("/") or "/")))
-    except OSError as error:
-        raise UserError(f"folder {path!r} cannot be read ({error}): change its permissions") from error
+def files_of(folder: Folder, split: str) -> list[str]:
+    """Returns all images of one of the folder's own splits."""
+    return [file for files in folder.splits[split].values() for file in files]
 
 
 def _find(splits: Mapping[str, Any] | Any, names: Mapping[str, str], name: str) -> str | None:

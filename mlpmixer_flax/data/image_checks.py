@@ -1,6 +1,5 @@
-"""Checks every image of a folder before a long training or evaluation starts."""
+"""Opens folders of images after a check: images that cannot be used are found before a long run, and so are copies."""
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -11,22 +10,35 @@ from itertools import combinations
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.folders import COLOR_SHAPE, Folder, FolderRecords, read_folder, select_split
+from mlpmixer_flax.data.folders import (
+    COLOR_SHAPE,
+    Folder,
+    FolderRecords,
+    check_folder,
+    files_of,
+    read_folder,
+    select_split,
+    split_parts,
+)
 from mlpmixer_flax.data.images import inspect_image
 from mlpmixer_flax.data.layout import LAYOUT
 from mlpmixer_flax.data.notes import Note, summarize
-from mlpmixer_flax.data.source import Source
-from mlpmixer_flax.data.splits import SplitLike
+from mlpmixer_flax.data.splits import Source, SplitLike
+from mlpmixer_flax.text import wrap
 
 
 def open_folder(
-    path: str | os.PathLike[str], split: SplitLike, *, skip_bad_images: bool, for_training: bool
+    path: str | os.PathLike[str],
+    split: SplitLike,
+    *,
+    skip_bad_images: bool,
+    for_training: tuple[SplitLike, SplitLike] | None,
 ) -> Source:
-    """Opens a split of a folder after a check of its images (`for_training`: of the images of all splits).
+    """Opens a split of a folder after a check of its images.
 
-    Prints the notes about the folder once; `for_training` also how many images of a split have the same content
-    as images of another split. With `skip_bad_images`, images that cannot be used are left out, and the first of
-    them are listed on stdout.
+    Prints the notes about the folder once. With `skip_bad_images`, images that cannot be used are left out, and the
+    first of them are listed on stdout. `for_training`, the splits to train and to evaluate on, lets it check the
+    images of all splits, and print how many images of a split have the same content as images of another split.
 
     Raises:
       UserError: as `folders.read_folder` and `folders.select_split`; images cannot be used and
@@ -34,32 +46,18 @@ def open_folder(
         class.
     """
     folder = read_folder(path)
-    records = _checked(folder, split, skip_bad_images=skip_bad_images, for_training=for_training)
-    return Source(
-        records=records,
-        image_key="image",
-        label_key="label",
-        num_classes=len(folder.class_names),
-        image_shape=COLOR_SHAPE,
-    )
-
-
-def _checked(folder: Folder, split: SplitLike, *, skip_bad_images: bool, for_training: bool) -> FolderRecords:
     chosen = select_split(folder, split)
     files = chosen.files
     _print_once(tuple(folder.notes))
-    by_split = {
-        name: [file for images in classes.values() for file in images]
-        for name, classes in folder.splits.items()
-    }
     if for_training:
         if len(folder.class_names) < 2:
             raise UserError(
                 f"folder {folder.path!r} has training images of one class only: two or more are needed; the "
                 f"expected layout is {'; '.join([LAYOUT, *folder.notes])}"
             )
-        files = [file for images in by_split.values() for file in images]
-    flaws, oddities = _inspect(folder.root, tuple(files))
+        files = [file for name in folder.splits for file in files_of(folder, name)]
+    sizes = {file: _size(os.path.join(folder.root, file)) for file in files}
+    flaws, oddities = _inspect(folder.root, tuple(sizes), tuple(sizes.values()))
     if flaws and not skip_bad_images:
         _inspect.cache_clear()  # a notebook user may repair the images and try again
         raise UserError(
@@ -69,21 +67,42 @@ def _checked(folder: Folder, split: SplitLike, *, skip_bad_images: bool, for_tra
         )
     _print_once(tuple(summarize(oddities)))
     if for_training:
-        good = {name: tuple(f for f in images if f not in flaws) for name, images in by_split.items()}
-        _print_once(_duplicate_notes(folder.root, tuple(good.items())))
+        groups = _groups(folder, for_training).items()
+        good_groups = tuple((name, tuple(f for f in images if f not in flaws)) for name, images in groups)
+        _print_once(_duplicate_notes(folder.root, good_groups))
     bad = {file: flaws[file] for file in chosen.files if file in flaws}
-    if not bad:
-        return chosen
-    print(
-        f"left out {len(bad):,} of the {len(chosen):,} images of split {split!r}, because they cannot be used:"
-        f"{_list(bad, 10)}"
+    say_left_out(bad, len(chosen), f"split {split!r}")
+    good = [(file, label) for file, label in zip(chosen.files, chosen.labels, strict=True) if file not in bad]
+    return Source(
+        records=FolderRecords(
+            folder.root,
+            files=[file for file, _ in good],
+            labels=[label for _, label in good],
+            sizes=[sizes[file] for file, _ in good],
+        ),
+        num_classes=len(folder.class_names),
+        image_shape=COLOR_SHAPE,
+        remedy="it could be used when it was checked, so restore it if somebody has changed it, and start again",
+        skipped=len(bad),
     )
-    kept = [pair for pair in zip(chosen.files, chosen.labels, strict=True) if pair[0] not in bad]
-    if not kept:
-        raise UserError(
-            f"no image of split {split!r} of folder {folder.path!r} can be used: repair some of them"
+
+
+def say_left_out(flaws: dict[str, str], total: int, name: str) -> None:
+    """Prints how many of all images of a split are left out, and the first of them.
+
+    Args:
+      flaws: image -> why it cannot be used.
+      name: of the split.
+
+    Raises:
+      UserError: no image is left.
+    """
+    if len(flaws) == total:
+        raise UserError(f"no image of {name} can be used: repair some of them{_list(flaws, 10)}")
+    if flaws:
+        print(
+            f"left out {len(flaws):,} of the {total:,} images of {name}, because they cannot be used:{_list(flaws, 10)}"
         )
-    return FolderRecords(folder.root, [file for file, _ in kept], [label for _, label in kept])
 
 
 def _list(flaws: dict[str, str], limit: int) -> str:
@@ -96,11 +115,14 @@ def _list(flaws: dict[str, str], limit: int) -> str:
 @functools.lru_cache(maxsize=3)
 def _print_once(notes: tuple[str, ...]) -> None:
     for note in notes:
-        print(note)
+        print(wrap(note))
 
 
-@functools.lru_cache(maxsize=1)  # a run opens two splits of one folder, and the check takes long
-def _inspect(root: str, files: tuple[str, ...]) -> tuple[dict[str, str], dict[str, set[Note]]]:
+# A run opens two splits of one folder, and the check takes long. Files that have another size are checked again.
+@functools.lru_cache(maxsize=1)
+def _inspect(
+    root: str, files: tuple[str, ...], sizes: tuple[int, ...]
+) -> tuple[dict[str, str], dict[str, set[Note]]]:
     """Reads all files; returns file -> what is wrong with it, if it cannot be used, and file -> its notes."""
     # Threads are enough: Pillow decodes without holding the interpreter's lock.
     with (
@@ -115,23 +137,47 @@ def _inspect(root: str, files: tuple[str, ...]) -> tuple[dict[str, str], dict[st
                 flaws[file] = flaw
             elif notes:
                 oddities[file] = notes
+    if flaws:
+        check_folder(root)  # otherwise all of its images would seem to be bad
     return flaws, oddities
 
 
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return -1  # deleted a moment ago, or a broken link: the check says so
+
+
+def _groups(folder: Folder, run_splits: tuple[SplitLike, SplitLike]) -> dict[str, list[str]]:
+    """Returns name -> files of the splits of a run, and between them the splits of the folder that it does not use."""
+    used = {part.split for split in run_splits for part in split_parts(folder, split)}
+    train, test = ({f"{split!r}": select_split(folder, split).files} for split in run_splits)
+    return train | {f"{name!r}": files_of(folder, name) for name in folder.splits if name not in used} | test
+
+
 @functools.lru_cache(maxsize=1)  # as above
-def _duplicate_notes(root: str, by_split: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, ...]:
-    """Returns a note for each pair of splits that have images of the same content."""
-    contents = _same_contents(root, [file for _, files in by_split for file in files])
+def _duplicate_notes(root: str, groups: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, ...]:
+    """Returns a note for each pair of groups of images that have images of the same content.
+
+    An image that belongs to both groups itself is not counted; `examples.count_overlap` counts these.
+    """
+    contents = _same_contents(root, sorted({file for _, files in groups for file in files}))
     notes = []
-    for (name, files), (other, other_files) in combinations(by_split, 2):
+    for (name, files), (other, other_files) in combinations(groups, 2):
+        own = set(files)
         originals = {contents[file]: file for file in reversed(files) if file in contents}
-        pairs = [(file, originals[contents[file]]) for file in other_files if contents.get(file) in originals]
+        pairs = [
+            (file, originals[contents[file]])
+            for file in other_files
+            if contents.get(file) in originals and file not in own
+        ]
         if pairs:
             images = "1 image" if len(pairs) == 1 else f"{len(pairs):,} images"
             notes.append(
-                f"{images} of split {other!r} {'is' if len(pairs) == 1 else 'are'} also in split {name!r} (same "
+                f"{images} of split {other} {'is' if len(pairs) == 1 else 'are'} also in split {name} (same "
                 f"content), for example {pairs[0][0]!r} = {pairs[0][1]!r}: remove one of each, or the scores of "
-                f"split {other!r} are too high"
+                f"split {other} are too high"
             )
     return tuple(notes)
 
@@ -140,8 +186,7 @@ def _same_contents(root: str, files: list[str]) -> dict[str, bytes]:
     """Returns file -> hash of its content, for the files that have the size of another; the others are unique."""
     by_size = defaultdict(list)
     for file in files:
-        with contextlib.suppress(OSError):  # somebody has just deleted it
-            by_size[os.path.getsize(os.path.join(root, file))].append(file)
+        by_size[_size(os.path.join(root, file))].append(file)
     alike = [file for group in by_size.values() if len(group) > 1 for file in group]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = pool.map(_hash_content, (os.path.join(root, file) for file in alike))

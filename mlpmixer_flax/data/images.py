@@ -8,8 +8,9 @@ from PIL import Image, UnidentifiedImageError
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.decoding import ImageLike, decode
-from mlpmixer_flax.data.foreign import ForeignFile
+from mlpmixer_flax.data.files import ForeignFile
 from mlpmixer_flax.data.notes import Note, say_once
+from mlpmixer_flax.faults import pass_on
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for such images
 FITS = ("crop", "pad", "stretch")  # how an image becomes a square, see `to_square`
@@ -48,6 +49,7 @@ def open_image(image: ImageLike, mode: str) -> Image.Image:
     Raises:
       UserError: the file does not exist, is damaged, is not an image that Pillow can read, or is refused by
         `decode`; or the array is not uint8 (h, w) or (h, w, c) with 1, 3 or 4 channels.
+      Exception: as `flaw_of`.
     """
     try:
         decoded, notes = decode(image, mode)
@@ -55,11 +57,12 @@ def open_image(image: ImageLike, mode: str) -> Image.Image:
         raise
     except Exception as error:
         name, remedy = _describe(image), "repair it or give another"
+        flaw = flaw_of(error, name, image if isinstance(image, (str, os.PathLike)) else None)
         if isinstance(error, ForeignFile):
             raise UserError(f"{name} cannot be used: {error}") from error
         if not isinstance(image, (str, bytes, os.PathLike, Image.Image)):
             remedy = "give a file, its bytes, a Pillow image or a uint8 NumPy array"
-        raise UserError(f"{name} cannot be used ({flaw_of(error)}): {remedy}") from error
+        raise UserError(f"{name} cannot be used ({flaw}): {remedy}") from error
     say_once(notes, _describe(image))
     return decoded
 
@@ -69,19 +72,30 @@ def inspect_image(file: str) -> tuple[str | None, set[Note]]:
 
     Finds files that are empty, cut short, not an image, too large for Pillow (179 megapixels) or refused by
     `decode`. Does not find damage that leaves a valid file, such as changed bits in a JPEG.
+
+    Raises:
+      Exception: as `flaw_of`.
     """
     try:
         return None, decode(file, "RGB", draft=True)[1]
     except Exception as error:
-        return flaw_of(error), set()
+        return flaw_of(error, f"image {file!r}", file), set()
 
 
-def flaw_of(error: Exception) -> str:
-    """Returns in one line why an image cannot be used, from the exception of `decode`."""
+def flaw_of(error: Exception, name: str, file: str | os.PathLike[str] | None = None) -> str:
+    """Returns in one line why an image cannot be used, from the exception of `decode`.
+
+    Args:
+      name, file: of the image, for messages.
+
+    Raises:
+      Exception: as `faults.pass_on`, if not the image but memory, the disk or a permission is at fault.
+    """
+    if isinstance(error, MemoryError):
+        error.add_note(f"it was needed for {name}")
+    pass_on(error, file)
     if isinstance(error, ForeignFile):
         return str(error)
-    if isinstance(error, MemoryError):
-        return "not enough memory to decode it: close other programs, or make it smaller"
     # Pillow's own message contains the address of a buffer.
     unknown = isinstance(error, UnidentifiedImageError)
     return "empty, cut short or not an image that Pillow can read" if unknown else first_line(error)

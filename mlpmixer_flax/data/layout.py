@@ -10,9 +10,8 @@ import unicodedata
 from collections import Counter
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.formats import advice, has_image_suffix, is_image, suffix_of
-from mlpmixer_flax.data.text import listed, quoted
-from mlpmixer_flax.data.walk import files_below, list_folder
+from mlpmixer_flax.data.files import advice, files_below, has_image_suffix, is_image, list_folder, suffix_of
+from mlpmixer_flax.text import listed, quoted
 
 Classes = dict[str, list[str]]  # class -> its images, relative to the root, with "/" on every system
 

@@ -1,8 +1,9 @@
-"""Reads names of splits in TFDS's language, for TFDS datasets and folders alike: "train[:90%]+test"."""
+"""Says what a split of a dataset is: its name in TFDS's language ("train[:90%]+test"), its facts and its records."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core.splits import AbstractSplit
@@ -65,3 +66,51 @@ def count_common(parts: list[Part], others: list[Part]) -> int:
             if all(any(p.start <= start and stop <= p.stop for p in some) for some in (mine, theirs)):
                 count += stop - start
     return count
+
+
+# --- facts and records, of TFDS datasets and folders alike
+
+ImageShape = tuple[int | None, int | None, int]  # stored images: (h, w, c); h and w are None if sizes vary
+
+
+def describe_split(dataset: str, split: SplitLike) -> str:
+    """Returns the name of a split in messages."""
+    return f"split {split!r} of dataset {dataset!r}"
+
+
+class DatasetInfo(TypedDict):
+    """Facts about a split that are known without decoding an image."""
+
+    num_examples: int
+    num_classes: int
+    class_names: list[str]
+    int2str: Callable[[SupportsIndex], str]  # label -> class name
+    image_shape: ImageShape
+
+
+class Record(NamedTuple):
+    """An example as it is stored."""
+
+    name: str  # for messages: a file, or a number
+    image: bytes  # an encoded image
+    label: int
+    flaw: str = ""  # why the record is damaged, if it is; then it has no image
+
+
+class Records(Protocol):
+    """The records of a split by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: list[int], /) -> list[Record]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The records of a split, and how to read them."""
+
+    records: Records
+    num_classes: int
+    image_shape: ImageShape
+    remedy: str  # what to do about an image that cannot be used
+    skipped: int = 0  # images of the split that were left out, because they cannot be used

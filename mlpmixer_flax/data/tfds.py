@@ -1,24 +1,86 @@
 """Reads TFDS datasets: from a name to encoded images, from prepared directories and without TensorFlow."""
 
+import dataclasses
 import difflib
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.files import is_archive, local_path
 from mlpmixer_flax.data.images import MODES, first_line
-from mlpmixer_flax.data.paths import is_archive, local_path
-from mlpmixer_flax.data.source import DatasetInfo, ImageShape, Source
-from mlpmixer_flax.data.splits import Part, SplitLike, num_examples, read_split
-from mlpmixer_flax.data.text import listed, quoted
-
-Builder = (
-    Any  # tfds.core.DatasetBuilder; TFDS types its features so widely that nothing can be read from them
+from mlpmixer_flax.data.splits import (
+    DatasetInfo,
+    ImageShape,
+    Part,
+    Record,
+    Source,
+    SplitLike,
+    describe_split,
+    num_examples,
+    read_split,
 )
+from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.text import listed, printable, quoted
+
+# tfds.core.DatasetBuilder; TFDS types its features so widely that nothing can be read from them
+Builder = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsRecords:
+    """The records of a split by index, as stored on disk."""
+
+    name: str  # of the split and the dataset, for messages
+    stored: Any  # TFDS's list of records
+    image_key: str
+    label_key: str
+    folder: str  # with the files of the dataset
+    kept: np.ndarray | None = None  # the places of these records in the split, int (n,); None = all of them
+
+    def __len__(self) -> int:
+        return len(self.stored if self.kept is None else self.kept)
+
+    def __getitems__(self, indices: list[int]) -> list[Record]:
+        """Returns records; one that is damaged has a flaw and no image.
+
+        Raises:
+          UserError: a file of the dataset does not exist or cannot be read.
+          MemoryError, OSError: memory, the disk or a limit of the system is at fault.
+        """
+        return self._read(indices if self.kept is None else self.kept[indices].tolist())
+
+    def _read(self, places: list[int]) -> list[Record]:
+        try:
+            found = self.stored.__getitems__(places)
+        except Exception as error:
+            pass_on(error, self.folder)
+            if not _is_damage(error):
+                raise UserError(
+                    f"{self.name} cannot be read ({first_line(error)}): restore its files or mount their directory again"
+                ) from error
+            if len(places) > 1:
+                return [record for place in places for record in self._read([place])]
+            return [Record(str(places[0]), b"", -1, flaw=f"its record is damaged: {first_line(error)}")]
+        return [self._record(place, record) for place, record in zip(places, found, strict=True)]
+
+    def _record(self, place: int, stored: Mapping[str, Any]) -> Record:
+        identity = stored.get("id", stored.get("file_name", b""))
+        identity = identity.decode(errors="replace") if isinstance(identity, bytes) else str(identity)
+        name = f"{place} ({printable(identity)})" if identity else str(place)
+        return Record(name, stored[self.image_key], int(stored[self.label_key]))
+
+
+def _is_damage(error: Exception) -> bool:
+    """Returns whether single records are damaged, so that the other records of their file can be read."""
+    if isinstance(error, RuntimeError):  # the only class of ArrayRecord's errors
+        return "Corrupted" in str(error) and "Postscript" not in str(error)
+    return not isinstance(error, OSError)
 
 
 def tfds_info(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str]) -> DatasetInfo:
@@ -60,8 +122,9 @@ def open_tfds(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str
     image_key, label_key = image_and_label_keys(builder)
     split_parts(builder, split)
     try:
-        records = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
+        stored = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
     except Exception as error:
+        pass_on(error, builder.data_dir)
         form = getattr(builder.info.file_format, "value", "nothing")
         raise UserError(
             f"dataset {dataset!r}, prepared as {form} in {builder.data_dir}, cannot be read "
@@ -69,11 +132,13 @@ def open_tfds(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str
         ) from error
     image, label = builder.info.features[image_key], builder.info.features[label_key]
     return Source(
-        records=records,
-        image_key=image_key,
-        label_key=label_key,
+        records=TfdsRecords(
+            describe_split(dataset, split), stored, image_key, label_key, str(builder.data_dir)
+        ),
         num_classes=label.num_classes,
         image_shape=tuple(image.shape),
+        remedy="restore or prepare the dataset again, or leave out what cannot be used with --skip_bad_images (in "
+        "training --config.skip_bad_images=true)",
     )
 
 
@@ -100,6 +165,7 @@ def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
     except tfds.core.DatasetNotFoundError:
         pass
     except Exception as error:
+        pass_on(error, data_dir)
         _suggest_folder(dataset)
         raise UserError(
             f"dataset {dataset!r} cannot be read from {data_dir} ({first_line(error)}): "
@@ -126,6 +192,7 @@ def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
         builder = tfds.builder(dataset, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
     except Exception as error:
+        pass_on(error, data_dir)
         raise UserError(
             f"dataset {dataset!r} cannot be prepared in {data_dir} ({first_line(error)}): "
             "remove the cause, or set data_dir to a directory that contains the dataset"

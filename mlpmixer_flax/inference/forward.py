@@ -7,6 +7,7 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.dataloader import Batch
+from mlpmixer_flax.faults import is_memory
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import one_batch_late
 from mlpmixer_flax.training.optimizer import Params
@@ -31,9 +32,19 @@ def forward(function: RowFunction, params: Params, batches: Iterable[Batch]) -> 
     """
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))
-    for rows in one_batch_late(function, params, batches, mesh=mesh):
+    results = one_batch_late(function, params, batches, mesh=mesh)
+    while (rows := _next(results)) is not None:
         mask = rows.pop("mask")
         yield {name: values[mask] for name, values in rows.items()}
+
+
+def _next(results: Iterator[Rows]) -> Rows | None:
+    try:
+        return next(results, None)
+    except Exception as error:
+        if is_memory(error):
+            error.add_note("a smaller batch_size needs less")
+        raise
 
 
 def rows_per_batch(batch_size: int) -> int:

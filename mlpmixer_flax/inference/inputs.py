@@ -1,17 +1,22 @@
 """Batches of images that a user gives: files, Pillow images and arrays, of any size and mode."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.images import ImageLike, read_square
+from mlpmixer_flax.data.files import local_path
+from mlpmixer_flax.data.images import MODES, ImageLike, first_line, read_square
 from mlpmixer_flax.dataloader import Batch
 from mlpmixer_flax.inference.forward import rows_per_batch
+
+# One image, several, or one array uint8 (n, h, w, c)
+Images = ImageLike | Iterable[ImageLike]
 
 
 class ImageBatches:
@@ -22,12 +27,12 @@ class ImageBatches:
     the batch is yielded.
 
     Raises:
-      UserError: `images` is a single image.
+      UserError: `images` is neither an image nor several.
     """
 
     def __init__(
         self,
-        images: Sequence[ImageLike] | np.ndarray,
+        images: Images,
         *,
         batch_size: int,
         channels: int,
@@ -36,12 +41,7 @@ class ImageBatches:
         interpolation: str,
         fit: str,
     ):
-        single = isinstance(images, (str, bytes, os.PathLike, Image.Image))
-        if single or (isinstance(images, np.ndarray) and images.ndim != 4):
-            raise UserError(
-                "images must be a list of images or an array (n, h, w, c): write [image] for one image"
-            )
-        self.images = list(images)
+        self.images = _as_list(images)
         self.names = [_name(image, number) for number, image in enumerate(self.images)]
         self.flaws: dict[int, str] = {}  # number of an image that cannot be used -> a sentence, in order
         self._rows = rows_per_batch(min(batch_size, len(self.images)) or 1)
@@ -72,7 +72,7 @@ class ImageBatches:
 
     def _read(self, image: ImageLike) -> np.ndarray | UserError:
         try:
-            return self._read_square(image)
+            return self._read_square(_as_known(image))
         except UserError as error:
             return error
 
@@ -82,4 +82,65 @@ class ImageBatches:
 
 
 def _name(image: ImageLike, number: int) -> str:
-    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"images[{number}]"
+    return str(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else f"images[{number}]"
+
+
+def _as_list(images: Any) -> list[ImageLike]:
+    """Returns images as a list, with one element if `images` is one image."""
+    if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or hasattr(images, "read"):
+        return [images]
+    # Arrays of NumPy, JAX and other libraries; those of names, and pandas' columns, are lists.
+    shape, kind = getattr(images, "shape", None), getattr(getattr(images, "dtype", None), "kind", "")
+    if shape is not None and len(shape) != 4 and kind not in ("O", "U", "S", "T"):
+        return [images]
+    try:
+        return list(images)
+    except TypeError:
+        raise UserError(f"images={images!r:.50} are not images: give a list of images") from None
+
+
+def _as_known(image: ImageLike) -> ImageLike:
+    """Returns an image that `read_square` takes, with arrays of other libraries as NumPy arrays.
+
+    Raises:
+      UserError: it is a folder or a URL, or an array that is not uint8 (h, w) or (h, w, c).
+    """
+    if isinstance(image, (str, os.PathLike)):
+        path = local_path(image, name="image")
+        if os.path.isdir(path):
+            raise UserError(f"image {path!r} is a folder: give the images in it")
+        return path
+    if not hasattr(image, "__array__"):
+        return image
+    try:
+        array = np.asarray(image)
+    except Exception as error:
+        raise UserError(
+            f"it cannot become a NumPy array ({first_line(error)}): give uint8 (h, w, c)"
+        ) from error
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in MODES):
+        first = array.ndim == 3 and array.shape[0] in MODES
+        hint = "; if its channels come first, give array.transpose(1, 2, 0)" if first else ""
+        raise UserError(
+            f"it has shape {array.shape}: give (h, w), or (h, w, c) with 1, 3 or 4 channels, or several images as "
+            f"(n, h, w, c){hint}"
+        )
+    if array.dtype != np.uint8:
+        example = _as_levels(array)
+        raise UserError(
+            f"it has type {array.dtype}: give levels from 0 to 255 as uint8{example and f', for example {example}'}"
+        )
+    return array
+
+
+def _as_levels(array: np.ndarray) -> str:
+    """Returns code that makes uint8 levels of an array; "" if its values do not say which is white."""
+    if array.dtype == bool:
+        return "255 * array.astype('uint8')"
+    if array.dtype.kind not in "iuf" or not array.size or not 0 <= array.min() <= array.max() <= 255:
+        return ""
+    if array.dtype.kind == "f":
+        return (
+            "(255 * array).round().astype('uint8')" if array.max() <= 1 else "array.round().astype('uint8')"
+        )
+    return "array.astype('uint8')"

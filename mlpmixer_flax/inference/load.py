@@ -1,6 +1,7 @@
 """Loads trained models by name: published weights, files, URLs, the Hugging Face hub, run directories."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def load(source: str | Path, *, checkpoint: str | int | None = None) -> Model:
 
 def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
     """Returns the model of a run directory; arguments and errors are those of `load`."""
-    run = open_run(Path(workdir), checkpoint)
+    workdir = Path(os.path.expanduser(workdir))
+    run = open_run(workdir, checkpoint)
     return Model(
         name=str(workdir),
         module=MlpMixer(num_classes=len(run.class_names), **run.config["model"]),

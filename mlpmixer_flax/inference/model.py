@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,16 +11,13 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import augment
-from mlpmixer_flax.data.images import ImageLike
 from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import RowFunction, check_positive, concatenate, forward, on_all_devices
-from mlpmixer_flax.inference.inputs import ImageBatches
+from mlpmixer_flax.inference.inputs import ImageBatches, Images
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
-
-Images = Sequence[ImageLike] | np.ndarray  # a list of images, or one array uint8 (n, h, w, c)
 
 
 class Score(NamedTuple):
@@ -67,13 +64,15 @@ class Model:
     def predict(self, images: Images, *, top: int = 5, batch_size: int = 32) -> list[Prediction]:
         """Returns the most probable classes of each image, in the order of the images.
 
+            (prediction,) = model.predict("cat.jpg")
             for prediction in model.predict(["cat.jpg", pillow_image, array]):
                 print(prediction.top[0].class_name, prediction.top[0].probability)
 
         Args:
-          images: files, the bytes of files, Pillow images, or uint8 arrays (h, w) or (h, w, c); also one
-            array (n, h, w, c). They may have any size and mode, and are cropped and resized as in evaluation;
-            but for datasets of small images, evaluation resizes on the device, without rounding to uint8.
+          images: one image or a list: files, the bytes of files, Pillow images, or arrays of uint8, (h, w) or
+            (h, w, c); also one array (n, h, w, c). They may have any size and mode, and are cropped and resized
+            as in evaluation; but for datasets of small images, evaluation resizes on the device, without rounding
+            to uint8.
           top: how many classes to return; all if the model has fewer.
           batch_size: images per forward pass.
 
@@ -160,8 +159,11 @@ class Model:
         """Returns float32 logits (n, classes) of uint8 images (n, h, w, c), prepared as in evaluation.
 
         The images are cropped and resized; with `cropped`, as in `Examples`, they are square crops already.
+
+        Raises:
+          UserError: the images have another type or shape.
         """
-        prepared = augment.prepare(images, cropped=cropped, **self.preprocess)
+        prepared = self._prepare(images, cropped=cropped)
         return cast(jax.Array, self.module.apply({"params": params}, prepared))
 
     def probabilities(self, params: Params, images: jax.Array, *, cropped: bool = False) -> jax.Array:
@@ -188,7 +190,7 @@ class Model:
         def features(params, batch):
             pooled, state = module.apply(
                 {"params": params},
-                augment.prepare(batch["image"], cropped=cropped, **self.preprocess),
+                self._prepare(batch["image"], cropped=cropped),
                 capture_intermediates=lambda inner, method: inner.name == name,
                 mutable=["intermediates"],
             )
@@ -196,6 +198,11 @@ class Model:
             return {"features": jnp.asarray(found, jnp.float32)}
 
         return features
+
+    def _prepare(self, images: jax.Array, *, cropped: bool) -> jax.Array:
+        if images.ndim != 4 or images.shape[3] != self.channels:
+            raise UserError(f"the images have shape {images.shape}: give (n, h, w, {self.channels})")
+        return augment.prepare(images, cropped=cropped, **self.preprocess)
 
     def _compile(self, key: tuple[str, int | str], function: RowFunction) -> RowFunction:
         if key not in self._compiled:

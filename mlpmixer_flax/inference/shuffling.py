@@ -132,8 +132,8 @@ def learn(setup: Setup, shuffle: Callable[[Any], Any]) -> list[dict[str, float]]
                 )
                 with contextlib.closing(tests):
                     scores = evaluate(score, state.eval_params, tests, mesh=setup.mesh)
-                tested = {f"test/{key}": value for key, value in scores.items()}
-                rows.append({"step": step, **recent.summary(), **tested})
+                scored = {f"{setup.scored}/{key}": value for key, value in scores.items()}
+                rows.append({"step": step, **recent.summary(), **scored})
     return rows
 
 

@@ -1,11 +1,11 @@
-"""Draws the weights of a model: numpy arrays in, a matplotlib Figure out, for `figures.save`."""
+"""Draws the weights of a model: numpy arrays in, a matplotlib Figure out, for `drawing.save`."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.inference.figures import WIDTH_INCHES, new_figure
+from mlpmixer_flax.inference.drawing import WIDTH_INCHES, new_figure, remove_blank_strips
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,13 +41,13 @@ def token_mixing(kernel: np.ndarray, *, grid: tuple[int, int], title: str) -> "F
     tiles = np.pad(maps, ((0, 0), (0, 0), (0, 0), (0, 4)), constant_values=np.nan)
     tiles = np.concatenate([tiles[:, 0], maps[:, 1]], axis=2)
     figure, axes = _sheet(tiles, frequency[chosen], columns=min(8, len(tiles)), title=title)
-    axes.set_xlabel(
-        f"{len(chosen)} of {len(pairs)} pairs of units, row by row from low to high spatial frequency\n"
-        "(on the left: frequency of the first pair in the row, in cycles per patch)"
-    )
-    figure.set_figheight(figure.get_figheight() + 0.6)
+    axes.set_ylabel("cycles per patch", fontsize="small")
+    caption = [f"{len(chosen)} of {len(pairs)} pairs of units, row by row from low to high spatial frequency"]
+    caption += ["(on the left: that of the first pair in the row)"]
+    axes.set_xlabel("\n".join(caption + _note_on_noise(frequency, grid)))
     bar = figure.colorbar(axes.images[0], ax=axes, location="bottom", shrink=0.6, aspect=40)
     bar.set_label("weight, divided by the largest weight of the pair")
+    remove_blank_strips(figure)
     return figure
 
 
@@ -68,12 +68,17 @@ def stem(kernel: np.ndarray, *, title: str) -> "Figure":
     patches = 0.5 + 0.5 * patches / np.maximum(abs(patches).max(axis=(1, 2, 3), keepdims=True), _TINY)
     channels = np.broadcast_to(np.moveaxis(patches, -1, 1), (len(patches), 3, *patches.shape[1:3]))
     tiles = np.moveaxis(_enlarge(channels), 1, -1)
-    figure, axes = _sheet(tiles, frequency[chosen], columns=int(np.ceil(len(tiles) ** 0.5)), title=title)
-    axes.set_xlabel(
-        f"{len(chosen)} of {len(frequency)} kernels, row by row from low to high spatial frequency\n"
-        "(on the left: frequency of the first kernel in the row, in cycles per pixel)\n"
-        "gray is 0; each kernel has its own scale"
-    )
+    # Nearly a square, with as few empty places as possible in the last row.
+    side = int(np.ceil(len(tiles) ** 0.5))
+    columns = min(range(side, 2 * side), key=lambda columns: -len(tiles) % columns)
+    figure, axes = _sheet(tiles, frequency[chosen], columns=columns, title=title)
+    axes.set_ylabel("cycles per pixel", fontsize="small")
+    caption = [f"{len(chosen)} of {len(frequency)} kernels, row by row from low to high spatial frequency"]
+    caption += [
+        "(on the left: that of the first kernel in the row); gray is 0; each kernel has its own scale"
+    ]
+    axes.set_xlabel("\n".join(caption + _note_on_noise(frequency, kernel.shape[:2])))
+    remove_blank_strips(figure)
     return figure
 
 
@@ -104,6 +109,20 @@ def opposites(units: np.ndarray) -> np.ndarray:
     return np.array(pairs, int).reshape(-1, 2)
 
 
+def _note_on_noise(frequency: np.ndarray, shape: tuple[int, ...]) -> list[str]:
+    """Returns a line of a caption if maps (h, w) have the mean frequency of random ones, within 10 %; else none.
+
+    Weights begin as noise, all frequencies of which have the same power.
+    """
+    h, w = shape
+    of_noise = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.fftfreq(w)).mean()
+    if abs(frequency.mean() - of_noise) >= 0.1 * of_noise:
+        return []
+    return [
+        "This looks like noise, as before training; that is normal in a small model and after a short run"
+    ]
+
+
 def _sheet(tiles: np.ndarray, frequency: np.ndarray, *, columns: int, title: str) -> tuple["Figure", "Axes"]:
     """Draws tiles row by row, with the frequency of the first tile beside each row.
 
@@ -116,7 +135,8 @@ def _sheet(tiles: np.ndarray, frequency: np.ndarray, *, columns: int, title: str
     sheet = tiles.reshape(rows, columns, h, w, *channels).swapaxes(1, 2)
     sheet = sheet.reshape(rows * h, columns * w, *channels)[:-gap_px, :-gap_px]
 
-    figure = new_figure(1 + 0.92 * WIDTH_INCHES * sheet.shape[0] / sheet.shape[1], title)
+    # Higher than it needs to be, so that the width decides the size of the image.
+    figure = new_figure(3 + WIDTH_INCHES * sheet.shape[0] / sheet.shape[1], title)
     axes = figure.add_subplot(frame_on=False)
     axes.imshow(sheet, cmap="RdBu_r", vmin=-1, vmax=1)
     middles = np.arange(rows) * h + (h - gap_px) / 2

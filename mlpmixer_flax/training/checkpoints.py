@@ -1,9 +1,12 @@
 """Saves the checkpoints of a run in the background, with Orbax, and restores them exactly."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -13,6 +16,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.atomic import make_folder
+from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.rundir import Accuracy, accuracy_of
 from mlpmixer_flax.training.step import TrainState
 
@@ -25,13 +30,41 @@ class BestCheckpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep` ones and the one with the best accuracy are kept."""
+    """The checkpoints of a run: the newest `keep` ones and the one with the best accuracy are kept.
+
+    Saving happens in the background, so an error of a save may be raised by any later call. What a save that failed
+    has written is removed, and the checkpoints before it stay as they are.
+
+    Raises:
+      UserError: permission to write the checkpoints is missing.
+      OSError: the disk is full or at fault, or the run directory has been deleted.
+    """
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
         self._keep = keep
-        self._drop_damaged_metrics()
-        self._manager = self._open()
+        make_folder(self.folder)
+        self._descriptor = os.open(self.folder, os.O_RDONLY)  # tells later whether the folder is still there
+        with self._judging():
+            self._drop_damaged_metrics()
+            self._manager = self._open()
+
+    @contextlib.contextmanager
+    def _judging(self) -> Iterator[None]:
+        """Raises faults of the disk as an OSError; Orbax and TensorStore raise them as exceptions of many classes."""
+        try:
+            yield
+            self._check_exists()
+        except Exception as error:
+            pass_on(error, self.folder)
+            time.sleep(0.5)  # somebody may be deleting the folder, and its files go first
+            self._check_exists()
+            raise
+
+    def _check_exists(self) -> None:
+        """Raises FileNotFoundError if the folder was deleted, also if Orbax has created it again since."""
+        if os.fstat(self._descriptor).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder)) from None
 
     def _open(self) -> ocp.CheckpointManager:
         def accuracy(metrics):
@@ -66,7 +99,9 @@ class Checkpoints:
         `metrics` are the scores of this state; None if it was not evaluated.
         """
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+            with self._judging():
+                self._check_exists()
+                self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
     def restore(self, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.
@@ -83,6 +118,8 @@ class Checkpoints:
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
             except Exception as error:  # of any class: from Orbax, TensorStore or JSON
+                pass_on(error, self.folder / str(step))
+                check_readable(self.folder / str(step))
                 failures[step] = " ".join(str(error).split())[:150]
                 print(f"checkpoint {step} cannot be read, trying the one before: {failures[step]}")
             else:
@@ -107,13 +144,33 @@ class Checkpoints:
 
     def best(self) -> BestCheckpoint | None:
         """Returns the best checkpoint, or None if no state was saved with an accuracy."""
-        self._manager.wait_until_finished()
+        with self._judging():
+            self._manager.wait_until_finished()
         metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
         found = {step: accuracy_of(scores) for step, scores in metrics.items()}
         scored = [BestCheckpoint(step, accuracy) for step, accuracy in found.items() if accuracy]
         return max(scored, key=lambda one: (one.accuracy.value, one.step), default=None)
 
     def close(self) -> None:
-        """Waits until everything is on disk, and closes the files."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk, closes the files, and removes what a failed save has left."""
+        try:
+            with self._judging():
+                try:
+                    self._manager.wait_until_finished()
+                finally:
+                    self._manager.close()  # does not raise the same error again
+        finally:
+            self._remove_remains()
+            os.close(self._descriptor)
+
+    def _remove_remains(self) -> None:
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            self._check_exists()
+        except FileNotFoundError:
+            # A save that went on meanwhile has created the folder again, unless it belongs to a new run.
+            if not (self.folder.parent / "config.json").exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.folder.parent.rmdir()

@@ -14,11 +14,12 @@ from flax.traverse_util import flatten_dict
 import mlpmixer_flax
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten, get_config, resolve
+from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.training.keys import suggest_key, suggest_option
 from mlpmixer_flax.training.validate import validate
 
 
-def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> ConfigDict:
+def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | Sequence[str] = ()) -> ConfigDict:
     """Returns the config of a file, changed and checked.
 
     Args:
@@ -31,7 +32,7 @@ def load_config(path: str, changes: Mapping[str, Any] | Sequence[str] = ()) -> C
     Raises:
       UserError: the file is missing or broken, a key is unknown, or a value cannot be used.
     """
-    config = _run_config_file(path)
+    config = _run_config_file(os.fspath(path))
     values = flatten(resolve(config, {}))  # a key left open also gets an example of its type
     if isinstance(changes, Mapping):
         given = flatten_dict(dict(changes), sep=".")
@@ -67,6 +68,7 @@ def _find_config_file(path: str) -> Path:
     name = path.removeprefix("configs/")
     if name in shipped:
         return shipped[name]
+    check_reachable(file)
     raise UserError(f"config file {path} does not exist: give a path or one of {', '.join(shipped)}")
 
 
@@ -180,6 +182,8 @@ def _parse(text: str, *, like: Any) -> Any:
     if isinstance(like, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(like, tuple) and like and all(isinstance(element, str) for element in like):
-        return tuple(part.strip(" '\"") for part in text.strip("()").split(",") if part.strip())
+        return tuple(part.strip(" '\"") for part in text.strip("()[]").split(",") if part.strip())
     value = ast.literal_eval(text)
-    return (value,) if isinstance(like, tuple) and not isinstance(value, tuple) else value
+    if not isinstance(like, tuple):
+        return value
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

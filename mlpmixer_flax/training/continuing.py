@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, ConfigDict, get_config, in_steps, resolve
-from mlpmixer_flax.data.paths import is_url
+from mlpmixer_flax.data.files import is_url
 from mlpmixer_flax.rundir import read_class_names, saved_steps
 from mlpmixer_flax.training.optimizer import make_schedule
 
@@ -36,6 +36,8 @@ def usable_workdir(workdir: str | Path) -> Path:
         raise UserError(
             f"cannot write to workdir {str(workdir)!r}, because it is a URL: choose a directory of this machine"
         )
+    if os.fsencode(workdir).decode(errors="replace") != str(workdir):
+        raise UserError(f"cannot use workdir {str(workdir)!r}: its name is not valid UTF-8; choose another")
     try:
         workdir = Path(workdir).expanduser()
         existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())

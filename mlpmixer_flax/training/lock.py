@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.faults import pass_on
 
 _FILE = "in_use.lock"
 _OWNER = "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
@@ -56,6 +57,7 @@ class RunLock:
         except NotImplementedError:  # the file system has no locks
             return
         except OSError as error:
+            pass_on(error, self._workdir / _FILE)
             raise UserError(
                 f"cannot lock {self._workdir / _FILE} ({error.strerror}): choose another --workdir"
             ) from None

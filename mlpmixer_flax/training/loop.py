@@ -14,9 +14,11 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.class_counts import describe_classes
 from mlpmixer_flax.data.examples import count_overlap
-from mlpmixer_flax.dataloader import iterate
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches, check_workers, iterate
 from mlpmixer_flax.rundir import accuracy_of, read_config, saved_steps, write_run
+from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, record, sharding
+from mlpmixer_flax.training.advice import advising, why_cpu
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
 from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
 from mlpmixer_flax.training.intervals import Best
@@ -40,13 +42,15 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Returns:
       The last scores of config.test_split: "step", "test/loss", "test/accuracy" and, if there are more than five
-      classes, "test/accuracy_top5"; "validation/loss" and so on if it is a validation split; {} if metrics.jsonl
-      has no scores.
+      classes, "test/accuracy_top5"; with config.skip_bad_images, "test/skipped_images"; "validation/loss" and so on
+      if it is a validation split; {} if metrics.jsonl has no scores.
 
     Raises:
       UserError: config, data, weights or run directory cannot be used, or another process uses the directory. It
         is raised before anything is written, except for damaged images of a streamed split and damaged checkpoints.
       FloatingPointError: a metric of an update is not finite.
+      OSError, MemoryError, jax.errors.JaxRuntimeError: the environment is at fault: memory, disk or driver. Notes of
+        the exception say what is saved.
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     started = time.monotonic()
@@ -54,9 +58,11 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     stored = read_config(workdir)
     config = settle(config, stored)
     changes = continuing.compare_configs(workdir, stored, to_store(config))
-    with closing(RunLock(workdir)) as lock:
+    with advising(workdir), closing(RunLock(workdir)) as lock:
         lock.check()
         setup = make_setup(config)
+        for batches in (setup.train_batches, setup.test_batches):
+            check_workers(batches, config.num_workers)
         data = _check_continuing(setup, workdir, changes)
         everywhere = sharding.replicated(setup.mesh)
         init = jax.jit(setup.init, out_shardings=everywhere)
@@ -112,9 +118,17 @@ def _run_updates(
         total_steps=intervals.total_steps,
         steps_per_epoch=setup.steps_per_epoch,
     )
+    skipped = _skipped(setup, "train", setup.train_batches)
     batches = iterate(setup.train_batches, start, intervals.total_steps, num_workers=config.num_workers)
 
-    with noted_signals() as signals, closing(reporter), closing(batches):
+    # `Recent` finds NaN and names the step. JAX's own search for it fails in compiled functions such as these.
+    with (
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        noted_signals() as signals,
+        closing(reporter),
+        closing(batches),
+    ):
         if start == 0:
             reporter.beginning(flatten(config), _first_images(setup))
         recent = Recent(config.batch_size)
@@ -124,7 +138,7 @@ def _run_updates(
             reporter.advance()
 
             if intervals.log(step):
-                reporter.training(step, recent.summary())
+                reporter.training(step, recent.summary() | skipped)
             elif step == start + 1:
                 reporter.first_update(step, metrics)
 
@@ -161,7 +175,13 @@ def _evaluate(setup: Setup, score: EvalStep, state: TrainState) -> tuple[dict[st
     if len(setup.class_names) <= 5:
         del scores["accuracy_top5"]  # it would always be 1
     scores = {f"{setup.scored}/{name}": value for name, value in scores.items()}
+    scores |= _skipped(setup, setup.scored, setup.test_batches)
     return scores, dict(zip(setup.class_names, by_class.tolist(), strict=True))
+
+
+def _skipped(setup: Setup, name: str, batches: TrainBatches | TestBatches) -> dict[str, float]:
+    """Returns how many images of a split are left out, by its name in metrics.jsonl; {} if none may be."""
+    return {f"{name}/skipped_images": batches.examples.skipped} if setup.config.skip_bad_images else {}
 
 
 def _describe(setup: Setup, like: TrainState, workdir: Path) -> None:
@@ -183,10 +203,10 @@ def _describe(setup: Setup, like: TrainState, workdir: Path) -> None:
         )
     chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # from JAX_PLATFORMS
     if jax.default_backend() == "cpu" and chosen != "cpu":
-        print("no GPU found, using the CPU")
+        print(why_cpu())
     print(
         f"{total_steps:,} steps ({total_steps / setup.steps_per_epoch:.4g} epochs) of {config.batch_size} images "
-        f"on {setup.mesh.size} x {jax.devices()[0].device_kind},\n  in {workdir}",
+        f"on {setup.mesh.size} x {jax.devices()[0].device_kind},\n  in {printable(str(workdir))}",
         flush=True,
     )
 
@@ -203,6 +223,6 @@ def _finish(workdir: Path, best: BestCheckpoint | None, *, seconds: float) -> di
     if best:
         percent = f"{best.accuracy.value:.2%}"
         print(f"best: {percent} at step {best.step}; predict, evaluate and export use this checkpoint")
-    print(f"in {workdir}: checkpoints, metrics.jsonl, config, class names")
+    print(f"in {printable(str(workdir))}: checkpoints, metrics.jsonl, config, class names")
     print(f"curves: python -m mlpmixer_flax.analyze --workdir={workdir}")
     return last

@@ -12,6 +12,7 @@ from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data.folders import FolderRecords
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import Examples
+from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.training.continuing import Change, another_config
 
 FILE = "data.json"  # in the run directory
@@ -63,8 +64,8 @@ def read_record(workdir: Path) -> dict[str, Any]:
             return record
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError) as error:
+        pass_on(error, file)
     print(f"{file} is damaged and is written again: whether the data has changed is not known")
     return {}
 

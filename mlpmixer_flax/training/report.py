@@ -10,10 +10,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
 from tqdm import tqdm
 
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.faults import naming
+from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.step import Metrics
 
 
@@ -72,10 +74,10 @@ class Reporter:
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int, steps_per_epoch: float):
-        file = workdir / "metrics.jsonl"
-        _drop_after(file, start_step)
-        self._jsonl = file.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._file = workdir / "metrics.jsonl"
+        _drop_after(self._file, start_step)
+        self._jsonl = self._file.open("a")
+        self._events = Events(workdir, start_step=start_step)
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -90,8 +92,9 @@ class Reporter:
     def beginning(self, config: Mapping[str, object], images: np.ndarray) -> None:
         """Writes the config by dotted key and images of the first step, uint8 (n, h, w, c), to TensorBoard."""
         # Indented lines are a block of code in Markdown.
-        self._events.add_text("config", "\n".join(f"    {key} = {config[key]!r}" for key in config), 1)
-        self._events.add_image("training_images", _tile(images), 1, dataformats="HWC")
+        text = "\n".join(f"    {key} = {config[key]!r}" for key in config)
+        self._events.add(1, summary.text("config", text))
+        self._events.add(1, summary.image("training_images", _tile(images), dataformats="HWC"))
 
     def advance(self) -> None:
         """Moves the progress bar on by one update."""
@@ -129,12 +132,16 @@ class Reporter:
         )
 
     def evaluation(self, step: int, scalars: dict[str, float]) -> None:
-        """Reports the scores of a split by name: `test/loss`, `validation/accuracy`, `test/accuracy_top5`."""
+        """Reports the scores of a split by name: `test/loss`, `validation/accuracy`, `test/accuracy_top5`.
+
+        `test/skipped_images` is written but not shown: it stays the same, and was printed when the split was opened.
+        """
         self._write(step, scalars)
         scored = next(iter(scalars)).partition("/")[0]
         shown = ", ".join(
             f"{name.partition('/')[2].replace('_top5', ' top 5')} {value:.4f}"
             for name, value in sorted(scalars.items())
+            if not name.endswith("/skipped_images")
         )
         self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
 
@@ -147,15 +154,10 @@ class Reporter:
         known = {name: value for name, value in by_class.items() if not math.isnan(value)}
         if len(by_class) > 20:
             values, bins = np.array(list(known.values())), np.linspace(0, 1, 21)
-            self._events.add_histogram(
-                tag,
-                values,
-                step,
-                bins=bins,  # pyright: ignore[reportArgumentType]  # tensorboardX hands it to NumPy
-            )
+            self._events.add(step, summary.histogram(tag, values, bins))
             return
         for name, value in known.items():
-            self._events.add_scalar(f"{tag}/{name}", value, step)
+            self._events.add(step, summary.scalar(f"{tag}/{name}", value))
 
     def _steps(self, step: int) -> str:
         return f"step {step}/{self._total_steps}, epoch {self._epoch(step)}"
@@ -164,16 +166,17 @@ class Reporter:
         return f"{step / self._steps_per_epoch:.{1 if step >= self._steps_per_epoch else 2}f}"
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
-        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._jsonl.flush()
+        with naming(self._file):
+            self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._jsonl.flush()
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            self._events.add(step, summary.scalar(name, value))
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""
         self._bar.close()
-        self._jsonl.close()
-        self._events.close()
+        with naming(self._file), contextlib.closing(self._events):
+            self._jsonl.close()
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -33,6 +33,14 @@ from mlpmixer_flax.training.step import (
 from mlpmixer_flax.training.validate import validate
 from mlpmixer_flax.weights import source
 
+# Options of JAX that change what training computes, or stop it; the value that they must have.
+_JAX_OPTIONS = {
+    "jax_enable_x64": False,  # random numbers are others
+    "jax_disable_jit": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -117,6 +125,7 @@ def make_setup(config: ConfigDict) -> Setup:
       UserError: the data cannot be used, or does not fit the config or the devices.
     """
     mesh = sharding.make_mesh()
+    _check_jax()
     _check_devices(config, num_devices=mesh.size)
     info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
     channels = info["image_shape"][2]
@@ -207,6 +216,17 @@ def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]
     return update, score
 
 
+def _check_jax() -> None:
+    """Raises UserError if an option of JAX is set with which training fails or gives other results."""
+    for option, allowed in _JAX_OPTIONS.items():
+        value = getattr(jax.config, option)
+        if value != allowed:
+            raise UserError(
+                f"{option}={value} is set, and training works with {allowed} only: unset the environment variable "
+                f"{option.upper()}, or leave out your jax.config.update"
+            )
+
+
 def _check_devices(config: ConfigDict, *, num_devices: int) -> None:
     parts = num_devices * config.accumulation_steps
     if config.batch_size % parts:
@@ -256,7 +276,7 @@ def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
             fit=config.preprocess.fit,
             min_crop_area=min_crop_area,
             skip_bad_images=config.skip_bad_images,
-            for_training=True,
+            for_training=(config.train_split, config.test_split),
         )
 
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}

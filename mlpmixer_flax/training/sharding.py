@@ -6,9 +6,16 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlpmixer_flax.faults import start_devices
+
 
 def make_mesh() -> Mesh:
-    """Returns all devices of all processes along one axis, "data"; a single CPU is a mesh of one device."""
+    """Returns all devices of all processes along one axis, "data"; a single CPU is a mesh of one device.
+
+    Raises:
+      UserError: as `start_devices`.
+    """
+    start_devices()
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.weights.names import OURS, TIMM, find_parameters, renamed
 
 Shape = tuple[int, ...]
@@ -200,6 +201,7 @@ def _readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib, NumPy's header parser and safetensors all raise their own
+        pass_on(error, path)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
         raise UserError(f"{path} cannot be read ({reason:.150}): check the path, or get it again") from None
 
@@ -238,7 +240,10 @@ def _open_npz(path: Path) -> _Container:
         with archive.open(member) as file:
             if np.lib.format.read_magic(file) != (1, 0):  # the version for all arrays of numbers
                 raise ValueError(f"{name!r:.80} has an unknown npy version")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            try:
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            except MemoryError:  # from Python's parser, for nesting that is too deep
+                raise ValueError(f"{name!r:.80} has a header that is not NumPy's") from None
             if not dtype.hasobject and math.prod(shape) * dtype.itemsize != member.file_size - file.tell():
                 raise ValueError(f"{name!r:.80} holds more or less than its header says")
         # big_vision writes bfloat16. The npy format has no name for it and stores two raw bytes.

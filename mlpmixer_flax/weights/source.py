@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import is_run, open_run, read_config
+from mlpmixer_flax.faults import check_reachable
+from mlpmixer_flax.rundir import default_checkpoint, describe_weights, is_run, open_run, read_config
 from mlpmixer_flax.weights import hub, suggestions, timm_config
 from mlpmixer_flax.weights.adapt import Params, adapt
 from mlpmixer_flax.weights.catalog import PUBLISHED, Published
@@ -160,7 +161,8 @@ def _open_hub_model(model: hub.Model) -> Weights:
 
 
 def _open_run(named: NamedRun) -> Weights:
-    run = open_run(*named)
+    checkpoint = named.checkpoint or default_checkpoint(named.workdir)
+    run = open_run(named.workdir, checkpoint)
     flat: dict[str, Any] = flatten_dict(run.params, sep="/")
     return Weights(
         name=str(named.workdir),
@@ -174,6 +176,7 @@ def _open_run(named: NamedRun) -> Weights:
         },
         layout="google",
         read=flat.__getitem__,
+        notes=(describe_weights(named.workdir, checkpoint, step=run.step),),
     )
 
 
@@ -222,6 +225,7 @@ def _existing(source: str) -> Path | None:
     """Returns the path that a source is, if it exists."""
     try:
         path = Path(source).expanduser()
+        check_reachable(path)
         return path if source and path.exists() else None
     except (OSError, RuntimeError):  # the name is too long, or ~ has no home directory
         return None

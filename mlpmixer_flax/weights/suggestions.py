@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
-LIST = "python -m mlpmixer_flax.pretrained lists all names"
+_LISTED = "python -m mlpmixer_flax.pretrained lists"
+LIST = f"{_LISTED} all names"
 _GOOGLE = "https://storage.googleapis.com/"
 _SIZE = r"(?:\A|(?<=mixer)|(?<![a-z]))([bslh])[-_/ ]?(8|14|16|32)(?!\d)"  # in lower case: b16, B_16, B/16
 # Words of published names besides the size. The letters of a name that does not mean one are not made of them.
@@ -45,8 +46,8 @@ def for_address(source: str) -> str:
 def for_name(source: str) -> str:
     """Returns a hint for a name that is nothing that exists: similar published names, or where all are listed."""
     if near := _near(source):
-        more = f" ({LIST})" if len(near) > _MAX_NAMES else ""
-        return f"did you mean {_or(near[:_MAX_NAMES])}?{more}"
+        others = [f"another name that {_LISTED}"] if len(near) > _MAX_NAMES else []
+        return f"did you mean {_or(near[:_MAX_NAMES] + others)}?"
     if size := _size_meant(source):
         letter, patch = size
         return f"no weights of Mixer-{letter.upper()}/{patch} are published; {LIST}"

@@ -12,7 +12,7 @@ from made_datasets import encode
 from PIL import Image, ImageFile
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data import foreign
+from mlpmixer_flax.data import files
 from mlpmixer_flax.data.images import inspect_image, open_image
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
@@ -35,6 +35,7 @@ def zipped():
         (b"\0\0\0\x20ftypisom\0\0\2\0" + bytes(50), "a video, .*: save frames of it"),
         (zipped(), "an archive, .*: unpack it"),
         (gzip.compress(b"photo"), "an archive"),
+        (b"cat.png".ljust(257, b"\0") + b"ustar\x0000", "an archive, .*: unpack it"),
         (bytes(128) + b"DICM" + bytes(50), "a DICOM file, .*: save it as PNG or TIFF"),
         (b"\x93NUMPY\1\0v\0{'descr': '|u1'}\n", "a NumPy array, .*: load it, and give the array as uint8"),
         (
@@ -104,17 +105,17 @@ def test_heic_is_read_if_pillow_heif_is_installed(monkeypatch):
     )
     for name in ("OPEN", "ID"):  # Pillow's lists of formats; the test leaves them as they were
         monkeypatch.setattr(Image, name, type(getattr(Image, name))(getattr(Image, name)))
-    foreign.read_heic.cache_clear()
+    files.read_heic.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", registered)
     try:
         assert open_image(HEIC, "RGB").size == (4, 2)
     finally:
-        foreign.read_heic.cache_clear()
+        files.read_heic.cache_clear()
 
 
 def test_a_broken_pillow_heif_is_as_none(monkeypatch):
-    foreign.read_heic.cache_clear()
+    files.read_heic.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match="HEIC"):
         open_image(HEIC, "RGB")
-    foreign.read_heic.cache_clear()
+    files.read_heic.cache_clear()

@@ -10,8 +10,9 @@ from made_datasets import encode
 from made_folders import names, write
 
 from mlpmixer_flax import UserError, get_dataset_info
-from mlpmixer_flax.data import formats
-from mlpmixer_flax.data.folders import images_below, read_folder, select_split
+from mlpmixer_flax.data import files
+from mlpmixer_flax.data.files import images_below
+from mlpmixer_flax.data.folders import read_folder, select_split
 from mlpmixer_flax.data.layout import split_of
 from mlpmixer_flax.dataloader import open_examples
 
@@ -328,7 +329,7 @@ def test_images_with_suffixes_that_nobody_knows_are_used_and_said(tmp_path):
         assert words in said
     for words in ["'.nef' files (1)", "'.jpg_original' files (1)", "'' files (2)"]:
         assert words in left_out
-    examples = open_examples(f"folder:{tmp_path}", "all", image_size_px=4, for_training=True)
+    examples = open_examples(f"folder:{tmp_path}", "all", image_size_px=4, for_training=("train", "test"))
     assert len(examples) == len(expected)
     assert [Path(path).name for path in images_below(str(tmp_path / "b"))] == sorted([*odd, "9.png"])
 
@@ -363,10 +364,10 @@ def test_heic_photos_are_left_out_with_what_to_do(tmp_path, monkeypatch):
 
 
 def test_avif_without_a_decoder_says_what_to_do(monkeypatch):
-    suffixes = formats._image_suffixes() - {".avif"}
-    monkeypatch.setattr(formats, "_image_suffixes", lambda: suffixes)
-    assert formats.advice([".avif"]).endswith("or pip install --upgrade pillow")
-    assert formats.advice([".txt", ".jpg"]) == ""
+    suffixes = files._image_suffixes() - {".avif"}
+    monkeypatch.setattr(files, "_image_suffixes", lambda: suffixes)
+    assert files.advice([".avif"]).endswith("or pip install --upgrade pillow")
+    assert files.advice([".txt", ".jpg"]) == ""
 
 
 def test_a_png_that_a_phone_calls_heic_is_read(tmp_path):

@@ -9,8 +9,8 @@ from made_images import chunk, deep_png, png, tiff
 from PIL import Image, features
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data import deep
 from mlpmixer_flax.data.images import inspect_image, open_image, read_square
+from mlpmixer_flax.data.levels import jpeg2000_bits
 from mlpmixer_flax.data.notes import Note
 
 RAMP = np.arange(256, dtype=np.uint16).reshape(16, 16, 1)  # every level of 8 bits
@@ -122,8 +122,8 @@ def test_jpeg_2000_says_its_bits():
     encoded = encode(image, "JPEG2000", irreversible=False)
     np.testing.assert_array_equal(decode(encoded), RAMP[..., 0])
     # Pillow writes no other depth. The decoder scales 12 bits to 16, so that white is 65535.
-    assert deep.jpeg2000_bits(encoded) == 16
-    assert deep.jpeg2000_bits(encoded.replace(b"\0\1\x0f\1\1", b"\0\1\x0b\1\1")) == 12
+    assert jpeg2000_bits(encoded) == 16
+    assert jpeg2000_bits(encoded.replace(b"\0\1\x0f\1\1", b"\0\1\x0b\1\1")) == 12
 
 
 def test_white_is_zero_in_some_tiffs():

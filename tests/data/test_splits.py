@@ -1,5 +1,7 @@
 """The syntax of splits: the same for TFDS datasets and folders, with TFDS's own results."""
 
+import collections
+import random
 import subprocess
 import sys
 
@@ -63,6 +65,36 @@ def test_slices_of_a_folder_are_the_examples_at_the_places_of_tfds(both):
         assert open_examples(dataset, split).files == expected
 
 
+def test_any_text_is_read_or_refused_as_tfds_does_for_datasets_and_folders(both):
+    splits, rng = load_builder(*both["tfds"]).info.splits, random.Random(0)
+    ends = "5 0 -3 -43 -44 1_0 05 +5 2.5 10% 50% 33.3% 99.9% 100% 101% -10% 1shard".split() + [""] * 6
+    found = collections.Counter()
+    for _ in range(400):
+        terms = []
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            name = rng.choice(["train", "train", "test", "validation", "all", "tset", "tr ain", "train-0"])
+            slices = [f"[{rng.choice(ends)}:{rng.choice(ends)}]"] * 3 + [f"[{rng.choice(ends)}]"]
+            terms.append(name + rng.choice(["", "", *slices]))
+        text = rng.choice(["+", " + "]).join(terms)
+        if "shard" in text:
+            continue  # folders have none
+        try:
+            ranges = tfds.core.ReadInstruction.from_spec(text).to_absolute(splits)
+            backwards = any(part.to is not None and part.to < (part.from_ or 0) for part in ranges)
+            # TFDS counts a range that ends before it begins as less than nothing.
+            expected = 0 if backwards else splits[text].num_examples
+        except Exception:
+            expected = "refused"
+        for dataset, data_dir in both.values():
+            try:
+                number = get_dataset_info(dataset, text, data_dir=data_dir)["num_examples"]
+            except UserError as error:
+                number = "refused" if "cannot be read" in str(error) else 0
+            assert number == expected, text
+        found[expected if expected == "refused" else bool(expected)] += 1
+    assert min(found["refused"], found[False], found[True]) > 10, found
+
+
 @pytest.mark.parametrize("kind", ["tfds", "folder"])
 def test_even_splits_and_tfds_objects_work(both, kind):
     dataset, data_dir = both[kind]
@@ -71,6 +103,9 @@ def test_even_splits_and_tfds_objects_work(both, kind):
         (tfds.even_splits("train[:50%]+test", 2, drop_remainder=True), [19, 19]),
         ([tfds.Split("train"), tfds.Split("all")], [TRAIN, TRAIN + VALIDATION + TEST]),
         ([tfds.core.ReadInstruction("train", to=10, unit="%")], [4]),
+        ([tfds.core.ReadInstruction("test", from_=5) + tfds.core.ReadInstruction("train", to=-3)], [51]),
+        ([tfds.even_splits("train", 2)[1] + tfds.even_splits("test", 4)[0]], [25]),
+        ([tfds.split_for_jax_process("train", drop_remainder=True)], [TRAIN]),
     ]:
         for split, size in zip(splits, sizes, strict=True):
             assert get_dataset_info(dataset, split, data_dir=data_dir)["num_examples"] == size

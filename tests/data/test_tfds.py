@@ -199,8 +199,10 @@ def test_damaged_file_is_reported(tmp_path, photos):
     data = bytearray(path.read_bytes())
     data[5000:5100] = bytes(100)
     path.write_bytes(data)
-    with pytest.raises(UserError, match="'train' of dataset 'photos' are damaged"):
+    with pytest.raises(
+        UserError, match="^image 6 of split 'train' of dataset 'photos' .*its record is damaged"
+    ):
         open_examples("photos", "train", data_dir=str(tmp_path), image_size_px=8)
     path.unlink()
-    with pytest.raises(UserError, match="'photos' are damaged .*No such file"):
+    with pytest.raises(UserError, match="'photos' cannot be read .*No such file.*mount"):
         open_examples("photos", "train", data_dir=str(tmp_path), image_size_px=8)

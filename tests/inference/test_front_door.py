@@ -139,13 +139,104 @@ def test_top_classes_are_the_most_probable_ones_in_order(model, files):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_one_image_is_a_list_of_one(model, files):
+    file, rgb = files[0], PIXELS[0, ..., :3]
+    ones = [
+        file,
+        Path(file),
+        Path(file).read_bytes(),
+        Image.fromarray(rgb),
+        rgb,
+        PIXELS[0],
+        PIXELS[0, ..., 0],
+    ]
+    for image in [*ones, jnp.asarray(rgb)]:
+        expected = model.predict([image])
+        assert model.predict(image) == expected and list(model.predict_each(image)) == expected
+        np.testing.assert_array_equal(model.features(image), model.features([image]))
+    assert [prediction.image for prediction in model.predict(Path(file))] == [file]
+
+
+def test_several_images_may_be_an_array_of_another_library_or_any_iterable(model, files):
+    expected = [prediction.top for prediction in model.predict(files)]
+    arrays = PIXELS[..., :3]
+    for images in (
+        jnp.asarray(arrays),
+        list(jnp.asarray(arrays)),
+        iter(files),
+        tuple(files),
+        np.array(files),
+    ):
+        assert [prediction.top for prediction in model.predict(images)] == expected
+    assert {type(prediction.image) for prediction in model.predict(np.array(files))} == {str}
+    with pytest.raises(mf.UserError, match="^images=None are not images: give a list of images$"):
+        model.predict(None)
+
+
+LEVELS = "give levels from 0 to 255 as uint8"
+SHAPES = r"give \(h, w\), or \(h, w, c\) with 1, 3 or 4 channels, or several images as \(n, h, w, c\)"
+
+
 @pytest.mark.parametrize(
-    "image", ["cat.jpg", Path("cat.jpg"), b"GIF", Image.new("RGB", (9, 9)), PIXELS[0], PIXELS[0, ..., 0]]
+    ("array", "message"),
+    [
+        (PIXELS[0] / 255, rf"it has type float64: {LEVELS}, for example \(255 \* array\).round\(\).astype\('uint8'\)$"),
+        (np.float32(PIXELS[0]), rf"it has type float32: {LEVELS}, for example array.round\(\).astype\('uint8'\)$"),
+        (PIXELS[0] / 127.5 - 1, f"it has type float64: {LEVELS}$"),
+        (np.full((9, 9), np.nan), f"it has type float64: {LEVELS}$"),
+        (PIXELS[0].astype(np.uint16) * 257, f"it has type uint16: {LEVELS}$"),
+        (PIXELS[0].astype(int), rf"it has type int64: {LEVELS}, for example array.astype\('uint8'\)$"),
+        (PIXELS[0] > 127, rf"it has type bool: {LEVELS}, for example 255 \* array.astype\('uint8'\)$"),
+        (jnp.asarray(PIXELS[0] / 255), f"it has type float32: {LEVELS}, for example"),
+        (PIXELS[0, ..., :2], rf"it has shape \(20, 26, 2\): {SHAPES}$"),
+        (PIXELS[0, ..., 0, None, None], rf"it has shape \(20, 26, 1, 1\): {SHAPES}$"),
+        (PIXELS[0].transpose(2, 0, 1), rf"it has shape \(4, 20, 26\): {SHAPES}; if its channels come first, give "),
+        (PIXELS[..., 0], rf"it has shape \(7, 20, 26\): {SHAPES}$"),
+        (PIXELS[0, 0, 0], rf"it has shape \(4,\): {SHAPES}$"),
+        (PIXELS[:0, ..., 0], rf"it has shape \(0, 20, 26\): {SHAPES}$"),
+        (PIXELS[0, :0, :, :3], "an array uint8 .* is not an image"),
+    ],
+)  # fmt: skip
+def test_an_array_that_is_no_image_is_refused_with_what_to_give(model, array, message):
+    for method in (model.predict, model.features):
+        with pytest.raises(mf.UserError, match=rf"^images\[0\]: {message}"):
+            method([array])
+        if array.ndim != 4 and array.ndim != 2:
+            with pytest.raises(mf.UserError, match=rf"^images\[0\]: {message}"):
+                method(array)
+    if array.ndim == 3:
+        with pytest.raises(mf.UserError, match=rf"^images\[0\]: {message}"):
+            model.predict(np.stack([array, array]))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (PIXELS[..., :3] / 255, "the images are float64, not uint8: give levels from 0 to 255 as uint8"),
+        (PIXELS[..., :3].astype(np.uint16), "the images are uint16, not uint8"),
+        (PIXELS[0, ..., :3], r"the images have shape \(20, 26, 3\): give \(n, h, w, 3\)"),
+        (PIXELS, r"the images have shape \(7, 20, 26, 4\): give \(n, h, w, 3\)"),
+    ],
 )
-def test_a_single_image_is_refused(model, image):
-    for method in (model.predict, lambda images: list(model.predict_each(images)), model.features):
-        with pytest.raises(mf.UserError, match=r"^images must be a list .* write \[image\] for one image$"):
-            method(image)
+def test_the_pure_functions_refuse_what_would_give_another_class(model, images, message):
+    features = model.features_of("pooled", cropped=False)
+    for function in (
+        model.logits,
+        model.probabilities,
+        lambda params, images: features(params, {"image": images}),
+    ):
+        with pytest.raises(mf.UserError, match=message):
+            function(model.params, images)
+
+
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/cat.jpg", "https://example.org/cat.jpg", Path("s3://bucket/cat.jpg")]
+)
+def test_urls_and_folders_are_refused(model, url, files, tmp_path):
+    with pytest.raises(mf.UserError, match=f"^image '{url}' is a URL, and only local paths can be read"):
+        model.predict([*files, url])
+    with pytest.raises(mf.UserError, match=f"^image '{tmp_path}' is a folder: give the images in it$"):
+        model.features([tmp_path])
 
 
 def test_counts_below_one_are_refused(model, files):
@@ -180,8 +271,8 @@ def test_no_images_have_no_predictions_and_no_features(model):
     [
         ("absent.png", "^image 'absent.png' cannot be used .*FileNotFoundError"),
         (b"no image", r"^images\[2\]: the image of 8 bytes cannot be used: it is a text file"),
-        (PIXELS[0] / 255, r"^images\[2\]: an array float64 \(20, 26, 4\) is not an image: give uint8 \(h, w\)"),
-        (PIXELS[0, ..., :2], r"^images\[2\]: an array uint8 \(20, 26, 2\) is not .* 1, 3 or 4 channels"),
+        (PIXELS[0] / 255, r"^images\[2\]: it has type float64: give levels"),
+        (PIXELS[0, ..., :2], r"^images\[2\]: it has shape \(20, 26, 2\): give .* 1, 3 or 4 channels"),
         (Image.new("F", (9, 8)), r"^images\[2\]: the Pillow image of 9x8 px cannot be used .* float32"),
         (None, r"^images\[2\]: image None cannot be used"),
     ],

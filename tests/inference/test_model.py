@@ -101,6 +101,14 @@ def test_a_run_gives_its_best_weights_unless_others_are_named(run, tmp_path):
         chex.assert_trees_all_equal(load_run(copy).params, read_weights(run, which)[1])
 
 
+def test_a_run_is_found_by_text_or_path_with_a_tilde(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    for source in (f"~/{run.name}", Path("~") / run.name, run, str(run)):
+        assert load(source).step == load_run(source).step == 10  # the best
+        assert load_run(source).name == str(run)
+    assert load(f"~/{run.name}@last").step == 20
+
+
 def test_probabilities_are_those_that_training_evaluates(run, digits):
     model = load_run(run)
     probabilities = np.float64(probabilities_of(model, digits.images))

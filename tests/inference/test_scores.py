@@ -5,10 +5,10 @@ import pytest
 from rich.cells import cell_len
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import pad
 from mlpmixer_flax.evaluate import as_table
 from mlpmixer_flax.inference import scores
 from mlpmixer_flax.inference.classes import imagenet_names, in_words, match_classes
+from mlpmixer_flax.text import pad
 
 ROWS = {
     "label": np.array([0, 0, 0, 0, 1, 3]),

@@ -62,7 +62,9 @@ def test_token_mixing_draws_pairs_of_opposites_from_low_to_high_frequency():
         np.testing.assert_allclose(first, whole, atol=1e-6)
         np.testing.assert_allclose(second, -whole / 2, atol=1e-6)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "0.00"
-    assert "4 of 4 pairs" in figure.axes[0].get_xlabel()
+    assert figure.axes[0].get_ylabel() == "cycles per patch"
+    caption = figure.axes[0].get_xlabel()
+    assert "4 of 4 pairs" in caption and "cycles" not in caption
     assert figure.axes[0].images[0].get_clim() == (-1, 1)
 
 
@@ -90,6 +92,48 @@ def test_stem_draws_each_kernel_in_its_own_range_around_gray_by_frequency():
     rows = [[red, red], [gray, gray]]
     board = [[white, gray], [gray, white]]
     assert corners == [[[yellowish] * 2] * 2, [[gray] * 2] * 2, rows, board]
+
+
+def random_kernels(tokens, units):
+    return np.random.default_rng(0).normal(size=(tokens, units))
+
+
+def smooth(kernels):
+    """Returns kernels (h, w, ...) as they may be after long training: each value is the mean of its neighbors."""
+    return sum(np.roll(kernels, (down, across), (0, 1)) for down in (0, 1) for across in (0, 1)) / 4
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_caption_says_that_noise_is_normal_if_the_weights_look_like_it(learned):
+    noise = random_kernels(64, 48).reshape(8, 8, 48)
+    units = smooth(noise) if learned else noise
+    mixing = weight_figures.token_mixing(units.reshape(64, 48), grid=(8, 8), title="block")
+    kernels = weight_figures.stem(units.reshape(8, 8, 3, 16), title="stem")
+    for figure in (mixing, kernels):
+        caption = figure.axes[0].get_xlabel().split("\n")
+        says = caption[-1].startswith("This looks like noise") and "normal in a small model" in caption[-1]
+        assert says != learned and len(caption) == 3 - learned
+        figure.draw_without_rendering()
+        box = figure.axes[0].xaxis.label.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width
+
+
+def test_kernels_of_one_pixel_are_not_called_noise():
+    figure = weight_figures.stem(random_kernels(1, 48).reshape(1, 1, 3, 16), title="stem")
+    assert "noise" not in figure.axes[0].get_xlabel()
+
+
+@pytest.mark.parametrize(("units", "columns"), [(4, 2), (6, 3), (32, 8), (37, 13), (300, 16)])
+def test_the_last_row_of_a_stem_has_few_empty_places_and_the_figure_no_blank_strip(units, columns):
+    figure = weight_figures.stem(random_kernels(48, units).reshape(4, 4, 3, units), title="stem")
+    axes = figure.axes[0]
+    rows, shown = len(axes.get_yticks()), min(units, 256)
+    assert drawn(figure).shape[1] == columns * 70 - 10 and 0 <= columns * rows - shown <= 2
+    assert axes.get_ylabel() == "cycles per pixel"
+    figure.draw_without_rendering()
+    picture = axes.get_window_extent()
+    assert picture.width / picture.height == pytest.approx((columns * 70 - 10) / (rows * 70 - 10), rel=0.01)
+    assert figure.bbox.height - picture.height < 1.5 * figure.dpi  # a title and a caption of three lines
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

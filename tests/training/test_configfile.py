@@ -21,7 +21,7 @@ def test_a_file_of_the_user_comes_before_one_of_the_package(tmp_path, monkeypatc
         "def get_config():\n    config = base()\n    config.batch_size = 11\n    return config\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert load_config("digits.py").batch_size == 11
+    assert load_config("digits.py").batch_size == load_config(tmp_path / "digits.py").batch_size == 11
     assert load_config("configs/digits.py").batch_size == 64
 
 
@@ -35,7 +35,7 @@ def test_arguments_get_the_type_of_the_value_they_replace():
             "--config.preprocess.mean=0.1,0.2,0.3",
             "--config.preprocess.std=0.25",
             "--config.model.patches.size=(4, 2)",
-            "--config.augment.randaugment_ops=rotate,invert",
+            "--config.augment.randaugment_ops=[rotate, invert]",
             "--config.train_split=train[:50%]",
             "--config.data_dir=",
         ],
@@ -45,6 +45,7 @@ def test_arguments_get_the_type_of_the_value_they_replace():
     assert config.augment.flip is True
     assert config.preprocess.mean == (0.1, 0.2, 0.3) and config.preprocess.std == (0.25,)
     assert config.model.patches["size"] == (4, 2)
+    assert load_config("digits.py", ["--config.model.patches.size=[4, 2]"]).model.patches["size"] == (4, 2)
     assert config.augment.randaugment_ops == ("rotate", "invert")
     assert config.train_split == "train[:50%]" and config.data_dir == ""
 

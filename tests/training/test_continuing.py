@@ -221,6 +221,8 @@ def test_a_workdir_that_cannot_be_created_is_refused(tmp_path):
     for url in ("gs://bucket/run", "s3://bucket/run"):
         with pytest.raises(UserError, match=f"cannot write to workdir '{url}', because it is a URL"):
             usable_workdir(url)
+    with pytest.raises(UserError, match=r"cannot use workdir '.*runs\\udcff': its name is not valid UTF-8"):
+        usable_workdir(tmp_path / "runs\udcff")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has checkpoints but no config.json"):
         usable_workdir(tmp_path)

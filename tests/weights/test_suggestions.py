@@ -7,7 +7,8 @@ from mlpmixer_flax.weights.catalog import PUBLISHED
 from mlpmixer_flax.weights.source import find
 
 LIST = "python -m mlpmixer_flax.pretrained lists all names"
-B16 = f"did you mean imagenet1k/Mixer-B_16, imagenet21k/Mixer-B_16 or sam/Mixer-B_16? ({LIST})"
+OTHERS = "another name that python -m mlpmixer_flax.pretrained lists"
+B16 = f"did you mean imagenet1k/Mixer-B_16, imagenet21k/Mixer-B_16, sam/Mixer-B_16 or {OTHERS}?"
 TIMM = "hf-hub:timm/mixer_b16_224"
 
 
@@ -37,7 +38,7 @@ def refusal(source):
         ("imagenet21k/Mixer-S_16", "did you mean gsam/Mixer-S_16?"),
         ("S/8", "did you mean gsam/Mixer-S_8?"),
         ("gsam-b32", "did you mean gsam/Mixer-B_32?"),
-        ("mixer_b16_224", f"did you mean {TIMM}.miil_in21k_ft_in1k, {TIMM}.miil_in21k or {TIMM}.goog_in21k_ft_in1k? ({LIST})"),
+        ("mixer_b16_224", f"did you mean {TIMM}.miil_in21k_ft_in1k, {TIMM}.miil_in21k, {TIMM}.goog_in21k_ft_in1k or {OTHERS}?"),
         ("mixer_b16_224.miil_in21k", f"did you mean {TIMM}.miil_in21k?"),
         ("mixer_b16_224_miil", f"did you mean {TIMM}.miil_in21k_ft_in1k or {TIMM}.miil_in21k?"),
         ("timm/mixer_b16_224.goog_in21k", f"did you mean {TIMM}.goog_in21k?"),

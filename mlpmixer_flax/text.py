@@ -1,0 +1,51 @@
+"""Short texts for people: any name on one line, lists that do not grow without bound, and columns of a terminal.
+
+A Chinese character needs two columns, a combining accent none.
+"""
+
+import textwrap
+from collections.abc import Collection
+
+from rich.cells import cell_len, chop_cells, set_cell_size
+
+
+def listed(items: Collection[str], limit: int = 10) -> str:
+    """Returns the first `limit` items and the number of the others: "a, b and 3 more"."""
+    shown = ", ".join(list(items)[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit:,} more"
+
+
+def quoted(names: Collection[str], limit: int = 10) -> str:
+    """Returns the first `limit` names, sorted and in quotes, and the number of the others."""
+    return listed([repr(name) for name in sorted(names)], limit)
+
+
+def printable(text: str) -> str:
+    """Returns the text, escaped if it has characters that control the terminal or cannot be encoded."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def wrap(text: str) -> str:
+    """Returns a text in lines of at most 79 columns, broken at spaces; all but the first are indented."""
+    return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def shorten(text: str, columns: int) -> str:
+    """Returns the text made printable, or its start and "…" if it needs more columns of a terminal."""
+    text = printable(text)
+    return text if cell_len(text) <= columns else chop_cells(text, columns - 1)[0] + "…"
+
+
+def shorten_start(text: str, columns: int) -> str:
+    """Returns the text, or "…" and its end if it needs more columns: for paths, whose end says most."""
+    text = printable(text)
+    if cell_len(text) <= columns:
+        return text
+    while cell_len(text) > columns - 1:
+        text = text[1:]
+    return "…" + text
+
+
+def pad(text: str, columns: int) -> str:
+    """Returns the text in exactly this many columns: shortened, or filled with spaces on the right."""
+    return set_cell_size(shorten(text, columns), columns)

@@ -1,0 +1,52 @@
+"""Says what helps against faults of the environment: what needs less memory, what of a run is saved, why no GPU is used."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.faults import explain, is_memory
+from mlpmixer_flax.rundir import saved_steps
+
+_FILES_OF_GPUS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is that of WSL 2
+
+
+@contextlib.contextmanager
+def advising(workdir: Path) -> Iterator[None]:
+    """Adds notes to an exception of the `with` block, if the environment is at fault; programs print them."""
+    try:
+        yield
+    except Exception as error:
+        if explain(error) is None:
+            raise
+        if is_memory(error) and not isinstance(error, RuntimeError):  # of the host
+            error.add_note("images need less with a lower cache_bytes and fewer num_workers")
+        elif is_memory(error):
+            error.add_note(
+                "training needs less with a higher accumulation_steps, then with model.remat=true or "
+                "model.dtype=bfloat16, then with a lower batch_size: docs/recipes.md#out-of-memory"
+            )
+        if saved := _saved(error, workdir):
+            error.add_note(saved)
+        raise
+
+
+def _saved(error: Exception, workdir: Path) -> str:
+    with contextlib.suppress(OSError, UserError):
+        if not isinstance(error, FileNotFoundError) and (steps := saved_steps(workdir)):
+            return (
+                f"the checkpoints up to step {steps[-1]} are whole, and the same command with --workdir={workdir} "
+                "continues from there"
+            )
+    return ""
+
+
+def why_cpu(files: Sequence[str] = _FILES_OF_GPUS) -> str:
+    """Returns a line about why a run uses the CPU, although nobody chose it; `files` exist if there is a GPU."""
+    if any(map(os.path.exists, files)):
+        return (
+            "this machine has an NVIDIA GPU, but JAX cannot use it, and may have said why above:\n"
+            "  update the driver, or install jax[cuda13], or jax[cuda12] for an older driver; using the CPU"
+        )
+    return "no GPU found, using the CPU"

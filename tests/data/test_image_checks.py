@@ -1,0 +1,597 @@
+"""Images that cannot be used, that change while they are used, or that are copies; in folders and TFDS datasets."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from made_datasets import encode, write_dataset
+from made_folders import names, write
+from PIL import Image
+
+from mlpmixer_flax import UserError, get_dataset_info
+from mlpmixer_flax.data import image_checks
+from mlpmixer_flax.data.folders import FolderRecords, read_folder, select_split
+from mlpmixer_flax.data.image_checks import open_folder
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
+from mlpmixer_flax.evaluate import main as evaluate
+from mlpmixer_flax.train import main
+
+
+def files_of(path, split):
+    return select_split(read_folder(str(path)), split).files
+
+
+def open_split(path, split, *, skip_bad_images=False, for_training=None):
+    source = open_folder(str(path), split, skip_bad_images=skip_bad_images, for_training=for_training)
+    assert isinstance(source.records, FolderRecords)
+    return source.records
+
+
+# --- images of folders that cannot be used
+
+
+@pytest.fixture
+def flawed(tmp_path):
+    """A folder of 22 good images and one image with each flaw."""
+    path = tmp_path / "photos"
+    write(path, *names("train/a", 8), *names("train/b", 8), *names("test/a", 2), *names("test/b", 2))
+    write(path, *names("val/a", 1), *names("val/b", 1))
+    write(path, "train/a/cut.jpg", data=encode(np.full((16, 24), 90, np.uint8), "JPEG")[:-60])
+    write(path, "train/a/empty.png", data=b"")
+    write(path, "train/b/text.gif", data=b"no image")
+    bomb = bytearray(encode(np.zeros((1, 1), np.uint8)))
+    bomb[16:24] = struct.pack(">II", 20_000, 20_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    write(path, "test/b/bomb.png", data=bytes(bomb))
+    (path / "test" / "a" / "broken link.png").symlink_to(path / "gone.png")
+    return path
+
+
+FLAWS = {
+    "train/a/cut.jpg": "OSError: ",
+    "train/a/empty.png": "empty, cut short or not an image that Pillow can read",
+    "train/b/text.gif": "it is a text file, not an image",
+    "test/b/bomb.png": "DecompressionBombError: Image size (400000000 pixels)",
+    "test/a/broken link.png": "FileNotFoundError",
+}
+
+
+def test_all_bad_images_of_all_splits_are_in_one_report(flawed):
+    assert get_dataset_info(f"folder:{flawed}", "train")["num_examples"] == 19  # no image is opened for this
+    for split in ("train", "test"):
+        with pytest.raises(UserError) as error:
+            open_split(flawed, split, for_training=("train", "test"))
+        first, *lines = str(error.value).splitlines()
+        assert first.startswith(f"5 of 27 images in '{flawed}' cannot be used")
+        assert "--config.skip_bad_images=true" in first and len(lines) == 5
+        for file, reason in FLAWS.items():
+            assert any(line.startswith(f"  '{file}': {reason}") for line in lines)
+
+
+def test_outside_training_only_the_images_of_one_split_are_checked(flawed):
+    with pytest.raises(UserError, match="2 of 6 images .*cannot be used"):
+        open_split(flawed, "test")
+    assert len(open_split(flawed, "val")) == 2
+
+
+def test_a_long_report_is_bounded(tmp_path, capsys):
+    write(tmp_path, *names("train/a", 9), *names("train/b", 9), *names("val/a", 9))
+    write(tmp_path, *names("train/a/bad", 31), data=b"")
+    with pytest.raises(UserError, match="31 of 58 images") as error:
+        open_split(tmp_path, "train", for_training=("train", "test"))
+    _, *lines = str(error.value).splitlines()
+    assert [line.split("'")[1] for line in lines[:-1]] == sorted(names("train/a/bad", 31))[:20]
+    assert lines[-1] == "  and 11 more"
+    capsys.readouterr()
+    assert len(open_split(tmp_path, "train", skip_bad_images=True)) == 18
+    first, *lines = capsys.readouterr().out.splitlines()[-12:]
+    assert first.startswith("left out 31 of the 49 images of split 'train'")
+    assert [line.split("'")[1] for line in lines[:-1]] == sorted(names("train/a/bad", 31))[:10]
+    assert lines[-1] == "  and 21 more"
+
+
+def test_notes_and_errors_list_at_most_ten_things(tmp_path):
+    write(tmp_path, *names("train/a", 2), *names("train/b", 2), *(f"test/new {i}/0.png" for i in range(30)))
+    write(tmp_path, *(f"train/a/notes.x{i}" for i in range(30)), data=b"text")
+    write(tmp_path, *(f"extra {i}/0.png" for i in range(30)))
+    folder = read_folder(str(tmp_path))
+    (note,) = [note for note in folder.notes if note.startswith("left out")]
+    assert len(re.findall(r"\(\d+\)", note)) == 10 and note.endswith(" and 50 more")
+    with pytest.raises(UserError, match="do not have: 'new 0', 'new 1', .* and 20 more; rename or remove"):
+        select_split(folder, "test")
+
+
+def test_bad_images_are_skipped_on_request_and_the_others_stay_in_their_splits(flawed, capsys):
+    whole = files_of(flawed, "train")
+    records = open_split(flawed, "train", skip_bad_images=True)
+    assert records.files == [file for file in whole if file not in FLAWS] and len(records) == 16
+    assert [file.split("/")[1] for file in records.files] == ["ab"[label] for label in records.labels]
+    first, *lines = capsys.readouterr().out.rstrip().splitlines()[-4:]
+    assert first == "left out 3 of the 19 images of split 'train', because they cannot be used:"
+    out = "\n".join(lines)
+    assert all(file in out for file in FLAWS if file.startswith("train/"))
+    assert "bomb" not in out
+    examples = open_examples(f"folder:{flawed}", "test", image_size_px=4, skip_bad_images=True)
+    assert examples.images is not None
+    assert len(examples) == 4 and examples.images.shape == (4, 4, 4, 3)
+    with pytest.raises(UserError, match="no image of split 'train.*can be used"):
+        bad = [whole.index(file) for file in whole if file in FLAWS][0]
+        open_split(flawed, f"train[{bad}:{bad + 1}]", skip_bad_images=True)
+
+
+def test_a_repaired_folder_is_read_again(flawed):
+    with pytest.raises(UserError):
+        open_split(flawed, "train")
+    for file in FLAWS:
+        (flawed / file).unlink()
+        write(flawed, file)
+    assert len(open_split(flawed, "train")) == 19
+
+
+def test_a_drive_that_fails_or_a_folder_that_is_gone_says_nothing_about_its_images(tmp_path, capsys):
+    path = tmp_path / "photos"
+    write(path, *names("train/a", 3), *names("train/b", 3), *names("val/a", 3))
+    (path / "train" / "b" / "9.png").symlink_to("/proc/self/mem")  # reading it is an error of input or output
+    for skip in (False, True):
+        with pytest.raises(OSError, match=r"\[Errno 5\] Input/output error: '.*train/b/9.png'"):
+            open_split(path, "train", skip_bad_images=skip)
+    assert "left out" not in capsys.readouterr().out
+
+
+# --- images of folders that change while they are used
+
+
+def delete(path, root):
+    path.unlink()
+
+
+def replace_by_a_larger(path, root):
+    write(root, path.relative_to(root), data=encode(np.zeros((60, 60, 3), np.uint8)) + b"more")
+
+
+def damage(path, root):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def take_permission(path, root):
+    path.chmod(0)
+
+
+def fail_as_a_drive(path, root):
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # reading it is an error of input or output
+
+
+def unmount(path, root):
+    root.rename(root.with_name("elsewhere"))
+    root.mkdir()
+
+
+def rename_the_folder(path, root):
+    root.rename(root.with_name("elsewhere"))
+
+
+def put_a_folder_there(path, root):
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES = {
+    delete: "image '{file}' was deleted, moved or renamed: restore it, and start again",
+    replace_by_a_larger: "image '{file}' has 94 bytes, but had 76 when it was checked, so somebody has changed or "
+    "replaced it: restore it, and start again",
+    damage: "image {name} of split 'train' of dataset 'folder:{root}' cannot be used (empty, cut short or not an image "
+    "that Pillow can read): it could be used when it was checked, so restore it if somebody has changed it, and start "
+    "again",
+    take_permission: "you have no permission ({file}): change it with chmod or chown, or choose another place",
+    fail_as_a_drive: "[Errno 5] Input/output error: '{file}'",
+    unmount: "folder '{root}' is empty or does not exist any more: restore it or mount its drive again, and start again",
+    rename_the_folder: "folder '{root}' is empty or does not exist any more: restore it or mount its drive again, and "
+    "start again",
+    put_a_folder_there: "image '{file}' cannot be read now (Is a directory): restore it, and start again",
+}
+
+
+@pytest.fixture
+def as_anybody():
+    """Lets this process read as a user without special rights, if it is root."""
+    user = os.geteuid()
+    yield lambda: os.seteuid(65534) if user == 0 else None
+    os.seteuid(user)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_an_image_that_changes_while_it_is_used_is_named_as_what_it_is(
+    tmp_path, as_anybody, change, skip_bad_images
+):
+    root = tmp_path / "photos"
+    write(root, *names("a", 9), *names("b", 9))
+    examples = open_examples(
+        f"folder:{root}", "train", image_size_px=4, cache_bytes=0, skip_bad_images=skip_bad_images
+    )
+    assert examples.files is not None and len(examples.read(np.arange(len(examples)))[0]) == len(examples)
+    name = examples.files[2]
+    change(root / name, root)
+    if change is take_permission:
+        as_anybody()
+    with pytest.raises(OSError if change is fail_as_a_drive else UserError) as error:
+        examples.read(np.array([2]))
+    assert str(error.value) == CHANGES[change].format(file=root / name, name=name, root=root)
+
+
+@pytest.mark.slow
+def test_a_photo_that_is_deleted_is_named_by_worker_processes_too(tmp_path):
+    write(tmp_path, *names("a", 9), *names("b", 9))
+    examples = open_examples(f"folder:{tmp_path}", "train", image_size_px=4, cache_bytes=0)
+    assert examples.files is not None
+    (tmp_path / examples.files[2]).unlink()
+    with pytest.raises(
+        UserError, match=f"^image '{tmp_path / examples.files[2]}' was deleted, moved or renamed"
+    ):
+        list(iterate(TrainBatches(examples, batch_size=len(examples), seed=0), 0, 2, num_workers=1))
+
+
+def test_a_photo_that_is_replaced_between_two_openings_is_checked_again(tmp_path):
+    write(tmp_path, *names("train/a", 3), *names("train/b", 3), *names("val/a", 1))
+    options = {"image_size_px": 4, "cache_bytes": 0}
+    open_examples(f"folder:{tmp_path}", "train", **options)
+    write(tmp_path, "train/a/1.png", data=encode(np.zeros((60, 60, 3), np.uint8)))
+    examples = open_examples(f"folder:{tmp_path}", "train", **options)
+    assert examples.read(np.arange(len(examples)))[0].shape == (6, 4, 4, 3)
+
+
+# --- too little memory
+
+LITTLE_MEMORY = """
+import resource, sys
+import numpy as np
+from mlpmixer_flax.data.images import open_image
+from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.faults import explain
+path = sys.argv[1]
+options = {"image_size_px": 4, "cache_bytes": 0, "skip_bad_images": True}
+examples = open_examples(f"folder:{path}", "train", **options)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
+for step in (
+    lambda: examples.read(np.arange(len(examples))),
+    lambda: open_examples(f"folder:{path}", "train+validation", **options),
+    lambda: open_image(f"{path}/train/a/large.png", "RGB"),
+):
+    try:
+        step()
+    except MemoryError as error:
+        print(explain(error))
+"""
+
+
+@pytest.mark.slow
+def test_too_little_memory_is_not_called_a_bad_image_and_nothing_is_skipped(tmp_path):
+    write(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png")
+    Image.new("RGB", (12_000, 12_000)).save(tmp_path / "train/a/large.png")
+    command = [sys.executable, "-c", LITTLE_MEMORY, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("not enough memory")]
+    assert len(lines) == 3 and "left out" not in result.stdout, (result.stdout, result.stderr)
+    for line in lines:
+        assert re.fullmatch("not enough memory: .*; it was needed for image .*train/a/large.png.*", line)
+
+
+# --- examples of TFDS datasets that cannot be used
+
+SIZE = 8
+
+
+def write_pair(root, bad, number=40):
+    """Writes datasets "bad" and "good" of random images; returns their directory.
+
+    `bad` is place -> kind of flaw in "bad"; "good" has the other images.
+    """
+    rng = np.random.default_rng(0)
+    examples = [(encode(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)), i % 3) for i in range(number)]
+    good = [example for place, example in enumerate(examples) if place not in bad]
+    marks = {}
+    for place, kind in bad.items():
+        image, label = examples[place]
+        marks[place] = b"here is record %d" % place
+        examples[place] = {
+            "cut": (image[:-60], label),
+            "text": (b"not an image", label),
+            "size": (encode(np.zeros((7, SIZE, 3), np.uint8)), label),
+            "label": (image, -1),
+            "record": (image + marks[place], label),
+        }[kind]
+    test = good[:9]
+    write_dataset(root, "bad", {"train": examples, "test": test}, image_shape=(SIZE, SIZE, 3))
+    write_dataset(root, "good", {"train": good, "test": test}, image_shape=(SIZE, SIZE, 3))
+    (file,) = (root / "bad" / "1.0.0").glob("*train.array_record*")
+    content = file.read_bytes()
+    for place, kind in bad.items():
+        if kind == "record":
+            assert content.count(marks[place]) == 1
+            content = content.replace(marks[place], bytes(len(marks[place])))
+    file.write_bytes(content)
+    return str(root)
+
+
+BAD = {3: "cut", 6: "text", 8: "record", 20: "size", 39: "label"}
+REASONS = {
+    "cut": "OSError: ",
+    "text": "it is a text file, not an image",
+    "record": "its record is damaged: RuntimeError: Corrupted",
+    "size": "ValueError: its shape is (7, 8, 3), not (8, 8, 3)",
+    "label": "ValueError: its label -1 is not in [0, 3)",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("pair"), BAD)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+def test_batches_are_those_of_the_dataset_without_its_bad_examples(pair, cache_bytes, capsys):
+    options = {"data_dir": pair, "cache_bytes": cache_bytes}
+    good = open_examples("good", "train", **options)
+    found = open_examples("bad", "train", skip_bad_images=True, **options)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "left out 5 of the 40 images of split 'train' of dataset 'bad', because they cannot"
+    )
+    for place, kind in BAD.items():
+        name = str(place) if kind == "record" else f"{place} (train-{place})"
+        assert any(line.startswith(f"  {name!r}: {REASONS[kind]}") for line in lines)
+    assert len(found) == len(good) == 35 and (found.skipped, good.skipped) == (5, 0)
+    for count in (1, 2):  # hosts
+        for k in (0, 3, 1000):
+            for i in range(count):
+                ours, theirs = (
+                    TrainBatches(e, batch_size=16, seed=1, shard_index=i, shard_count=count)[k]
+                    for e in (found, good)
+                )
+                assert all((ours[name] == theirs[name]).all() for name in ours)
+    ours, theirs = TestBatches(found, batch_size=16), TestBatches(good, batch_size=16)
+    assert len(ours) == len(theirs) == 3 and [b["mask"].sum() for b in iterate(ours, 0, 3)] == [16, 16, 3]
+    assert all((ours[2][name] == theirs[2][name]).all() for name in theirs[2])
+
+
+def test_a_slice_leaves_out_its_own_bad_examples(pair, capsys):
+    found = open_examples("bad", "train[5:10]", data_dir=pair, skip_bad_images=True, cache_bytes=0)
+    whole = open_examples("good", "train", data_dir=pair)
+    assert len(found) == 3 and found.skipped == 2
+    assert whole.images is not None
+    np.testing.assert_array_equal(found.read(np.arange(3))[0], whole.images[[4, 5, 6]])
+    assert len(open_examples("bad", "train[:3]", data_dir=pair, skip_bad_images=True)) == 3
+    capsys.readouterr()
+    with pytest.raises(
+        UserError, match="no image of split 'train.6:7..train.8:9.' of dataset 'bad' can be used: repair some"
+    ):
+        open_examples("bad", "train[6:7]+train[8:9]", data_dir=pair, skip_bad_images=True)
+
+
+@pytest.mark.parametrize(("place", "kind"), BAD.items())
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
+def test_without_skipping_a_bad_example_is_named_with_what_to_do(pair, place, kind, cache_bytes):
+    with pytest.raises(UserError) as error:
+        # A larger chunk has good records beside it.
+        examples = open_examples(
+            "bad", f"train[{place - 1}:{place + 1}]", data_dir=pair, cache_bytes=cache_bytes
+        )
+        examples.read(np.arange(2))
+    assert str(error.value).startswith("image 1 ")
+    assert (
+        f" of split 'train[{place - 1}:{place + 1}]' of dataset 'bad' cannot be used ({REASONS[kind]}"
+        in str(error.value)
+    )
+    assert str(error.value).endswith(
+        "): restore or prepare the dataset again, or leave out what cannot be used with --skip_bad_images (in training "
+        "--config.skip_bad_images=true)"
+    )
+
+
+def test_bad_examples_of_varying_size_are_skipped_and_the_list_of_them_is_bounded(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    photos = [encode(rng.integers(0, 255, (20 + i, 30, 3), np.uint8), "JPEG") for i in range(30)]
+    examples = [(photo if i % 2 else photo[:-40], i % 3) for i, photo in enumerate(photos)]
+    data_dir = write_dataset(tmp_path, "varied", {"train": examples})
+    options = {"data_dir": data_dir, "image_size_px": 16, "min_crop_area": 0.3, "skip_bad_images": True}
+    found = open_examples("varied", "train", **options)
+    assert found.images is None and len(found) == found.skipped == 15
+    assert TrainBatches(found, batch_size=40, seed=0)[0]["image"].shape == (40, 16, 16, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-12].startswith("left out 15 of the 30 images") and lines[-1] == "  and 5 more"
+
+
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_a_missing_or_cut_file_of_a_dataset_is_not_skipped(tmp_path, skip_bad_images):
+    data_dir = write_pair(tmp_path, {}, number=200)
+    (file,) = (tmp_path / "bad" / "1.0.0").glob("*train.array_record*")
+    content = file.read_bytes()
+    for change, words in [
+        (lambda: file.write_bytes(content[: len(content) - 10]), "RiegeliPostscript"),
+        (lambda: file.write_bytes(b""), "at least 64KB"),
+        (
+            lambda: file.unlink(),
+            "open.. failed: No such file or directory; opening .*array_record-00000-of-00001",
+        ),
+    ]:
+        change()
+        with pytest.raises(
+            UserError,
+            match=f"^split 'train' of dataset 'bad' cannot be read .*{words}.*: restore its files or mount their dir",
+        ):
+            open_examples("bad", "train", data_dir=data_dir, skip_bad_images=skip_bad_images)
+
+
+# --- the same content in two splits
+
+
+def test_copies_in_two_splits_are_counted_by_content_and_said_once(tmp_path, capsys):
+    write(tmp_path, *names("train/a", 5), *names("train/b", 5), *names("val/a", 3), *names("val/b", 3))
+    write(tmp_path, *names("test/a", 3), *names("test/b", 3))
+    for number, path in enumerate(sorted(tmp_path.rglob("*.png"))):  # all different, many of the same size
+        path.write_bytes(encode(np.full((6, 6), number, np.uint8), "PNG"))
+    for copy, original in {
+        "test/a/copy.png": "train/a/0.png",
+        "test/b/another class.png": "train/a/1.png",
+        "val/a/copy.png": "test/a/2.png",
+        "train/a/copy within the split.png": "train/a/3.png",
+    }.items():
+        (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
+    open_split(tmp_path, "train", for_training=("train", "test"))
+    out = capsys.readouterr().out.replace("\n  ", " ")
+    lines = [line for line in out.splitlines() if "same content" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "2 images of split 'test' are also in split 'train' (same content), for example "
+    )
+    assert (
+        "'test/a/copy.png' = 'train/a/0.png'" in out or "'test/b/another class.png' = 'train/a/1.png'" in out
+    )
+    assert "1 image of split 'test' is also in split 'validation'" in lines[1]
+    assert "'test/a/2.png' = 'val/a/copy.png': remove one of each, or the scores of split 'test'" in lines[1]
+    open_split(tmp_path, "val", for_training=("train", "test"))
+    assert "same content" not in capsys.readouterr().out
+
+
+def test_copies_are_found_where_the_validation_split_is_cut_and_damaged_files_are_no_copies(tmp_path, capsys):
+    write(tmp_path, *names("a", 20), *names("b", 20))
+    for number, path in enumerate(sorted(tmp_path.rglob("*.png"))):
+        path.write_bytes(encode(np.full((6, 6), number, np.uint8), "PNG"))
+    one, other = files_of(tmp_path, "train")[0], files_of(tmp_path, "validation")[0]
+    (tmp_path / other).write_bytes((tmp_path / one).read_bytes())
+    for file in (files_of(tmp_path, "train")[1], files_of(tmp_path, "validation")[1]):
+        (tmp_path / file).write_bytes(b"")
+    open_split(tmp_path, "train", skip_bad_images=True, for_training=("train", "validation"))
+    (line,) = [
+        line for line in capsys.readouterr().out.replace("\n  ", " ").splitlines() if "same content" in line
+    ]
+    assert line.startswith(
+        "1 image of split 'validation' is also in split 'train' (same content), for example "
+    )
+    assert f"{other!r} = {one!r}" in line
+
+
+@pytest.mark.parametrize(
+    ("train_split", "test_split", "expected"),
+    [
+        ("train[:90%]", "train[90%:]", ["2 of test in train[:90%]", "1 of train[90%:] in train[:90%]"]),
+        ("train[:90%]", "test", ["2 of test in train[:90%]"]),
+        ("train[:10]+train[30:]", "test", ["1 of test in train[:10]+train[30:]"]),
+        # Its images are images of "train", not copies of others.
+        ("train", "train[90%:]", ["2 of test in train"]),
+        ("train[:20]", "train[20:35]", ["2 of test in train[:20]"]),
+        ("train[20:]+test", "train[:20]", ["3 of train[:20] in train[20:]+test"]),
+        ("train[20:]+test[3:]", "train[:20]+test[:5]", ["3 of train[:20]+test[:5] in train[20:]+test[3:]"]),
+        ("all", "train[:5]", []),
+    ],
+)
+def test_copies_are_counted_in_whatever_splits_a_run_uses(
+    tmp_path, capsys, train_split, test_split, expected
+):
+    write(tmp_path, *names("train/a", 20), *names("train/b", 20), *names("test/a", 5), *names("test/b", 5))
+    write(tmp_path, "val/a/0.png")
+    for number, path in enumerate(sorted(tmp_path.rglob("*.png"))):
+        path.write_bytes(encode(np.full((6, 6), number, np.uint8), "PNG"))
+    train, test = (files_of(tmp_path, split) for split in ("train", "test"))
+    for copy, original in [
+        (train[39], train[2]),
+        (test[9], train[12]),
+        (test[3], train[5]),
+    ]:
+        (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
+    for split in (train_split, test_split):
+        open_split(tmp_path, split, for_training=(train_split, test_split))
+    lines = [
+        line for line in capsys.readouterr().out.replace("\n  ", " ").splitlines() if "same content" in line
+    ]
+    found = [
+        re.fullmatch(
+            r"(\d+) images? of split '(.*)' (is|are) also in split '(.*)' \(same content\), for .*", line
+        )
+        for line in lines
+    ]
+    assert [f"{match[1]} of {match[2]} in {match[4]}" for match in found if match] == expected
+    assert len(lines) == len(expected)
+
+
+def test_only_files_of_equal_size_are_hashed(tmp_path, monkeypatch):
+    write(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png", "val/a/4.png")
+    for number, path in enumerate(sorted(tmp_path.rglob("*.png"))):
+        path.write_bytes(encode(np.random.default_rng(0).integers(0, 256, (6 + number, 6), np.uint8)))
+    monkeypatch.setattr(image_checks, "_hash_content", lambda _: pytest.fail("a file is hashed"))
+    open_split(tmp_path, "train", for_training=("train", "test"))
+
+
+# --- the program
+
+TINY = ["--config.total_steps=2", "--config.batch_size=8", "--config.preprocess.image_size_px=8"]
+TINY += [f"--config.model.{key}=8" for key in ("hidden_dim", "channels_mlp_dim", "tokens_mlp_dim")]
+TINY += [
+    "--config.model.num_blocks=1",
+    "--config.augment.min_crop_area=0.5",
+    "--config.augment.mixup_alpha=0.0",
+]
+
+
+def test_bad_images_stop_the_program_before_anything_is_written(flawed, capsys):
+    workdir = flawed.parent / "run"
+    assert (
+        main(["--config=digits.py", f"--config.dataset=folder:{flawed}", f"--workdir={workdir}", *TINY]) == 2
+    )
+    error = capsys.readouterr().err
+    assert error.startswith("error: 5 of 27 images") and all(repr(file) in error for file in FLAWS)
+    assert "Traceback" not in error and not workdir.exists()
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_the_program_skips_bad_images_when_asked(flawed, capsys):
+    workdir = flawed.parent / "run"
+    arguments = [f"--config.dataset=folder:{flawed}", f"--workdir={workdir}", *TINY]
+    assert main(["--config=digits.py", "--config.skip_bad_images=True", *arguments]) == 0
+    assert "16 training images, 4 test images, 2 classes" in capsys.readouterr().out
+    training, evaluation = rows_of(workdir)
+    assert training["train/skipped_images"] == 3 and evaluation["test/skipped_images"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_a_streamed_tfds_dataset_trains_without_its_bad_examples_and_they_are_counted(pair, tmp_path, capsys):
+    rows = {}
+    for name in ("bad", "good"):
+        arguments = [
+            f"--config.dataset={name}",
+            f"--config.data_dir={pair}",
+            f"--workdir={tmp_path / name}",
+            *TINY,
+        ]
+        arguments += [
+            "--config.skip_bad_images=True",
+            "--config.cache_bytes=0",
+            "--config.test_split=train[:30]",
+        ]
+        assert main(["--config=digits.py", *arguments]) == 0
+        rows[name] = rows_of(tmp_path / name)
+    assert "5 of the 40 images of split 'train' of dataset 'bad', because" in capsys.readouterr().out
+    (training, evaluation), (other_training, other_evaluation) = rows["bad"], rows["good"]
+    assert training["train/skipped_images"] == 5 and evaluation["validation/skipped_images"] == 4
+    assert other_training["train/skipped_images"] == other_evaluation["validation/skipped_images"] == 0
+    for key in ("train/loss", "train/accuracy", "train/gradient_norm", "train/parameter_norm"):
+        assert training[key] == other_training[key]
+    # The programs take skip_bad_images from the run, and score the images that are left.
+    assert evaluate([f"--workdir={tmp_path / 'bad'}", f"--output={tmp_path / 'scores'}"]) == 0
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["images"] == sum(row["images"] for row in scores["per_class"]) == 26
+    assert scores["loss"] == pytest.approx(evaluation["validation/loss"])
