@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
+
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import exit_status, make_parser, path
 from mlpmixer_flax.config import ConfigDict, flatten
@@ -109,7 +111,7 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     config = load_config(arguments.config or "folder.py", overrides)
     if arguments.config:
         return config
-    chosen = suit_folder(config.dataset.removeprefix("folder:"))
+    chosen = suit_folder(config.dataset.removeprefix("folder:"), backend=jax.default_backend())
     stored = flatten(ConfigDict(read_config(arguments.workdir))) if arguments.workdir else {}
     changes = [f"--config.{key}={stored.get(key, value)}" for key, value in chosen.items()]
     given = [argument.partition("=")[0] for argument in overrides]

@@ -4,36 +4,38 @@ import os
 import statistics
 from typing import Any
 
-import jax
 from PIL import Image
 
-from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_nano4_config, mixer_tiny4_config
+from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
 from mlpmixer_flax.data.folders import read_folder, select_split
 
 _SAMPLE = 64  # images whose size is looked at
 
-# (images have a side of 48 px or more, there is a GPU or TPU) -> image size in px, architecture
+# (images have a side of 48 px or more, there is a GPU or TPU) -> image size and patch size in px, architecture
 _SIZES = {
-    (False, False): (32, mixer_nano4_config),
-    (True, False): (64, mixer_folder_config),
-    (False, True): (32, mixer_tiny4_config),
-    (True, True): (128, {**mixer_tiny4_config, "patches": {"size": (8, 8)}}),
+    (False, False): (32, 4, mixer_folder_config),
+    (True, False): (64, 8, mixer_folder_config),
+    (False, True): (32, 4, mixer_tiny4_config),
+    (True, True): (128, 8, mixer_tiny4_config),
 }
 
 
-def suit_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def suit_folder(folder: str | os.PathLike[str], *, backend: str) -> dict[str, Any]:
     """Returns the changes of configs/folder.py that suit a folder of images and the device, by dotted key.
 
     Images with a typical short side below 48 px keep about their size; larger ones become 64 px on a CPU and 128 px
     on a GPU or TPU, where the model is larger too. A run sees about 400,000 images: it has 20 to 200 epochs. With
     fewer than 256 images the batches are smaller, so that an epoch still has several updates.
 
+    Args:
+      backend: what trains: "cpu", "gpu" or "tpu", as `jax.default_backend` says.
+
     Raises:
       UserError: as `data.folders.read_folder`.
     """
     records = select_split(read_folder(folder), "train")
     large = _typical_side(records.root, records.files[:_SAMPLE]) >= 48
-    image_size_px, architecture = _SIZES[large, jax.default_backend() != "cpu"]
+    image_size_px, patch_px, architecture = _SIZES[large, backend != "cpu"]
     epochs = min(max(round(400_000 / len(records)), 20), 200)
     return {
         "preprocess.image_size_px": image_size_px,
@@ -42,6 +44,7 @@ def suit_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "eval_every_epochs": float(-(-epochs // 50)),
         "save_every_epochs": float(-(-epochs // 50)),
         **{f"model.{key}": value for key, value in flatten(architecture).items()},
+        "model.patches.size": (patch_px, patch_px),
     }
 
 

@@ -5,7 +5,7 @@ import pytest
 from made_datasets import encode
 from made_folders import names, write
 
-from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_nano4_config
+from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.sizing import suit_folder
 
@@ -16,18 +16,24 @@ def folder(root, *, height, width, count=4):
     return write(root, *names("train/a", count), *names("train/b", count), *names("test/a", 1), data=data)
 
 
-def architecture(chosen):
-    return {key.removeprefix("model."): value for key, value in chosen.items() if key.startswith("model.")}
-
-
 @pytest.mark.parametrize(
-    ("height", "width", "size_px", "model"),
-    [(28, 28, 32, mixer_nano4_config), (47, 300, 32, mixer_nano4_config), (48, 64, 64, mixer_folder_config)],
+    ("backend", "height", "width", "size_px", "patch_px", "model"),
+    [
+        ("cpu", 28, 28, 32, 4, mixer_folder_config),
+        ("cpu", 47, 300, 32, 4, mixer_folder_config),
+        ("cpu", 48, 64, 64, 8, mixer_folder_config),
+        ("gpu", 28, 28, 32, 4, mixer_tiny4_config),
+        ("tpu", 300, 400, 128, 8, mixer_tiny4_config),
+    ],
 )
-def test_the_short_side_decides_the_image_size_and_the_model(tmp_path, height, width, size_px, model):
-    chosen = suit_folder(folder(tmp_path, height=height, width=width))
-    assert chosen["preprocess.image_size_px"] == size_px
-    assert architecture(chosen) == flatten(model)
+def test_short_side_and_device_decide_the_image_size_and_the_model(
+    tmp_path, backend, height, width, size_px, patch_px, model
+):
+    chosen = suit_folder(folder(tmp_path, height=height, width=width), backend=backend)
+    config = load_config("folder.py", {"dataset": f"folder:{tmp_path}", **chosen})
+    assert config.preprocess.image_size_px == size_px
+    expected = {**flatten(model), "patches.size": (patch_px, patch_px)}
+    assert expected.items() <= flatten(config.model).items()
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ def test_the_short_side_decides_the_image_size_and_the_model(tmp_path, height, w
 def test_a_run_sees_about_400_000_images_in_20_to_200_epochs(tmp_path, count, epochs, batch_size):
     root = folder(tmp_path, height=8, width=8, count=count)
     write(root, "validation/a/0.png")  # so that all images of train are training images
-    chosen = suit_folder(root)
+    chosen = suit_folder(root, backend="cpu")
     assert chosen["total_epochs"] == pytest.approx(epochs, abs=25)
     assert chosen["batch_size"] == batch_size
     assert 1 <= chosen["eval_every_epochs"] <= chosen["total_epochs"] / 40
@@ -45,11 +51,11 @@ def test_a_run_sees_about_400_000_images_in_20_to_200_epochs(tmp_path, count, ep
 def test_files_that_are_no_images_do_not_count(tmp_path):
     root = folder(tmp_path, height=64, width=64)
     write(root, *names("train/c", 5), data=b"no image")
-    assert suit_folder(root)["preprocess.image_size_px"] == 64
+    assert suit_folder(root, backend="cpu")["preprocess.image_size_px"] == 64
 
 
 def test_the_choice_is_valid_and_without_it_the_config_is_the_one_for_photos_on_a_cpu(tmp_path):
-    chosen = suit_folder(folder(tmp_path, height=100, width=80))
+    chosen = suit_folder(folder(tmp_path, height=100, width=80), backend="cpu")
     config = load_config("folder.py", {"dataset": f"folder:{tmp_path}", **chosen})
     assert config.model.num_blocks == 4
     plain = flatten(load_config("folder.py"))
