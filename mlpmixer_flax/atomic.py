@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +36,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
       UserError: the file cannot be written there.
       OSError: the disk is full or at fault; the error names the file.
     """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    # Random, because processes of two machines, or of two containers, may have the same number.
+    temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

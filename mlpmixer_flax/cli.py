@@ -18,6 +18,7 @@ from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.rundir import default_checkpoint, describe_weights
 from mlpmixer_flax.text import printable
+from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.weights.source import named_run
 
 # --- options
@@ -92,6 +93,17 @@ def load_model(arguments: argparse.Namespace) -> Model:
     model = load_run(workdir, checkpoint)
     print(f"using {describe_weights(workdir, checkpoint, step=model.step or 0)}", flush=True)
     return model
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says how a process finds the other processes of the program."""
+    parser.add_argument(
+        "--distributed",
+        default="auto",
+        metavar="HOW",
+        help="several processes: auto (found under Slurm, Open MPI, on TPUs and Kubernetes), off, or "
+        "COORDINATOR,N,I: this is process I from 0 of N, and process 0 is at COORDINATOR, address:port (default: auto)",
+    )
 
 
 def add_dataset(group: argparse._ActionsContainer) -> None:
@@ -179,7 +191,7 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         _drop_output()
         return 1
     except KeyboardInterrupt:
-        if interrupted:
+        if interrupted and is_lead():
             print(interrupted, file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception as error:
@@ -196,7 +208,8 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
 
 def _print_error(text: str) -> None:
     """Prints an error, whose lines may have characters of file names that control the terminal."""
-    print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    if is_lead():  # of several processes
+        print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

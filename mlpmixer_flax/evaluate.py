@@ -39,6 +39,7 @@ from typing import Any
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import (
     add_dataset,
+    add_distributed,
     add_model,
     check_dataset,
     exit_status,
@@ -65,6 +66,8 @@ from mlpmixer_flax.inference.scores import (
 from mlpmixer_flax.rundir import default_checkpoint
 from mlpmixer_flax.text import pad, printable, shorten
 from mlpmixer_flax.training.evaluation import evaluate
+from mlpmixer_flax.training.launch import start
+from mlpmixer_flax.training.processes import check_same, is_lead, together
 from mlpmixer_flax.weights.source import NamedRun, named_run
 
 __all__ = ["evaluate", "main", "open_split", "score_images"]
@@ -101,6 +104,12 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: Rows, examples
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    start(arguments.distributed)
+    with together():
+        _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     check_positive(batch_size=arguments.batch_size)
     check_dataset(arguments)
     model = load_model(arguments)
@@ -123,10 +132,20 @@ def _run(arguments: argparse.Namespace) -> None:
         "images": len(examples),
     }
     output = arguments.output or default_output(subject, model, run)
-    make_folder(output)  # first, so that an error here is found before an hour of work
+    if is_lead():
+        make_folder(output)  # first, so that an error here is found before an hour of work
 
+    seen = {
+        "images": len(examples),
+        "model": model.name,
+        "step": model.step,
+        "classes": list(model.class_names),
+    }
+    check_same("a model or data", seen, advice="start all processes with the same command and data")
     names = in_words(model.class_names)
     rows = score_images(model, examples, classes=classes, batch_size=arguments.batch_size)
+    if not is_lead():
+        return
     measured = measure(rows)
     if len(names) <= 5:
         del measured["accuracy_top5"]  # it would always be 1
@@ -227,6 +246,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_model(parser)
     add_dataset(parser)
+    add_distributed(parser)
     parser.add_argument(
         "--split",
         dest="test_split",

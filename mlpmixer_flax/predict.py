@@ -36,6 +36,7 @@ from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
 from mlpmixer_flax.text import listed, pad, printable, shorten, shorten_start
+from mlpmixer_flax.training.launch import check_alone
 
 __all__ = ["Prediction", "Score", "find_files", "load_run", "main", "predict"]  # some are handed on
 
@@ -124,6 +125,8 @@ def _output_format(
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.distributed == "auto":
+        check_alone("predict")
     check_positive(top=arguments.top, batch_size=arguments.batch_size)
     files: dict[str, None] = {}  # a dict, because a file may be named twice
     usable, all_usable = 0, True
@@ -168,6 +171,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (default: 5)")
     parser.add_argument(
         "--batch_size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)"
+    )
+    parser.add_argument(
+        "--distributed",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: refuse if this is one of several tasks; off: go on (default: auto)",
     )
     parser.set_defaults(form="table")
     forms = parser.add_mutually_exclusive_group()

@@ -25,13 +25,15 @@ from pathlib import Path
 import jax
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import exit_status, make_parser, path
+from mlpmixer_flax.cli import add_distributed, exit_status, make_parser, path
 from mlpmixer_flax.config import ConfigDict, flatten
-from mlpmixer_flax.faults import pass_on, start_devices
+from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
+from mlpmixer_flax.training.launch import start
 from mlpmixer_flax.training.loop import fit
+from mlpmixer_flax.training.processes import is_lead, together
 from mlpmixer_flax.training.signals import Interrupted
 from mlpmixer_flax.training.sizing import suit_folder
 
@@ -60,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="config file; those of the package are found by name (default: configs/folder.py, adapted to FOLDER)",
     )
+    add_distributed(parser)
     parser.add_argument(
         "--workdir", type=path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
     )
@@ -86,14 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    start_devices()
+    start(arguments.distributed)
+    with together():
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     subject = Path(arguments.config or os.path.abspath(arguments.folder)).stem
     name = f"{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
-    given = arguments.workdir
+    # Of several processes, the first one decides on the directory.
+    given = arguments.workdir or (None if is_lead() else Path())
     try:
         with contextlib.nullcontext(given) if given else _new_workdir(name) as workdir:
-            train(config, workdir)
+            train(config, workdir, distributed=arguments.distributed)
     except Interrupted as stop:
         name = signal.Signals(stop.number).name
         print(

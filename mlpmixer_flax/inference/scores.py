@@ -40,6 +40,8 @@ def open_split(
 def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch_size: int = 64) -> Rows:
     """Returns the `rows` of a split, in its order; labels are numbers of the model's classes.
 
+    Several processes divide the images among them, and each returns all rows.
+
     `examples` and `classes` come from `open_split`. `batch_size` is rounded up to a multiple of the number of
     devices.
     """
@@ -54,7 +56,12 @@ def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch
             "loss": loss.per_image(logits, jax.nn.one_hot(batch["label"], num_classes)),
         }
 
-    batches = TestBatches(examples, batch_size=rows_per_batch(batch_size))
+    batches = TestBatches(
+        examples,
+        batch_size=rows_per_batch(batch_size),
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+    )
     parts = []
     with (
         contextlib.closing(iterate(batches, 0, len(batches))) as stream,

@@ -20,16 +20,21 @@ def advising(workdir: Path) -> Iterator[None]:
     except Exception as error:
         if explain(error) is None:
             raise
-        if is_memory(error) and not isinstance(error, RuntimeError):  # of the host
-            error.add_note("images need less with a lower cache_bytes and fewer num_workers")
-        elif is_memory(error):
-            error.add_note(
-                "training needs less with a higher accumulation_steps, then with model.remat=true or "
-                "model.dtype=bfloat16, then with a lower batch_size: docs/recipes.md#out-of-memory"
-            )
-        if saved := _saved(error, workdir):
-            error.add_note(saved)
+        for note in (_about_memory(error), _saved(error, workdir)):
+            if note and note not in getattr(error, "__notes__", []):  # an inner block may have added it
+                error.add_note(note)
         raise
+
+
+def _about_memory(error: Exception) -> str:
+    if not is_memory(error):
+        return ""
+    if not isinstance(error, RuntimeError):  # of the host
+        return "images need less with a lower cache_bytes and fewer num_workers"
+    return (
+        "training needs less with a higher accumulation_steps, then with model.remat=true or model.dtype=bfloat16, "
+        "then with a lower batch_size: docs/recipes.md#out-of-memory"
+    )
 
 
 def _saved(error: Exception, workdir: Path) -> str:

@@ -19,6 +19,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.rundir import Accuracy, accuracy_of
+from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
 
 
@@ -43,10 +44,11 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = workdir.absolute() / "checkpoints"
         self._keep = keep
-        make_folder(self.folder)
+        from_lead(lambda: make_folder(self.folder))
+        check_shared(self.folder)
         self._descriptor = os.open(self.folder, os.O_RDONLY)  # tells later whether the folder is still there
         with self._judging():
-            self._drop_damaged_metrics()
+            from_lead(self._drop_damaged_metrics)
             self._manager = self._open()
 
     @contextlib.contextmanager
@@ -114,13 +116,18 @@ class Checkpoints:
         """
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
         failures = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in from_lead(lambda: sorted(self._manager.all_steps(), reverse=True)):
+            state = failure = None
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
             except Exception as error:  # of any class: from Orbax, TensorStore or JSON
                 pass_on(error, self.folder / str(step))
                 check_readable(self.folder / str(step))
-                failures[step] = " ".join(str(error).split())[:150]
+                failure = " ".join(str(error).split())[:150]
+            # It counts as damaged in all processes if one of them cannot read its part.
+            failure = next(filter(None, gather(failure)), None)
+            if failure:
+                failures[step] = failure
                 print(f"checkpoint {step} cannot be read, trying the one before: {failures[step]}")
             else:
                 if failures:
@@ -135,10 +142,14 @@ class Checkpoints:
 
     def _set_aside(self, steps: Iterable[int]) -> None:
         damaged = self.folder.parent / "damaged"
-        damaged.mkdir(exist_ok=True)
-        for step in steps:
-            shutil.rmtree(damaged / str(step), ignore_errors=True)
-            shutil.move(self.folder / str(step), damaged / str(step))
+
+        def move():
+            damaged.mkdir(exist_ok=True)
+            for step in steps:
+                shutil.rmtree(damaged / str(step), ignore_errors=True)
+                shutil.move(self.folder / str(step), damaged / str(step))
+
+        from_lead(move)
         self._manager.close()
         self._manager = self._open()
 
@@ -146,8 +157,10 @@ class Checkpoints:
         """Returns the best checkpoint, or None if no state was saved with an accuracy."""
         with self._judging():
             self._manager.wait_until_finished()
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        found = {step: accuracy_of(scores) for step, scores in metrics.items()}
+        # Of all processes, only the first one writes metrics, so only it surely sees them.
+        steps = self._manager.all_steps()
+        metrics = from_lead(lambda: [[step, self._manager.metrics(step)] for step in steps])
+        found = {step: accuracy_of(scores) for step, scores in metrics}
         scored = [BestCheckpoint(step, accuracy) for step, accuracy in found.items() if accuracy]
         return max(scored, key=lambda one: (one.accuracy.value, one.step), default=None)
 
@@ -160,7 +173,8 @@ class Checkpoints:
                 finally:
                     self._manager.close()  # does not raise the same error again
         finally:
-            self._remove_remains()
+            if is_lead():
+                self._remove_remains()
             os.close(self._descriptor)
 
     def _remove_remains(self) -> None:

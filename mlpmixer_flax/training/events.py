@@ -14,17 +14,21 @@ from tensorboardX.proto.event_pb2 import (  # made at run time
 )
 
 from mlpmixer_flax.faults import naming
+from mlpmixer_flax.training.processes import is_lead
 
 _FLUSH_EVERY_SECONDS = 10.0
 
 
 class Events:
-    """A new event file of a run. TensorBoard hides what earlier files say of steps after `start_step`."""
+    """A new event file of a run. TensorBoard hides what earlier files say of steps after `start_step`.
+
+    Of several processes, only the first one writes.
+    """
 
     def __init__(self, workdir: Path, *, start_step: int):
         self._folder = workdir
         with naming(workdir):
-            self._writer = EventsWriter(str(workdir / "events"))
+            self._writer = EventsWriter(str(workdir / "events")) if is_lead() else None
         self._flush_at = 0.0
         self._write(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
@@ -33,6 +37,8 @@ class Events:
         self._write(Event(step=step, summary=summary))
 
     def _write(self, event: Any) -> None:
+        if self._writer is None:
+            return
         event.wall_time = time.time()
         with naming(self._folder):
             self._writer.write_event(event)
@@ -42,5 +48,6 @@ class Events:
 
     def close(self) -> None:
         """Closes the file."""
-        with naming(self._folder):
-            self._writer.close()
+        if self._writer is not None:
+            with naming(self._folder):
+                self._writer.close()

@@ -6,12 +6,12 @@ import os
 import socket
 from pathlib import Path
 
-import jax
 from filelock import FileLock, Timeout
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.training.processes import is_lead
 
 _FILE = "in_use.lock"
 _OWNER = "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
@@ -44,7 +44,7 @@ class RunLock:
           UserError: another process uses the directory, or it cannot be written to.
         """
         # In a run on several hosts, which share the directory, the first process takes the lock for all.
-        if self._lock or (jax.distributed.is_initialized() and jax.process_index()):
+        if self._lock or not is_lead():
             return
         make_folder(self._workdir)
         lock = FileLock(self._workdir / _FILE)

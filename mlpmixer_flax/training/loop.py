@@ -1,7 +1,10 @@
 """Runs the training loop: from a config to the run directory of a trained model."""
 
+import hashlib
+import json
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,20 +20,30 @@ from mlpmixer_flax.data.examples import count_overlap
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, check_workers, iterate
 from mlpmixer_flax.rundir import accuracy_of, read_config, saved_steps, write_run
 from mlpmixer_flax.text import printable
-from mlpmixer_flax.training import continuing, record, sharding
+from mlpmixer_flax.training import continuing, launch, record, sharding
 from mlpmixer_flax.training.advice import advising, why_cpu
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
 from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
 from mlpmixer_flax.training.intervals import Best
 from mlpmixer_flax.training.lock import RunLock
+from mlpmixer_flax.training.optimizer import Params
+from mlpmixer_flax.training.processes import (
+    check_same,
+    check_shared,
+    ending_all,
+    from_lead,
+    is_lead,
+    same_fate,
+    together,
+)
 from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
 from mlpmixer_flax.training.setup import Setup, compile_steps, initial_params, make_setup, settle, to_store
-from mlpmixer_flax.training.signals import Interrupted, noted_signals
+from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import TrainState
 from mlpmixer_flax.training.table import summarize
 
 
-def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -> dict[str, float]:
     """Trains a run to its end; continues from the newest checkpoint in the run directory, if it has one.
 
     A run continues with the same config, except for keys that change no update and the length of the run
@@ -38,7 +51,10 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Args:
       config: from `load_config`, or from `get_config` and changed.
-      workdir: the run directory; it is created if it does not exist.
+      workdir: the run directory; it is created if it does not exist. In a run with several processes, the first
+        one decides.
+      distributed: how to find the other processes of the run, see `launch.start`. If one of them fails after the
+        start, all end.
 
     Returns:
       The last scores of config.test_split: "step", "test/loss", "test/accuracy" and, if there are more than five
@@ -54,61 +70,111 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
     """
     started = time.monotonic()
-    workdir = continuing.usable_workdir(workdir)
-    stored = read_config(workdir)
-    config = settle(config, stored)
-    changes = continuing.compare_configs(workdir, stored, to_store(config))
-    with advising(workdir), closing(RunLock(workdir)) as lock:
+    launch.start(distributed)
+    with together():
+        workdir = _agree_on_workdir(workdir)
+        with advising(workdir), closing(RunLock(workdir)) as lock:
+            stored = from_lead(lambda: read_config(workdir))
+            setup, params = _begin(config, workdir, stored=stored, lock=lock)
+            folder = Checkpoints(workdir, keep=setup.config.keep_checkpoints)
+            with closing(folder) as checkpoints, ending_all(), advising(workdir):
+                everywhere = sharding.replicated(setup.mesh)
+                init = jax.jit(setup.init, out_shardings=everywhere)
+                start, state = checkpoints.restore(jax.eval_shape(init, None), everywhere)
+                if start:
+                    print(f"continuing from step {start} of {workdir}", flush=True)
+                per_epoch = setup.steps_per_epoch
+                line = continuing.describe_length(
+                    stored, setup.config, start=start, steps_per_epoch=per_epoch
+                )
+                if line:
+                    print(line, flush=True)
+                if start < setup.intervals.total_steps:
+                    state = init(params) if state is None else state
+                    del params  # the state has a copy
+                    _run_updates(setup, state, start=start, checkpoints=checkpoints, workdir=workdir)
+                best = checkpoints.best()
+        return from_lead(lambda: _finish(workdir, best, seconds=time.monotonic() - started))
+
+
+def _agree_on_workdir(workdir: str | Path) -> Path:
+    """Returns the run directory of the first process; it, which prints the path, keeps it as it was given."""
+    given = Path(from_lead(lambda: str(continuing.usable_workdir(workdir))))
+    everywhere = Path(from_lead(lambda: str(given.absolute())))
+    return given if is_lead() else everywhere
+
+
+def _begin(
+    config: ConfigDict, workdir: Path, *, stored: Mapping[str, Any], lock: RunLock
+) -> tuple[Setup, Params | None]:
+    """Checks that the run can begin or continue, describes it, takes the lock and writes the config.
+
+    Returns the setup, and the parameters to begin with: None = random ones, or those of a checkpoint.
+
+    Args:
+      stored: the config in the run directory, or {} if the run begins.
+    """
+    with same_fate():
+        config = settle(config, stored)
+        changes = continuing.compare_configs(workdir, stored, to_store(config))
         lock.check()
         setup = make_setup(config)
         for batches in (setup.train_batches, setup.test_batches):
             check_workers(batches, config.num_workers)
-        data = _check_continuing(setup, workdir, changes)
-        everywhere = sharding.replicated(setup.mesh)
-        init = jax.jit(setup.init, out_shardings=everywhere)
-        like = jax.eval_shape(init, None)
-        params = None if saved_steps(workdir) else initial_params(setup, like.params)
-        _describe(setup, like, workdir)
-        if changes:
-            print(continuing.describe_changes(changes), flush=True)
-
-        lock.take()
-        if read_config(workdir) != stored:
-            raise UserError(
-                f"another process has begun a run in {workdir} meanwhile: choose another --workdir"
-            )
-        write_run(workdir, to_store(config), class_names=setup.class_names, data=data)
-        with closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
-            start, state = checkpoints.restore(like, everywhere)
-            if start:
-                print(f"continuing from step {start} of {workdir}", flush=True)
-            per_epoch = setup.steps_per_epoch
-            if line := continuing.describe_length(stored, config, start=start, steps_per_epoch=per_epoch):
-                print(line, flush=True)
-            if start < setup.intervals.total_steps:
-                state = init(params) if state is None else state
-                del params  # the state has a copy
-                _run_updates(setup, state, start=start, checkpoints=checkpoints, workdir=workdir)
-            best = checkpoints.best()
-    return _finish(workdir, best, seconds=time.monotonic() - started)
+        data = record.make_record(config, setup.train_batches.examples, setup.test_batches.examples)
+        if is_lead():
+            _check_continuing(setup, workdir, changes, data=data)
+    _check_processes(setup, data)
+    like = jax.eval_shape(setup.init, None)
+    saved = from_lead(lambda: saved_steps(workdir))
+    with same_fate():
+        params = None if saved else initial_params(setup, like.params)
+        if is_lead():
+            _describe(setup, like, workdir)
+            if changes:
+                print(continuing.describe_changes(changes), flush=True)
+            lock.take()
+            if read_config(workdir) != stored:
+                raise UserError(
+                    f"another process has begun a run in {workdir} meanwhile: choose another --workdir"
+                )
+            write_run(workdir, to_store(config), class_names=setup.class_names, data=data)
+    check_shared(workdir)
+    return setup, params
 
 
-def _check_continuing(setup: Setup, workdir: Path, changes: list[continuing.Change]) -> dict[str, Any]:
-    """Checks classes, data and length of a run that has checkpoints; returns the record of its data."""
-    data = record.make_record(setup.config, setup.train_batches.examples, setup.test_batches.examples)
-    if saved_steps(workdir):  # otherwise it begins anew
+def _check_continuing(
+    setup: Setup, workdir: Path, changes: list[continuing.Change], *, data: Mapping[str, Any]
+) -> None:
+    """Checks classes, data and length of a run that has checkpoints; otherwise it begins anew."""
+    if saved_steps(workdir):
         continuing.check_class_names(workdir, setup.class_names)
         moved = next((change for change in changes if change.key == "dataset"), None)
         record.check_data(workdir, record.read_record(workdir), data, moved=moved)
         continuing.check_length(workdir, setup.config, steps_per_epoch=setup.steps_per_epoch)
-    return data
+
+
+def _check_processes(setup: Setup, data: Mapping[str, Any]) -> None:
+    """Checks that all processes of the run have the same config and see the same data."""
+    if jax.process_count() == 1:
+        return
+    own = ("data_dir", "cache_bytes", "num_workers")  # may differ from machine to machine
+    flat = {key: value for key, value in flatten(setup.config).items() if key not in own}
+    check_same("a config", flat, advice="start all processes with the same command")
+    seen = {
+        "training images": len(setup.train_batches.examples),
+        f"{setup.scored} images": len(setup.test_batches.examples),
+        "number of classes": len(setup.class_names),
+        "hash": hashlib.blake2b(json.dumps([data, setup.class_names]).encode(), digest_size=8).hexdigest(),
+    }
+    check_same("data", seen, advice="copy the same data to all machines")
 
 
 def _run_updates(
     setup: Setup, state: TrainState, *, start: int, checkpoints: Checkpoints, workdir: Path
 ) -> None:
     """Runs all updates after step `start`; logs, evaluates and saves at the intervals of the setup."""
-    config, intervals = setup.config, setup.intervals
+    config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
     update, score = compile_steps(setup, state)
     earlier = checkpoints.best()
     best = Best(earlier.accuracy.value if earlier else 0.0)
@@ -133,7 +199,7 @@ def _run_updates(
             reporter.beginning(flatten(config), _first_images(setup))
         recent = Recent(config.batch_size)
         for step, batch in enumerate(batches, start + 1):
-            state, metrics = update(state, sharding.put_batch(batch, setup.mesh))
+            state, metrics = update(state, sharding.put_batch({**batch, **signal_row(signals)}, setup.mesh))
             recent.add(step, metrics)
             reporter.advance()
 
@@ -150,13 +216,13 @@ def _run_updates(
                 reporter.class_accuracy(step, by_class, scored=setup.scored)
 
             # Read once per step: a signal that arrives after this line stops the run after the next step.
-            stopping = bool(signals)
+            stopping = recent.signal if several else next(iter(signals), 0)
             is_best = best.improves(scores)
             if is_best or intervals.save(step) or stopping:
                 with recent.paused():
                     checkpoints.save(step, state, scores)
             if stopping and step < intervals.total_steps:
-                raise Interrupted(signals[0], step)
+                raise Interrupted(stopping, step)
 
 
 def _first_images(setup: Setup) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Reports the progress of a run in metrics.jsonl, TensorBoard and the terminal; for the lead process only."""
+"""Reports the progress of a run in metrics.jsonl, TensorBoard and the terminal, in the first process only."""
 
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.faults import naming
 from mlpmixer_flax.training.events import Events
+from mlpmixer_flax.training.processes import is_lead
+from mlpmixer_flax.training.signals import SIGNAL
 from mlpmixer_flax.training.step import Metrics
 
 
@@ -31,6 +34,7 @@ class Recent:
         self.waiting: list[tuple[int, Metrics]] = []
         self.fetched: list[dict[str, float]] = []
         self.started = time.monotonic()
+        self.signal = 0  # the number of the signal with which all processes stop; see `signals.agreeing`
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Adds the metrics of an update, and fetches those of the one before."""
@@ -41,6 +45,7 @@ class Recent:
         while len(self.waiting) > keep:
             step, metrics = self.waiting.pop(0)
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.signal = max(self.signal, int(values.pop(SIGNAL, 0)))
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(
@@ -69,13 +74,15 @@ class Recent:
 class Reporter:
     """Writes scalars to `metrics.jsonl` and TensorBoard, and shows them.
 
+    Processes except the first one write nothing; `processes.together` hides what they print.
     A terminal shows a progress bar and a line per evaluation; any other output gets lines only. If a run
     resumes at `start_step`, everything that was written about later steps is dropped.
     """
 
     def __init__(self, workdir: Path, *, start_step: int, total_steps: int, steps_per_epoch: float):
-        self._file = workdir / "metrics.jsonl"
-        _drop_after(self._file, start_step)
+        self._file = workdir / "metrics.jsonl" if is_lead() else Path(os.devnull)
+        if is_lead():
+            _drop_after(self._file, start_step)
         self._jsonl = self._file.open("a")
         self._events = Events(workdir, start_step=start_step)
         self._bar = tqdm(

@@ -22,6 +22,7 @@ from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
+from mlpmixer_flax.training.signals import SIGNAL, agreeing
 from mlpmixer_flax.training.step import (
     PreviewStep,
     TrainState,
@@ -202,8 +203,11 @@ def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]
         }
 
     def compile_update() -> TrainStep:
-        update = jax.jit(setup.update, donate_argnums=0, out_shardings=everywhere)
-        return update.lower(state, batch_of(setup.train_batches.examples)).compile()
+        update, batch = setup.update, batch_of(setup.train_batches.examples)
+        if jax.process_count() > 1:
+            update = agreeing(update)
+            batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
+        return jax.jit(update, donate_argnums=0, out_shardings=everywhere).lower(state, batch).compile()
 
     def compile_score() -> EvalStep:
         score = jax.jit(setup.score, out_shardings=everywhere)

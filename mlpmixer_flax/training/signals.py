@@ -1,13 +1,19 @@
-"""Turns SIGTERM and SIGINT into requests to save and stop after the present step."""
+"""Turns SIGTERM and SIGINT into requests to save and stop after the present step, the same in all processes."""
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from mlpmixer_flax.training.processes import Agreed, is_lead
+from mlpmixer_flax.training.step import TrainState, TrainStep
 
 
-class Interrupted(Exception):
+class Interrupted(Agreed):
     """A signal asked the run to stop, and the run has saved a checkpoint."""
 
     def __init__(self, number: int, step: int):
@@ -32,11 +38,41 @@ def noted_signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
         # Not print: the signal may arrive in the middle of one.
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after this step; a second {name} stops at once\n".encode())
+        if is_lead():
+            os.write(2, f"\n{name}: stopping after this step; a second {name} stops at once\n".encode())
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    # None: a handler that is not of Python, such as that of JAX's preemption service, which then ignores the signal.
+    before = {
+        number: signal.signal(number, note) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# --- in a run with several processes
+
+# The name, in a batch and in metrics, of the number of the signal that a process has noted, 0 for none. The update takes
+# their maximum, and the host reads it with the other metrics, one update late: so no process waits for another, and all
+# read the same at the same step.
+SIGNAL = "signal"
+
+
+def signal_row(noted: Sequence[int]) -> dict[str, np.ndarray]:
+    """Returns what this process adds to a batch for `agreeing`: nothing in a run with one process."""
+    if jax.process_count() == 1:
+        return {}
+    return {SIGNAL: np.full(jax.local_device_count(), max(noted, default=0), np.int32)}
+
+
+def agreeing(update: TrainStep) -> TrainStep:
+    """Returns the update with one more metric: the greatest signal that any process has noted, int32."""
+
+    def agreed(state: TrainState, batch):
+        images = {name: rows for name, rows in batch.items() if name != SIGNAL}
+        state, metrics = update(state, images)
+        return state, {**metrics, SIGNAL: batch[SIGNAL].max()}
+
+    return agreed
