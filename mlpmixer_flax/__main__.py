@@ -11,6 +11,7 @@ PROGRAMS = {
     "evaluate": "score a model on a dataset, show its mistakes",
     "analyze": "draw training curves, weights, confusion, calibration",
     "export": "write a model for other programs",
+    "benchmark": "measure speed and memory of training and inference",
     "summary": "print the layers of a model, their shapes and their cost",
     "pretrained": "list the published weights, and download them",
 }

@@ -14,7 +14,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_dataset, add_model, check_dataset, exit_status, load_model
 from mlpmixer_flax.text import pad, printable, shorten, shorten_start, wrap
 
-PROGRAMS = ["train", "predict", "evaluate", "analyze", "export", "summary", "pretrained"]
+PROGRAMS = ["train", "predict", "evaluate", "analyze", "export", "summary", "pretrained", "benchmark"]
 TEXTS = ["", "cat", "a" * 30, "数字" * 9, "Ka\u0308fer " * 5, "bad\udcff\n.png", "\x1b[31mred", "é" * 20]
 
 

@@ -34,7 +34,7 @@ COMMANDS = [
     if "mlpmixer_flax." in line
 ]
 
-PROGRAMS = "train evaluate predict analyze export summary pretrained".split()
+PROGRAMS = "train evaluate predict analyze export summary pretrained benchmark".split()
 
 
 def words_of(command: str) -> tuple[str, list[str]]:

@@ -34,15 +34,12 @@ def summarize(
       params: a tree of arrays or jax.ShapeDtypeStruct.
       opt_state: also such a tree; None = leave out the optimizer.
     """
-    rows, total_macs = [], 0
+    rows = []
     shapes = _output_shapes(model, image_shape, params)
     leaves: dict[Path, Any] = flatten_dict(params)
     for path, shape in shapes.items():
         inside = {name: leaf for name, leaf in leaves.items() if name[: len(path)] == path}
-        macs = sum(
-            _macs(shapes[name[:-1]], leaf.shape) for name, leaf in inside.items() if name[-1] == "kernel"
-        )
-        total_macs += macs if len(path) == 1 else 0
+        macs = _macs(inside, shapes)
         name, repeated = "  " * (len(path) - 1) + path[-1], re.fullmatch(r"MixerBlock_([1-9]\d*)", path[0])
         if path == ("MixerBlock_1",):
             name = f"{model.num_blocks - 1} more, each"
@@ -54,8 +51,13 @@ def summarize(
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     optimizer = "" if opt_state is None else f" optimizer state {_mib(opt_state):.1f} MiB,"
     lines.append(f"total: {total:,} parameters ({_mib(params):.1f} MiB),{optimizer}")
-    lines.append(f"{total_macs / 1e9:.3g} GMACs per image of {'x'.join(map(str, image_shape))}")
+    lines.append(f"{_macs(leaves, shapes) / 1e9:.3g} GMACs per image of {'x'.join(map(str, image_shape))}")
     return "\n".join(lines)
+
+
+def count_macs(model: MlpMixer, image_shape: tuple[int, int, int], params: Params) -> int:
+    """Returns the multiply-accumulates of a forward pass of one image; the arguments are those of `summarize`."""
+    return _macs(flatten_dict(params), _output_shapes(model, image_shape, params))
 
 
 _HEADER = ("module", "output", "parameters", "MACs")
@@ -78,9 +80,14 @@ def _output_shapes(model: MlpMixer, image_shape: Shape, params: Params) -> dict[
     return {path: shape for path, shape in shapes.items() if path and not path[-1].startswith("Dropout")}
 
 
-def _macs(output_shape: Shape, kernel_shape: Shape) -> int:
+def _macs(leaves: dict[Path, Any], shapes: dict[Path, Shape]) -> int:
+    """Returns the multiply-accumulates of the kernels among some parameters."""
     # Every output element is a dot product over all axes of the kernel except the last.
-    return math.prod(output_shape[1:]) * math.prod(kernel_shape[:-1])
+    return sum(
+        math.prod(shapes[path[:-1]][1:]) * math.prod(leaf.shape[:-1])
+        for path, leaf in leaves.items()
+        if path[-1] == "kernel"
+    )
 
 
 def _mib(tree: Any) -> float:
