@@ -16,6 +16,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.data.randaugment import randaugment
 
 
+@jax.named_scope("augment")  # its name in profiles and in the compiler's output
 def augment(
     key: jax.Array,
     images: jax.Array,

@@ -1,9 +1,9 @@
 """Applies RandAugment (Cubuk et al. 2019, arXiv 1909.13719) to a whole batch on the device.
 
 Choosing one of fifteen functions per image (`lax.switch` under `vmap`) would compute all fifteen for every
-image. Here an op only computes parameters for each image, in one of three forms, and a layer applies them in
-at most three passes over the batch: a warp by an affine matrix, a lookup table of 256 entries per channel,
-and a blend with a degenerate image.
+image. Here an op belongs to one of three kinds, and a layer is at most three passes over the batch: pixels move,
+as a map from pixel to pixel says; levels are replaced by a lookup table of 256 entries per channel; or the image
+is blended with a degenerate image. `lookups.py` has the first two.
 
 The strength is a magnitude m from 0 to 30; 0 changes nothing. Ops without an upper limit use the scale of the
 TensorFlow code that trained the published Mixers (its level 10 is our 10): rotate by 3 m degrees, shear by
@@ -15,16 +15,16 @@ their strongest useful setting at 30: posterize drops 4 m / 30 bits, and solariz
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data import lookups
 
-_FILL = 128  # gray, for pixels that a warp takes from outside the image
 _LEVELS = np.arange(256, dtype=np.int32)
 
 
@@ -39,12 +39,15 @@ def randaugment(
       UserError: as `check_ops`.
     """
     check_ops(ops)
-    for layer_key in jax.random.split(key, layers):
-        op_key, sign_key = jax.random.split(layer_key)
+
+    def layer(images: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        op_key, sign_key = jax.random.split(key)
         drawn = jax.random.randint(op_key, images.shape[:1], 0, len(ops))
         sign = jax.random.rademacher(sign_key, images.shape[:1], jnp.float32)
-        images = apply_ops(images, drawn, magnitude=sign * magnitude, ops=ops)
-    return images
+        return apply_ops(images, drawn, sign, magnitude=magnitude, ops=ops), None
+
+    # A loop, so that the compiler sees one layer: two of them take it more than twice as long.
+    return jax.lax.scan(layer, images, jax.random.split(key, layers))[0]
 
 
 def check_ops(ops: Sequence[str]) -> None:
@@ -65,98 +68,105 @@ def check_ops(ops: Sequence[str]) -> None:
             raise UserError(f"augment.randaugment_ops has an unknown op {op!r}: did you mean {nearest!r}?")
 
 
-def apply_ops(images: jax.Array, drawn: jax.Array, *, magnitude: jax.Array, ops: Sequence[str]) -> jax.Array:
+def apply_ops(
+    images: jax.Array, drawn: jax.Array, sign: jax.Array, *, magnitude: float, ops: Sequence[str]
+) -> jax.Array:
     """Applies one layer to uint8 images (n, h, w, c).
 
-    Each image gets op number `drawn` (n,) of `ops`, at the signed `magnitude` (n,).
+    Each image gets op number `drawn` (n,) of `ops`, at `magnitude` with its `sign` (n,), 1 or -1.
     """
-    magnitude = magnitude[:, None, None, None]
     # Every pass reads `images`, not `result`: an image draws one op, so no pass needs the result of another.
     result = images
-    for apply, kind in _PASSES:
-        chosen, parameters = jnp.zeros_like(magnitude, bool), None
-        for i, op in enumerate(ops):
-            if op in kind:
-                mask = (drawn == i)[:, None, None, None]
-                own = kind[op](images, magnitude)
-                parameters = own if parameters is None else jnp.where(mask, own, parameters)
-                chosen |= mask
-        if parameters is not None:
-            result = _pass(apply, images, parameters, chosen, result)
+    for make_pass, kind in _PASSES:
+        numbers = [number for number, op in enumerate(ops) if op in kind]
+        if numbers:
+            functions = [kind[ops[number]] for number in numbers]
+            which = jnp.full_like(drawn, -1)  # the position in `functions`, or -1
+            for position, number in enumerate(numbers):
+                which = jnp.where(drawn == number, position, which)
+            apply = make_pass(images, functions, which, sign, magnitude)
+            result = _where_drawn((which >= 0)[:, None, None, None], apply, result)
     return result
 
 
-def _pass(
-    apply: Callable, images: jax.Array, parameters: jax.Array, chosen: jax.Array, result: jax.Array
-) -> jax.Array:
+def _where_drawn(chosen: jax.Array, apply: Callable[[], jax.Array], result: jax.Array) -> jax.Array:
     # The branch skips a pass that no image drew. It also stops XLA from fusing operations across it: if
     # fused, each pixel would compute the table entry that it looks up, and each use of a pixel would compute
-    # that pixel again, which is 3 times as slow on a CPU.
-    return jax.lax.cond(
-        chosen.any(), lambda: jnp.where(chosen, apply(images, parameters), result), lambda: result
+    # that pixel again, which is 3 times as slow on a CPU. A TPU looks nothing up, and fusing makes it faster.
+    def select():
+        return jnp.where(chosen, apply(), result)
+
+    return jax.lax.platform_dependent(
+        default=lambda: jax.lax.cond(chosen.any(), select, lambda: result), tpu=select
     )
 
 
-def warp(images: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Warps images (n, h, w, c) by matrices (n, 1, 1, 6), like Pillow's AFFINE.
+def _warps(images, functions, which, sign, magnitude):
+    h, w = images.shape[1:3]
+    signed = (magnitude, -magnitude)
+    sources = [_source(function(m, h, w), h, w) for function in functions for m in signed]
+    drawn = jnp.where(which < 0, -1, 2 * which + (sign < 0))
+    return lambda: lookups.warp(images, drawn, sources)
 
-    Output pixel (x, y) is the input pixel nearest to (a x + b y + c, d x + e y + f), or gray (128) outside
-    the image. Pixel centres are at halves.
+
+def _replacements(images, functions, which, sign, magnitude):
+    m = (sign * magnitude)[:, None, None]
+    table = _own([function(images, m) for function in functions], which[:, None, None])
+    return lambda: lookups.look_up(images, table)
+
+
+def _blends(images, functions, which, sign, magnitude):
+    m = (sign * magnitude)[:, None, None, None]
+    blended = _own([function(images, m) for function in functions], which[:, None, None, None])
+    return lambda: blended
+
+
+def _own(candidates: Sequence[jax.Array], which: jax.Array) -> jax.Array:
+    """Returns for each image its row of the candidate that it drew; `which` broadcasts with the candidates."""
+    own = candidates[0]
+    for i, candidate in enumerate(candidates[1:], start=1):
+        own = jnp.where(which == i, candidate, own)
+    return own
+
+
+def _source(matrix: tuple[float, ...], h: int, w: int) -> lookups.Source:
+    """Returns the source of each pixel of an image (h, w) that is warped by a matrix, like Pillow's AFFINE.
+
+    Pixel (x, y) comes from the pixel nearest to (a x + b y + c, d x + e y + f). Pixel centres are at halves.
     """
-    n, h, w, c = images.shape
-    x, y = np.arange(w, dtype=np.float32) + 0.5, np.arange(h, dtype=np.float32)[:, None] + 0.5
-    from_x = jnp.floor(matrix[..., 0] * x + matrix[..., 1] * y + matrix[..., 2]).astype(jnp.int32)
-    from_y = jnp.floor(matrix[..., 3] * x + matrix[..., 4] * y + matrix[..., 5]).astype(jnp.int32)
-    inside = (from_x >= 0) & (from_x < w) & (from_y >= 0) & (from_y < h)
-    index = jnp.where(inside, from_y * w + from_x, 0).reshape(n, h * w, 1)
-    moved = jnp.take_along_axis(images.reshape(n, h * w, c), index, axis=1, mode="promise_in_bounds")
-    return jnp.where(inside[..., None], moved.reshape(images.shape), np.uint8(_FILL))
+    a, b, c, d, e, f = matrix
+    y, x = np.ogrid[:h, :w]
+
+    def fixed_point(number: float) -> int:  # 16 bits after the point, as in Pillow
+        return math.floor(number * 2**16 + 0.5)
+
+    def floor(of_x: float, of_y: float, offset: float) -> np.ndarray:
+        at_centre = fixed_point(offset + of_x * 0.5 + of_y * 0.5)
+        return (fixed_point(of_x) * x + fixed_point(of_y) * y + at_centre) >> 16
+
+    column, row = floor(a, b, c), floor(d, e, f)
+    inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+    return lookups.Source(np.where(inside, row, -1), np.where(inside, column, -1))
 
 
-def look_up(images: jax.Array, table: jax.Array) -> jax.Array:
-    """Replaces each level of uint8 images (n, h, w, c) by its entry in the tables (n, c or 1, 1, 256)."""
-    n, h, w, c = images.shape
-    table = jnp.broadcast_to(table, (n, c, 1, 256)).reshape(n, c, 256).swapaxes(1, 2).astype(jnp.uint8)
-    index = images.reshape(n, h * w, c).astype(jnp.int32)
-    return jnp.take_along_axis(table, index, axis=1, mode="promise_in_bounds").reshape(images.shape)
-
-
-def _affine(
-    *,
-    a: ArrayLike = 1.0,
-    b: ArrayLike = 0.0,
-    c: ArrayLike = 0.0,
-    d: ArrayLike = 0.0,
-    e: ArrayLike = 1.0,
-    f: ArrayLike = 0.0,
-) -> jax.Array:
-    """Returns matrices (n, 1, 1, 6) from their coefficients; each is a number or (n, 1, 1, 1)."""
-    return jnp.concatenate(jnp.broadcast_arrays(a, b, c, d, e, f), axis=-1)
-
-
-def _rotate(images: jax.Array, m: jax.Array) -> jax.Array:
-    cos, sin = jnp.cos(jnp.radians(3 * m)), jnp.sin(jnp.radians(3 * m))
-    y, x = images.shape[1] / 2, images.shape[2] / 2  # the centre does not move
-    return _affine(a=cos, b=sin, c=x - x * cos - y * sin, d=-sin, e=cos, f=y + x * sin - y * cos)
+def _rotate(m: float, h: int, w: int) -> tuple[float, ...]:
+    # Rounded as in Pillow, so that the cosine and the sine of 45 degrees are equal.
+    cos, sin = round(math.cos(math.radians(3 * m)), 15), round(math.sin(math.radians(3 * m)), 15)
+    y, x = h / 2, w / 2  # the centre does not move
+    return cos, sin, x - x * cos - y * sin, -sin, cos, y + x * sin - y * cos
 
 
 def _auto_contrast(images: jax.Array, m: jax.Array) -> jax.Array:
     pixels = images.astype(jnp.int32)
-    low, high = (extreme((1, 2))[:, :, None, None] for extreme in (pixels.min, pixels.max))
+    low, high = (extreme((1, 2))[:, :, None] for extreme in (pixels.min, pixels.max))
     stretched = (_LEVELS - low) * 255 // jnp.maximum(high - low, 1)
     return jnp.where(low == high, _LEVELS, jnp.clip(stretched, 0, 255))
 
 
 def _equalize(images: jax.Array, m: jax.Array) -> jax.Array:
-    n, h, w, c = images.shape
-    bins = images.reshape(n, h * w, c).astype(jnp.int32) + 256 * np.arange(c)
-    # One scatter per image is many times as fast on a CPU as comparing every pixel with every level.
-    histogram = jax.vmap(lambda bins: jnp.zeros(c * 256, jnp.int32).at[bins].add(1))(bins)
-    histogram = histogram.reshape(n, c, 1, 256)
-    below = jnp.cumsum(histogram, axis=-1) - histogram
-    step = (
-        jnp.where(histogram > 0, below, 0).max(-1, keepdims=True) // 255
-    )  # the brightest bin is not counted
+    counts = lookups.count_levels(images)
+    below = jnp.cumsum(counts, axis=-1) - counts
+    step = jnp.where(counts > 0, below, 0).max(-1, keepdims=True) // 255  # the brightest level is not counted
     return jnp.where(step == 0, _LEVELS, jnp.minimum((below + step // 2) // jnp.maximum(step, 1), 255))
 
 
@@ -176,8 +186,8 @@ def _solarize_add(images: jax.Array, m: jax.Array) -> jax.Array:
 
 def _contrast(images: jax.Array, m: jax.Array) -> jax.Array:
     pixels = images.shape[1] * images.shape[2]
-    mean = (_gray(images).sum((1, 2, 3), keepdims=True) + pixels // 2) // pixels
-    return _enhance(mean, _LEVELS, m)
+    mean = (_gray(images).sum((1, 2)) + pixels // 2) // pixels
+    return _enhance(mean[..., None], _LEVELS, m)
 
 
 def _enhance(degenerate: jax.Array | int, levels: jax.Array | np.ndarray, m: jax.Array) -> jax.Array:
@@ -204,28 +214,33 @@ def _color(images: jax.Array, m: jax.Array) -> jax.Array:
 
 def _sharpness(images: jax.Array, m: jax.Array) -> jax.Array:
     """Blends with a 3x3 mean in which the centre counts five times; the border is unchanged."""
-    x = images.astype(jnp.int32)
-    box = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
-    box = box[:, :, :-2] + box[:, :, 1:-1] + box[:, :, 2:]
-    smooth = x.at[:, 1:-1, 1:-1].set((2 * (box + 4 * x[:, 1:-1, 1:-1]) + 13) // 26)
-    return _enhance(smooth, x, m)
+    h, w = images.shape[1:3]
+    y, x = np.ogrid[:h, :w]
+    inside = ((y > 0) & (y < h - 1) & (x > 0) & (x < w - 1))[..., None]
+    levels = images.astype(jnp.int32)
+    # Slices of uint8, so that the whole op becomes one loop over the pixels.
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    box = sum(padded[:, i : h + i, j : w + j].astype(jnp.int32) for i in range(3) for j in range(3))
+    smooth = (2 * (box + 4 * levels) + 13) * 10083 >> 18  # divided by 26: exact up to 26 * 255 + 13
+    return _enhance(jnp.where(inside, smooth, levels), levels, m)
 
 
-# Each pass and its ops. An op maps images (n, h, w, c) and signed magnitudes (n, 1, 1, 1) to the pass's
-# parameters. The names are those of config.RANDAUGMENT_OPS.
+# Each pass and its ops; the names are those of config.RANDAUGMENT_OPS. A warp maps the signed magnitude, height and
+# width to a matrix. The others map images (n, h, w, c) and signed magnitudes, as (n, 1, 1) to tables (n, c or 1, 256), and
+# as (n, 1, 1, 1) to images.
 _PASSES = (
     (
-        warp,
+        _warps,
         {
             "rotate": _rotate,
-            "shear_x": lambda images, m: _affine(b=0.03 * m),
-            "shear_y": lambda images, m: _affine(d=0.03 * m),
-            "translate_x": lambda images, m: _affine(c=0.045 * m * images.shape[2]),
-            "translate_y": lambda images, m: _affine(f=0.045 * m * images.shape[1]),
+            "shear_x": lambda m, h, w: (1, 0.03 * m, 0, 0, 1, 0),
+            "shear_y": lambda m, h, w: (1, 0, 0, 0.03 * m, 1, 0),
+            "translate_x": lambda m, h, w: (1, 0, 0.045 * m * w, 0, 1, 0),
+            "translate_y": lambda m, h, w: (1, 0, 0, 0, 1, 0.045 * m * h),
         },
     ),
     (
-        look_up,
+        _replacements,
         {
             "auto_contrast": _auto_contrast,
             "equalize": _equalize,
@@ -237,5 +252,5 @@ _PASSES = (
             "contrast": _contrast,
         },
     ),
-    (lambda images, blended: blended, {"color": _color, "sharpness": _sharpness}),
+    (_blends, {"color": _color, "sharpness": _sharpness}),
 )
