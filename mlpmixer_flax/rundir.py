@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
@@ -176,7 +178,8 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
     for _ in range(3):
         step = _find_step(workdir, which)
         try:
-            return step, _restore(workdir, step, which)
+            checked = check_files(workdir / "checkpoints" / str(step), "default")
+            params = _restore(workdir, step, which)
         except UserError:
             raise
         except Exception as error:  # of any class: from Orbax, TensorStore or JSON
@@ -184,10 +187,23 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
             pass_on(error, folder)
             check_readable(folder)
             reason = " ".join(str(error).split())[:150]
+        else:
+            if not checked:
+                print(without_checksums(step), file=sys.stderr)
+            _check_finite(params, f"{workdir}, step {step}")
+            return step, params
         # A run in training removes a checkpoint when a newer or better one is saved: then that one is read.
         if step in saved_steps(workdir):
             break
     raise UserError(f"checkpoint {step} in {workdir} cannot be read ({reason}): choose another")
+
+
+def _check_finite(params: dict[str, Any], name: str) -> None:
+    bad = next((array for array in jax.tree.leaves(params) if not np.isfinite(array).all()), None)
+    if bad is not None:
+        raise UserError(
+            f"the weights of {name} have values that are not finite, so training had diverged: choose an earlier step"
+        )
 
 
 def _find_step(workdir: Path, which: str) -> int:
@@ -233,6 +249,7 @@ def _accuracies(workdir: Path) -> dict[int, Accuracy]:
     for step in saved_steps(workdir):
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
         try:
+            check_files(workdir / "checkpoints" / str(step), "metrics")
             if accuracy := accuracy_of(json.loads(file.read_text())):
                 accuracies[step] = accuracy
         except (OSError, ValueError) as error:  # does not exist, or is damaged

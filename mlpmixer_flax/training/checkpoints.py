@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder
+from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.rundir import Accuracy, accuracy_of
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
@@ -80,8 +81,14 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
             best_fn=accuracy,  # without it, Orbax stores no metrics
             cleanup_tmp_directories=True,  # removes checkpoints that a killed run did not finish
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         return ocp.CheckpointManager(epath.Path(self.folder), options=options)
+
+    def _write_checksums(self) -> None:
+        """Adds checksums to the checkpoint that is being saved; Orbax calls it before it commits the checkpoint."""
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            write_checksums(unfinished)
 
     def _drop_damaged_metrics(self) -> None:
         """Removes metrics files without a readable accuracy: with one, Orbax would open no checkpoint at all.
@@ -91,6 +98,7 @@ class Checkpoints:
         for file in self.folder.glob("*/metrics/metrics"):
             accuracy = None
             with contextlib.suppress(ValueError):
+                check_files(file.parent.parent, "metrics")
                 accuracy = accuracy_of(json.loads(file.read_text()))
             if accuracy is None:
                 shutil.rmtree(file.parent)
@@ -119,6 +127,7 @@ class Checkpoints:
         for step in from_lead(lambda: sorted(self._manager.all_steps(), reverse=True)):
             state = failure = None
             try:
+                checked = check_files(self.folder / str(step), "default")
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
             except Exception as error:  # of any class: from Orbax, TensorStore or JSON
                 pass_on(error, self.folder / str(step))
@@ -130,6 +139,8 @@ class Checkpoints:
                 failures[step] = failure
                 print(f"checkpoint {step} cannot be read, trying the one before: {failures[step]}")
             else:
+                if not checked:
+                    print(without_checksums(step))
                 if failures:
                     self._set_aside(failures)
                 return step, cast(TrainState, state)  # it has the structure of `like`

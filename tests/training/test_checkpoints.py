@@ -1,11 +1,13 @@
 """Tests what a run keeps on disk, restores exactly, refuses, and survives if files are damaged."""
 
+import re
 import shutil
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mlpmixer_flax import UserError, rundir
@@ -245,3 +247,58 @@ def test_class_names_that_are_no_list_of_names_are_refused(tmp_path, content):
     (tmp_path / "class_names.json").write_text(content)
     with pytest.raises(UserError, match="class_names.json cannot be read .* is incomplete; choose another"):
         read_class_names(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["default", "metrics"])
+def test_a_flipped_bit_is_found_in_every_file(tmp_path, capsys, part):
+    save(tmp_path / "run", {1: 0.5, 2: 0.9})
+    random = np.random.default_rng(0)
+    files = files_with_content(tmp_path / "run" / "checkpoints" / "2" / part)
+    assert len(files) >= 2
+    for file in files:
+        data = bytearray(file.read_bytes())
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        (tmp_path / "copy" / file.relative_to(tmp_path / "run")).write_bytes(data)
+        if part == "metrics":  # the state is whole, but not known to be the best one
+            assert read_weights(tmp_path / "copy", "best")[0] == 1
+            assert restore(tmp_path / "copy")[0] == 2
+        else:
+            name = re.escape(str(file.relative_to(tmp_path / "run" / "checkpoints" / "2")))
+            with pytest.raises(
+                UserError, match=f"checkpoint 2 in .* cannot be read .*{name} is not as it was"
+            ):
+                read_weights(tmp_path / "copy", "best")
+            step, restored = restore(tmp_path / "copy")
+            assert step == 1
+            chex.assert_trees_all_equal(restored, state(1))
+            assert "is not as it was saved" in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_a_checkpoint_without_checksums_is_read_with_a_note(tmp_path, capsys):
+    save(tmp_path, {1: 0.5})
+    (tmp_path / "checkpoints" / "1" / "sha256.json").unlink()
+    assert read_weights(tmp_path, "best")[0] == 1
+    assert capsys.readouterr().err.startswith("checkpoint 1 has no checksums")
+    assert restore(tmp_path)[0] == 1
+    assert capsys.readouterr().out.startswith("checkpoint 1 has no checksums")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"default/_METADATA": 3}', "5"])
+def test_damaged_checksums_count_as_damage(tmp_path, content):
+    save(tmp_path, {1: None, 2: None})
+    (tmp_path / "checkpoints" / "2" / "sha256.json").write_text(content)
+    with pytest.raises(UserError, match="checkpoint 2 in .* cannot be read"):
+        read_weights(tmp_path)
+    assert restore(tmp_path)[0] == 1
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    tree = jax.device_get(state(1))
+    tree["params"]["kernel"] = tree["params"]["kernel"] * np.float32("nan")
+    checkpoints.save(1, jax.device_put(tree, PLACE), None)
+    checkpoints.close()
+    with pytest.raises(UserError, match="step 1 have values that are not finite"):
+        read_weights(tmp_path)

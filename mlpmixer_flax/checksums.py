@@ -1,0 +1,77 @@
+"""Checksums of the files of a checkpoint, so that a changed bit is found before its weights are used."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mlpmixer_flax.atomic import replacing
+
+_FILE = "sha256.json"  # in the folder of a checkpoint: name of a file -> its SHA-256 in hexadecimal digits
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Writes the checksums of the files in the subfolders of a checkpoint into a file in it.
+
+    Orbax still changes the files that are not in a subfolder when it commits the checkpoint.
+
+    Raises:
+      OSError: a file cannot be read or written.
+    """
+    names = sorted(name for name in _names(checkpoint) if "/" in name)
+    with ThreadPoolExecutor() as pool, replacing(checkpoint / _FILE) as file:
+        digests = pool.map(lambda name: _digest(checkpoint / name), names)
+        file.write(json.dumps(dict(zip(names, digests, strict=True)), indent=0).encode())
+
+
+def check_files(checkpoint: Path, part: str) -> bool:
+    """Checks that the files in one subfolder of a checkpoint are as they were saved.
+
+    Args:
+      checkpoint: the folder of a saved step.
+      part: name of the subfolder: "default" has the state, "metrics" its scores.
+
+    Returns:
+      False if the checkpoint has no checksums, because an earlier version of the package wrote it.
+
+    Raises:
+      ValueError: a file is missing or is not as it was saved, or the checksums cannot be read.
+      OSError: a file cannot be read.
+    """
+    file = checkpoint / _FILE
+    if not file.exists():
+        return False
+    saved = json.loads(file.read_text())
+    if not isinstance(saved, dict):
+        raise ValueError(f"its file {_FILE} is damaged")
+    digests = {name: digest for name, digest in saved.items() if name.startswith(f"{part}/")}
+    if not digests:
+        raise ValueError(f"its file {_FILE} is damaged")
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _digest(checkpoint / name), digests)
+        for (name, digest), now in zip(digests.items(), found, strict=True):
+            if digest != now:
+                raise ValueError(f"its file {name} is not as it was saved")
+    return True
+
+
+def without_checksums(step: int) -> str:
+    """Returns a line about a checkpoint for which `check_files` returns False."""
+    return f"checkpoint {step} has no checksums, as an earlier version saved it: flipped bits in it are not found"
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Yields the names of all files in a folder and its subfolders, relative to it."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            yield (Path(parent) / name).relative_to(folder).as_posix()
+
+
+def _digest(file: Path) -> str:
+    """Returns the SHA-256 of a file, "" if it does not exist."""
+    if not file.exists():
+        return ""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
