@@ -47,6 +47,7 @@ from mlpmixer_flax.inference.fewshot import features_of_split, few_shot
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
+from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.rundir import accuracy_of
 from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
@@ -71,7 +72,7 @@ def _curves(model: Model, arguments: argparse.Namespace) -> None:
 def steps_per_epoch(model: Model, workdir: Path) -> float | None:
     """Returns the updates per epoch; None if the run has no record of its data, or a damaged one."""
     try:
-        images = json.loads((workdir / record.FILE).read_text(encoding="utf-8"))["train"]["examples"]
+        images = read_json(workdir / record.FILE)["train"]["examples"]
         return images / model.config["batch_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.reading import open_file, read_json
 
 _FILE = "sha256.json"  # in the folder of a checkpoint: name of a file -> its SHA-256 in hexadecimal digits
 
@@ -43,7 +44,7 @@ def check_files(checkpoint: Path, part: str) -> bool:
     file = checkpoint / _FILE
     if not file.exists():
         return False
-    saved = json.loads(file.read_text())
+    saved = read_json(file)
     if not isinstance(saved, dict):
         raise ValueError(f"its file {_FILE} is damaged")
     digests = {name: digest for name, digest in saved.items() if name.startswith(f"{part}/")}
@@ -73,5 +74,5 @@ def _digest(file: Path) -> str:
     """Returns the SHA-256 of a file, "" if it does not exist."""
     if not file.exists():
         return ""
-    with file.open("rb") as opened:
+    with open_file(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

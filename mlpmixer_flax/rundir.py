@@ -21,6 +21,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
+from mlpmixer_flax.reading import read_json
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
@@ -117,7 +118,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError, RecursionError) as error:
         pass_on(error, file)
         raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
@@ -141,7 +142,7 @@ def read_class_names(workdir: Path) -> list[str]:
     """
     file = workdir / "class_names.json"
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = read_json(file)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("it is not a list of names")
     except (OSError, ValueError) as error:
@@ -250,7 +251,7 @@ def _accuracies(workdir: Path) -> dict[int, Accuracy]:
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
         try:
             check_files(workdir / "checkpoints" / str(step), "metrics")
-            if accuracy := accuracy_of(json.loads(file.read_text())):
+            if accuracy := accuracy_of(read_json(file)):
                 accuracies[step] = accuracy
         except (OSError, ValueError) as error:  # does not exist, or is damaged
             pass_on(error, file)

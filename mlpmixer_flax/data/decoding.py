@@ -12,8 +12,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import levels
-from mlpmixer_flax.data.files import ForeignFile, explain, read_heic
+from mlpmixer_flax.data.files import ForeignFile, explain, pixel_formats
 from mlpmixer_flax.data.notes import Note
+from mlpmixer_flax.reading import open_file
 
 # A file, the bytes of one, a Pillow image, or a uint8 array (h, w) or (h, w, c)
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -76,7 +77,7 @@ def decode(image: ImageLike, mode: str, *, draft: bool = False) -> tuple[Image.I
 
 
 def _read(file: str | os.PathLike) -> bytes:
-    with open(os.path.expanduser(file), "rb") as opened:
+    with open_file(os.path.expanduser(file)) as opened:
         head = opened.read(2**16)
         if os.fstat(opened.fileno()).st_size > 2**28 and explain(head):
             return head  # enough to refuse a long video or archive
@@ -94,12 +95,9 @@ def _decode(data: bytes, mode: str, draft: bool) -> tuple[Image.Image, set[Note]
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=pixel_formats())
     except UnidentifiedImageError:
-        explanation = explain(data)
-        if explanation and "HEIC" in explanation and read_heic():
-            return Image.open(io.BytesIO(data))
-        if explanation:
+        if explanation := explain(data):
             raise ForeignFile(explanation) from None
         raise
 

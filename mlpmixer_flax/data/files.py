@@ -1,5 +1,6 @@
 """Finds files and tells what they are: local paths, what is in a folder, which files are images."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -14,7 +15,7 @@ from mlpmixer_flax.faults import pass_on
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also gs:/bucket: pathlib turns // into /
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LEFT_BEHIND = {"__MACOSX", "@eaDir"}  # folders that macOS and Synology create, with copies of images
-# Pillow knows the suffixes of these formats, but cannot decode them or needs another program for it.
+# Pillow knows these formats, but cannot decode them or starts another program for it.
 _NOT_PIXELS = set("BUFR EPS GRIB HDF5 MPEG WMF".split())
 # Files with these suffixes are common beside images. They are not opened to look at their content.
 _NOT_IMAGES = set(
@@ -38,6 +39,7 @@ _KINDS = [
     (0, rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image", _SAVE),
     (0, rb"....ftypcrx |FUJIFILMCCD-RAW", "a raw file of a camera", _SAVE),
     (0, rb"....ftyp|....moov|RIFF....AVI |\x1aE\xdf\xa3", "a video", "save frames of it as JPEG or PNG"),
+    (0, rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file", "save it as PNG"),
     (0, rb"%PDF", "a PDF file", "save its pages as images"),
     (257, rb"ustar", "an archive", "unpack it"),
     (128, rb"DICM", "a DICOM file", "save it as PNG or TIFF"),
@@ -169,20 +171,21 @@ def advice(suffixes: Iterable[str]) -> str:
 
 
 @functools.cache
-def _image_suffixes() -> set[str]:
-    read_heic()
-    known = Image.registered_extensions().items()
-    return {suffix for suffix, name in known if name in Image.OPEN and name not in _NOT_PIXELS}
+def pixel_formats() -> tuple[str, ...]:
+    """Returns Pillow's names of the formats that it decodes by itself; for EPS it would start Ghostscript.
+
+    HEIC is one of them if pillow-heif is installed.
+    """
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in Image.OPEN if name not in _NOT_PIXELS)
 
 
 @functools.cache
-def read_heic() -> bool:
-    """Lets Pillow read HEIC photos if pillow-heif is installed; returns whether it is."""
-    try:
-        importlib.import_module("pillow_heif").register_heif_opener()
-    except ImportError:
-        return False
-    return True
+def _image_suffixes() -> set[str]:
+    formats = set(pixel_formats())
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
 # --- other files, by content

@@ -18,6 +18,7 @@ from mlpmixer_flax.data.files import is_archive, local_path
 from mlpmixer_flax.data.layout import LAYOUT, Classes, find_layout, split_of
 from mlpmixer_flax.data.splits import DatasetInfo, Part, Record, SplitLike, num_examples, read_split
 from mlpmixer_flax.faults import check_reachable, pass_on
+from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.text import quoted
 
 COLOR_SHAPE = (None, None, 3)  # of all images in folders: any size, read in colour
@@ -66,7 +67,7 @@ class FolderRecords:
     def _read(self, i: int) -> bytes:
         path = os.path.join(self.root, self.files[i])
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 content = file.read()
         except OSError as error:
             pass_on(error, path)

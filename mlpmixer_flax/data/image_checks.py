@@ -24,6 +24,7 @@ from mlpmixer_flax.data.images import inspect_image
 from mlpmixer_flax.data.layout import LAYOUT
 from mlpmixer_flax.data.notes import Note, summarize
 from mlpmixer_flax.data.splits import Source, SplitLike
+from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.text import wrap
 
 
@@ -195,7 +196,7 @@ def _same_contents(root: str, files: list[str]) -> dict[str, bytes]:
 
 def _hash_content(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "blake2b").digest()
     except OSError:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
+from mlpmixer_flax.data.files import pixel_formats
 from mlpmixer_flax.data.notes import WHITES, Note
 
 PNG = b"\x89PNG\r\n\x1a\n"  # the beginning of such a file
@@ -186,7 +187,7 @@ def _read_whole(data: bytes | None) -> tuple[str, np.ndarray]:
       ValueError: there is no file, or Pillow cannot give the lower bytes of this format.
     """
     if data is not None:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=pixel_formats()) as image:
             codec, name, mode = _tiles_of(image)[0][0], _layout(image), image.mode
             planes = codec == "libtiff" and _tags_of(image).get(_PLANAR) == 2
         if name == "LA;16B":  # four bytes per pixel, which Pillow can also take for four channels
@@ -226,7 +227,7 @@ def jpeg2000_bits(data: bytes | None) -> int:
 
 def _decode(data: bytes, part: str) -> np.ndarray:
     """Decodes the "upper" or "lower" byte of each channel, or all bytes in a layout with this name."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=pixel_formats()) as image:
         _repair_planes(image)
         _tiles_of(image)[:] = [_with_layout(tile, part) for tile in _tiles_of(image)]
         return np.asarray(image)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import time
@@ -19,6 +18,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
+from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.rundir import Accuracy, accuracy_of
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
@@ -99,7 +99,7 @@ class Checkpoints:
             accuracy = None
             with contextlib.suppress(ValueError):
                 check_files(file.parent.parent, "metrics")
-                accuracy = accuracy_of(json.loads(file.read_text()))
+                accuracy = accuracy_of(read_json(file))
             if accuracy is None:
                 shutil.rmtree(file.parent)
 

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.training.processes import is_lead
 
 _FILE = "in_use.lock"
@@ -68,7 +69,7 @@ class RunLock:
 
     def _owner(self) -> str:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            owner = json.loads((self._workdir / _OWNER).read_text())
+            owner = read_json(self._workdir / _OWNER)
             return f"process {owner['process']} on {owner['host']}"
         return "another process"
 

@@ -1,7 +1,6 @@
 """Records of what data a run consists of, so that data which changed between two starts is noticed."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlpmixer_flax.data.folders import FolderRecords
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.training.continuing import Change, another_config
 
 FILE = "data.json"  # in the run directory
@@ -59,7 +59,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     """Returns the record in a run directory, or {} if there is none; says so if it cannot be read."""
     file = workdir / FILE
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         if isinstance(record, dict):
             return record
     except FileNotFoundError:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.faults import naming
+from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.signals import SIGNAL
@@ -197,7 +198,8 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 def _read_lines(file: Path) -> list[str]:
     if not file.exists():
         return []
-    return [line for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+    with open_file(file) as opened:
+        return [line for line in opened.read().decode("utf-8", "replace").split("\n") if line]
 
 
 def _parse(line: str) -> dict[str, float] | None:

@@ -6,8 +6,11 @@ from typing import Any
 
 from PIL import Image
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
+from mlpmixer_flax.data.files import pixel_formats
 from mlpmixer_flax.data.folders import read_folder, select_split
+from mlpmixer_flax.reading import open_file
 
 _SAMPLE = 64  # images whose size is looked at
 
@@ -53,8 +56,11 @@ def _typical_side(root: str, files: list[str]) -> float:
     sides = []
     for file in files:
         try:
-            with Image.open(os.path.join(root, file)) as image:
+            with (
+                open_file(os.path.join(root, file)) as opened,
+                Image.open(opened, formats=pixel_formats()) as image,
+            ):
                 sides.append(min(image.size))
-        except (OSError, ValueError, SyntaxError):
+        except (UserError, OSError, ValueError, SyntaxError):
             continue
     return statistics.median(sides) if sides else 0.0

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.weights.names import OURS, TIMM, find_parameters, renamed
 
 Shape = tuple[int, ...]
@@ -207,7 +208,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _open_container(path: Path) -> _Container:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(2**16)
     if start.startswith(b"PK"):
         return _open_npz(path)

@@ -6,13 +6,13 @@
 # fixed_input_size, min_input_size, pool_size, test_pool_size, first_conv, classifier, custom_load, license,
 # description, notes, where the weights come from, and label_descriptions (names of classes are label_names).
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.weights.adapt import sizes_of
 from mlpmixer_flax.weights.catalog import PUBLISHED
 from mlpmixer_flax.weights.files import Weights
@@ -65,7 +65,7 @@ def read(file: Path, weights: Weights) -> Origin:
         the weights compute something that no MLP-Mixer computes here.
     """
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
         if not {"pretrained_cfg", "architecture"} & config.keys():

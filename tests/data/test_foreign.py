@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import sys
 import types
 import zipfile
@@ -92,6 +93,21 @@ def test_a_large_file_that_is_no_image_is_not_read_whole(tmp_path):
         open_image(path, "RGB")
 
 
+def test_postscript_starts_no_other_program(tmp_path, monkeypatch):
+    """Pillow would run the program `gs` to draw it, whatever the suffix of the file."""
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}{os.pathsep}{os.environ['PATH']}")
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "cat.jpg").write_bytes(drawing)
+    for image in (drawing, tmp_path / "cat.jpg"):
+        with pytest.raises(UserError, match="it is a PostScript file, .*: save it as PNG"):
+            open_image(image, "RGB")
+    assert not (tmp_path / "started").exists()
+
+
 def test_heic_is_read_if_pillow_heif_is_installed(monkeypatch):
     class Decoder(ImageFile.ImageFile):
         def _open(self):
@@ -105,17 +121,17 @@ def test_heic_is_read_if_pillow_heif_is_installed(monkeypatch):
     )
     for name in ("OPEN", "ID"):  # Pillow's lists of formats; the test leaves them as they were
         monkeypatch.setattr(Image, name, type(getattr(Image, name))(getattr(Image, name)))
-    files.read_heic.cache_clear()
+    files.pixel_formats.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", registered)
     try:
         assert open_image(HEIC, "RGB").size == (4, 2)
     finally:
-        files.read_heic.cache_clear()
+        files.pixel_formats.cache_clear()
 
 
 def test_a_broken_pillow_heif_is_as_none(monkeypatch):
-    files.read_heic.cache_clear()
+    files.pixel_formats.cache_clear()
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(UserError, match="HEIC"):
         open_image(HEIC, "RGB")
-    files.read_heic.cache_clear()
+    files.pixel_formats.cache_clear()

@@ -1,0 +1,41 @@
+"""Reads files: only regular ones, because a pipe or a device may never begin, or never end."""
+
+import json
+import os
+import stat
+from typing import Any, BinaryIO
+
+from mlpmixer_flax import UserError
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading bytes.
+
+    Raises:
+      UserError: it is a pipe, a device or a socket.
+      OSError: it does not exist, is a folder, or cannot be read.
+    """
+    if kind := _KINDS.get(stat.S_IFMT(os.stat(path).st_mode)):
+        raise UserError(f"{os.fspath(path)!r} is {kind}: give a regular file")
+    return open(path, "rb")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+      UserError, OSError: as `open_file`.
+      ValueError: it is not UTF-8 or not JSON, or is nested too deep.
+    """
+    with open_file(path) as file:
+        try:
+            return json.loads(file.read().decode("utf-8"))
+        except RecursionError:
+            raise ValueError("it is nested too deep") from None
