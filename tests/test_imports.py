@@ -112,6 +112,15 @@ def test_every_imported_package_is_declared():
     assert not missing, f"Add to pyproject.toml's dependencies what provides {sorted(missing)}."
 
 
+def test_every_dependency_has_a_reason_in_contributing():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in project["dependencies"]}
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Dependencies")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([\w, -]+) \| \w", table, re.MULTILINE)
+    named = {normal(name) for row in rows for name in row.split(", ")} - {"package"}
+    assert named == declared
+
+
 def normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
