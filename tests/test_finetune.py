@@ -119,7 +119,7 @@ def test_a_run_starts_at_twice_the_resolution(tmp_path, capsys, tokens_mlp_dim, 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"preprocess": {"std": [0.0]}}, "preprocess.std=.* must be above 0"),
+        ({"preprocess": {"std": [0.0]}}, "preprocess.std=.* must be at least 0.0001"),
         ({"preprocess": {"interpolation": "lanczos"}}, "unknown preprocess.interpolation 'lanczos'"),
         (
             {"preprocess": {"mean": ["a"]}},

@@ -1,5 +1,6 @@
 """Loads trained models by name: published weights, files, URLs, the Hugging Face hub, run directories."""
 
+import contextlib
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.inference.classes import imagenet_names, numbers
 from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.rundir import open_run
 from mlpmixer_flax.training.losses import LOSSES
@@ -105,24 +107,27 @@ def _preprocess(source: str, stated: Mapping[str, Any], image_shape: tuple[int, 
     checks = {
         "interpolation": preprocess["interpolation"] in tuple(RESAMPLING),
         "fit": preprocess.get("fit", "crop") in FITS,
-        "crop_fraction": _are_numbers([preprocess["crop_fraction"]]) and 0 < preprocess["crop_fraction"] <= 1,
-        "mean": _are_numbers(preprocess["mean"]) and len(preprocess["mean"]) in (1, image_shape[2]),
-        "std": _are_numbers(preprocess["std"])
-        and len(preprocess["std"]) in (1, image_shape[2])
-        and min(preprocess["std"]) > 0,
+        "crop_fraction": _are_numbers([preprocess["crop_fraction"]]),
+        **{
+            key: _are_numbers(preprocess[key]) and len(preprocess[key]) in (1, image_shape[2])
+            for key in ("mean", "std")
+        },
     }
-    for key, is_usable in checks.items():
-        if not is_usable:
-            raise UserError(
-                f"the metadata of {source} has preprocess.{key}={preprocess[key]!r:.60}, which cannot be used: "
-                "write the file again"
-            )
+    for key, value in preprocess.items():
+        usable = checks.get(key, True)
+        with contextlib.suppress(UserError):
+            if usable:
+                check_limits(f"preprocess.{key}", value)
+                continue
+        raise UserError(
+            f"the metadata of {source} has preprocess.{key}={show(value)}, which cannot be used: write the file again"
+        )
     return preprocess
 
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in values
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
     )
 
 

@@ -1,11 +1,10 @@
 """Checks a config before it is used."""
 
-import math
-
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, resolve
 from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
+from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
@@ -23,29 +22,6 @@ CHOICES = {
     "preprocess.interpolation": tuple(RESAMPLING),
 }
 
-# Every number must be finite, and 0 or more except for these keys.
-_ANY_SIGN = {"preprocess.mean", "model.head_bias_init"}
-# Further rules: (the words for the message, the check, the keys that it is for)
-_RANGES = (
-    ("at least 1", lambda v: v >= 1, {
-        "batch_size", "accumulation_steps", "log_every_steps", "keep_checkpoints", "preprocess.image_size_px",
-        "model.patches.size", "model.hidden_dim", "model.num_blocks", "model.tokens_mlp_dim",
-        "model.channels_mlp_dim",
-    }),
-    ("above 0", lambda v: v > 0, {
-        "preprocess.crop_fraction", "preprocess.std", "augment.min_crop_area", "optimizer.learning_rate",
-    }),
-    ("at most 1", lambda v: v <= 1, {
-        "preprocess.crop_fraction", "augment.min_crop_area", "augment.erase_probability",
-        "augment.mix_probability", "augment.label_smoothing", "schedule.final_fraction",
-    }),
-    ("below 1", lambda v: v < 1, {
-        "model.dropout_rate", "model.stochastic_depth_rate", "optimizer.momentum", "optimizer.b1",
-        "optimizer.b2", "ema_decay",
-    }),
-    ("at most 30", lambda v: v <= 30, {"augment.randaugment_magnitude"}),
-)  # fmt: skip
-
 
 def validate(config: ConfigDict) -> None:
     """Checks the types and ranges of all values, and the combinations that no run can use.
@@ -59,16 +35,11 @@ def validate(config: ConfigDict) -> None:
     flat, base = flatten(config), flatten(resolve(get_config(), {}))
     for key, value in flat.items():
         if not _is_like(value, base[key]):
-            raise UserError(f"{key}={value!r} has the wrong type: give a value such as {base[key]!r}")
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, (int, float)):
-                continue
-            rules = [(text, holds) for text, holds, keys in _RANGES if key in keys]
-            if key not in _ANY_SIGN:
-                rules.append(("0 or more", lambda v: v >= 0))
-            for text, holds in [("a finite number", math.isfinite), *rules]:
-                if not holds(number):
-                    raise UserError(f"{key}={value!r} must be {text}: change --config.{key}")
+            raise UserError(f"{key}={show(value)} has the wrong type: give a value such as {base[key]!r}")
+        try:
+            check_limits(key, value)
+        except UserError as error:
+            raise UserError(f"{error}: change --config.{key}") from None
     for key, names in CHOICES.items():
         if flat[key] not in names:
             raise UserError(f"unknown {key} {flat[key]!r}: choose one of {', '.join(names)}")

@@ -3,7 +3,8 @@
 import pytest
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import get_config, resolve
+from mlpmixer_flax.config import flatten, get_config, resolve
+from mlpmixer_flax.limits import LIMITS
 from mlpmixer_flax.training.validate import validate
 
 
@@ -23,14 +24,14 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
     [
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"batch_size": -3}, "batch_size=-3 must be at least 1"),
-        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"model__hidden_dim": 0}, "model.hidden_dim=0 must be at least 1"),
         ({"model__patches": {"size": (0, 2)}}, r"model.patches.size=\(0, 2\) must be at least 1"),
         ({"model__patches": {"size": (3, 3)}}, "patch of 3x3 px does not divide an image of 8x8 px"),
         ({"preprocess__image_size_px": 0}, "preprocess.image_size_px=0 must be at least 1"),
-        ({"preprocess__std": (0.5, 0.0, 0.5)}, "preprocess.std=.* must be above 0"),
+        ({"preprocess__std": (0.5, 0.0, 0.5)}, "preprocess.std=.* must be at least 0.0001"),
         ({"preprocess__interpolation": "nearest"}, "unknown preprocess.interpolation 'nearest': .*bicubic"),
-        ({"augment__mixup_alpha": -0.1}, "augment.mixup_alpha=-0.1 must be 0 or more"),
+        ({"augment__mixup_alpha": -0.1}, "augment.mixup_alpha=-0.1 must be at least 0"),
         ({"augment__erase_probability": 1.5}, "augment.erase_probability=1.5 must be at most 1"),
         ({"augment__randaugment_magnitude": 31.0}, "randaugment_magnitude=31.0 must be at most 30"),
         (
@@ -38,7 +39,7 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
             "randaugment_ops has an unknown op 'rotat': did you mean 'rotate'",
         ),
         ({"optimizer__name": "lamb"}, "unknown optimizer.name 'lamb': choose one of adam, adamw, sgd"),
-        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan must be a finite number"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan must be a number"),
         (
             {"optimizer__name": "adam", "optimizer__weight_decay": 0.1},
             "optimizer.weight_decay=0.1 has no effect with 'adam': set optimizer.name to 'adamw', or",
@@ -46,13 +47,27 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"schedule__name": "step"}, "unknown schedule.name 'step': .*cosine"),
         ({"schedule__name": "rsqrt"}, "schedule.name='rsqrt' .*schedule.warmup_steps"),
         ({"loss": "hinge"}, "unknown loss 'hinge'"),
-        ({"ema_decay": 1.0}, "ema_decay=1.0 must be below 1"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be at most 0.999999, because"),
+        (
+            {"seed": 2**32},
+            "seed=4294967296 must be at most 4294967295, because JAX uses 32 bits of it: change",
+        ),
+        ({"seed": 10**5000}, "seed=a number of 16,610 bits must be at most"),
+        ({"batch_size": 10**20}, "batch_size=100000000000000000000 must be at most 16777216, because"),
+        ({"model__hidden_dim": 10**12}, "model.hidden_dim=1000000000000 must be at most 131072, because"),
+        ({"preprocess__image_size_px": 10**7}, "image_size_px=10000000 must be at most 16384, because"),
+        ({"schedule__warmup_epochs": 1e308}, r"warmup_epochs=1e\+308 must be at most 1000000, because"),
+        ({"optimizer__learning_rate": 1e-50}, "learning_rate=1e-50 must be at least 1e-12: change"),
+        ({"optimizer__weight_decay": 1e300}, r"weight_decay=1e\+300 must be at most 10000, because"),
+        ({"optimizer__clip_norm": 1e-320}, "clip_norm=1e-320 must be 0, or at least 1e-12, because float32"),
+        ({"preprocess__std": (1e-320,)}, r"std=\(1e-320,\) must be at least 0.0001: change"),
+        ({"preprocess__mean": (float("inf"),)}, r"mean=\(inf,\) must be at most 1000, because"),
         ({"total_epochs": 0.0}, "total_steps and total_epochs are both 0"),
         ({"batch_size": None}, "batch_size=None has the wrong type: give a value such as 64"),
         ({"total_steps": True}, "total_steps=True has the wrong type: give a value such as 0"),
         ({"model__gelu": "relu"}, "unknown model.gelu 'relu': choose one of tanh, erf"),
         ({"init_head": "drop"}, "unknown init_head 'drop': choose one of auto, keep, reset"),
-        ({"optimizer__sam_rho": -0.1}, "optimizer.sam_rho=-0.1 must be 0 or more"),
+        ({"optimizer__sam_rho": -0.1}, "optimizer.sam_rho=-0.1 must be at least 0"),
         (
             {"preprocess__mean": ("a",)},
             r"preprocess.mean=\('a',\) has the wrong type: give a value such as \(0.5,",
@@ -68,3 +83,13 @@ def test_an_unusable_value_is_named_with_the_remedy(values, message):
     with pytest.raises(UserError, match=message) as error:
         validate(changed(**values))
     assert "\n" not in str(error.value)
+
+
+def test_every_number_of_a_config_has_limits_that_its_usual_value_obeys():
+    numbers = {
+        key
+        for key, value in flatten(resolve(get_config(), {})).items()
+        if isinstance(value[0] if isinstance(value, tuple) else value, (int, float))
+        and not isinstance(value, bool)
+    }
+    assert LIMITS.keys() == numbers
