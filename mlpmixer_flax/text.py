@@ -4,9 +4,9 @@ A Chinese character needs two columns, a combining accent none.
 """
 
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from rich.cells import cell_len, chop_cells, set_cell_size
+from rich.cells import cell_len, set_cell_size
 
 
 def listed(items: Collection[str], limit: int = 10) -> str:
@@ -33,17 +33,26 @@ def wrap(text: str) -> str:
 def shorten(text: str, columns: int) -> str:
     """Returns the text made printable, or its start and "…" if it needs more columns of a terminal."""
     text = printable(text)
-    return text if cell_len(text) <= columns else chop_cells(text, columns - 1)[0] + "…"
+    return text if _fitting(text, columns) == len(text) else text[: _fitting(text, columns - 1)] + "…"
 
 
 def shorten_start(text: str, columns: int) -> str:
     """Returns the text, or "…" and its end if it needs more columns: for paths, whose end says most."""
     text = printable(text)
-    if cell_len(text) <= columns:
+    if _fitting(reversed(text), columns) == len(text):
         return text
-    while cell_len(text) > columns - 1:
-        text = text[1:]
-    return "…" + text
+    return "…" + text[len(text) - _fitting(reversed(text), columns - 1) :]
+
+
+def _fitting(characters: Iterable[str], columns: int) -> int:
+    """Returns how many of the first characters fit into this many columns; looks at no more of them."""
+    count = 0
+    for character in characters:
+        columns -= cell_len(character)
+        if columns < 0:
+            break
+        count += 1
+    return count
 
 
 def pad(text: str, columns: int) -> str:

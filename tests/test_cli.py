@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import time
 
 import pytest
 from rich.cells import cell_len
@@ -46,6 +47,13 @@ def test_the_start_or_the_end_of_a_text_is_kept():
     assert shorten("holiday/cat.jpg", 8) == "holiday…"
     assert shorten_start("holiday/cat.jpg", 8) == "…cat.jpg"
     assert pad("cat", 5) == "cat  "
+
+
+def test_a_text_of_a_million_characters_is_shortened_at_once():
+    start = time.perf_counter()
+    assert shorten("数" * 10**6, 21) == "数" * 10 + "…"
+    assert shorten_start("数" * 10**6, 21) == "…" + "数" * 10
+    assert time.perf_counter() - start < 1
 
 
 def test_long_notes_are_broken_at_spaces():

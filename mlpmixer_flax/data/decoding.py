@@ -1,11 +1,13 @@
 """Decodes an image: upright, with 8 bits per channel, in the wanted channels, also if its metadata is damaged."""
 
+import contextlib
 import io
 import os
 import re
 import threading
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -29,6 +31,7 @@ _UPRIGHT = {  # EXIF orientation -> the operation that turns the image upright
     8: Image.Transpose.ROTATE_90,
 }
 _ONE_AT_A_TIME = threading.Lock()
+_ONE_LARGE = threading.Lock()
 
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND"}
 # The tags of TIFF 6.0 and libtiff that say how pixels are stored, and which level is white.
@@ -85,12 +88,17 @@ def _read(file: str | os.PathLike) -> bytes:
 
 
 def _decode(data: bytes, mode: str, draft: bool) -> tuple[Image.Image, set[Note]]:
-    with _open(data) as image:
+    with _open(data) as image, _alone_if_large(image):
         if draft:
             # Pillow still reads a JPEG to its end, but decodes it at an eighth of its size. This takes a
             # third to half of the time, or four fifths for a progressive JPEG.
             image.draft("L", (1, 1))
         return _convert(image, mode, data)
+
+
+def _alone_if_large(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
+    """Lets only one thread at a time decode an image of more than 33 megapixels, which may need over a gigabyte."""
+    return _ONE_LARGE if image.width * image.height > 2**25 else contextlib.nullcontext()
 
 
 def _open(data: bytes) -> Image.Image:

@@ -82,7 +82,9 @@ def _load_weights(source: str) -> Model:
     if not class_names:  # a file of ours that has no room for the names says how many there are
         numbered = "num_classes" in origin
         class_names = numbers(module.num_classes) if numbered else imagenet_names(module.num_classes)
-    like = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_shape)))["params"]
+    like = jax.eval_shape(
+        module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    )["params"]
     return Model(
         name=source,
         module=module,
@@ -142,6 +144,10 @@ def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, in
         raise UserError(
             f"{name} has no {'head' if 'tokens' in sizes else 'Mixer blocks'}: give other weights"
         )
+    for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim"):
+        if key not in sizes:
+            raise UserError(f"{name} has no arrays that tell model.{key}: give other weights")
+        check_limits(f"model.{key}", sizes[key])
     module = MlpMixer(
         num_classes=sizes["classes"],
         patches={"size": sizes["patches.size"]},
@@ -150,4 +156,9 @@ def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, in
     )
     area_px = sizes["tokens"] * math.prod(sizes["patches.size"])
     side_px = weights.metadata["preprocess"].get("image_size_px", math.isqrt(area_px))
+    if not isinstance(side_px, int) or side_px * side_px != area_px:
+        raise UserError(
+            f"the metadata of {name} has preprocess.image_size_px={show(side_px)}, but its arrays are for images of "
+            f"{area_px:,} pixels: write the file again"
+        )
     return module, (side_px, side_px, sizes["channels"])

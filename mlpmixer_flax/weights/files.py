@@ -88,7 +88,7 @@ def open_weights(path: Path) -> Weights:
 
     Raises:
       UserError: the file holds no Mixer weights or several, is damaged, or unpacks to over 4 times its size +
-        1 GiB.
+        256 MiB.
     """
     with _readable(path):
         container = _open_container(path)
@@ -231,7 +231,7 @@ def _open_npz(path: Path) -> _Container:
         raise ValueError("two arrays have the same name")
     unpacked_bytes = sum(member.file_size for member in members.values())
     # Trained weights hardly compress, but a new head, all zeros, compresses a thousandfold.
-    if unpacked_bytes > 4 * path.stat().st_size + 2**30:
+    if unpacked_bytes > 4 * path.stat().st_size + 2**28:
         raise UserError(
             f"{path} would unpack to {unpacked_bytes:,} bytes, far more than weights do: do not trust it, "
             "or write it again without compression"
