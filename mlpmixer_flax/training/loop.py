@@ -1,10 +1,11 @@
 """Runs the training loop: from a config to the run directory of a trained model."""
 
+import contextlib
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from mlpmixer_flax.training.processes import (
     same_fate,
     together,
 )
-from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
+from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
 from mlpmixer_flax.training.setup import Setup, compile_steps, initial_params, make_setup, settle, to_store
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import TrainState
@@ -89,7 +90,8 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
                 )
                 if line:
                     print(line, flush=True)
-                if start < setup.intervals.total_steps:
+                whole = start == setup.intervals.total_steps
+                if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
                     state = init(params) if state is None else state
                     del params  # the state has a copy
                     _run_updates(setup, state, start=start, checkpoints=checkpoints, workdir=workdir)
@@ -197,7 +199,19 @@ def _run_updates(
     ):
         if start == 0:
             reporter.beginning(flatten(config), _first_images(setup))
-        recent = Recent(config.batch_size)
+
+        def evaluate(step: int, state: TrainState) -> dict[str, float]:
+            # Of several processes, none may leave an evaluation before the others.
+            stopping = () if several else signals
+            scores, by_class = _evaluate(setup, score, state, stopping=stopping)
+            reporter.evaluation(step, scores)
+            reporter.class_accuracy(step, by_class, scored=setup.scored)
+            return scores
+
+        if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
+            evaluate(start, state)  # a signal had ended this evaluation
+        unlogged = Unlogged(workdir)
+        recent = Recent(config.batch_size, unlogged.read(start))
         for step, batch in enumerate(batches, start + 1):
             state, metrics = update(state, sharding.put_batch({**batch, **signal_row(signals)}, setup.mesh))
             recent.add(step, metrics)
@@ -210,18 +224,18 @@ def _run_updates(
 
             scores = None
             if intervals.evaluate(step):
-                with recent.paused():
-                    scores, by_class = _evaluate(setup, score, state)
-                reporter.evaluation(step, scores)
-                reporter.class_accuracy(step, by_class, scored=setup.scored)
+                with recent.paused(), contextlib.suppress(_Abandoned):
+                    scores = evaluate(step, state)
 
             # Read once per step: a signal that arrives after this line stops the run after the next step.
             stopping = recent.signal if several else next(iter(signals), 0)
             is_best = best.improves(scores)
             if is_best or intervals.save(step) or stopping:
                 with recent.paused():
+                    unlogged.write(step, recent.fetched)
                     checkpoints.save(step, state, scores)
-            if stopping and step < intervals.total_steps:
+            abandoned = scores is None and intervals.evaluate(step)
+            if stopping and (step < intervals.total_steps or abandoned):
                 raise Interrupted(stopping, step)
 
 
@@ -231,13 +245,36 @@ def _first_images(setup: Setup) -> np.ndarray:
     return jax.device_get(preview(sharding.put_batch(setup.train_batches[0], setup.mesh)))
 
 
-def _evaluate(setup: Setup, score: EvalStep, state: TrainState) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the scores of config.test_split, and the accuracy per class by class name."""
+def _is_evaluated(workdir: Path, step: int) -> bool:
+    """Returns whether metrics.jsonl has scores of a step; step 0 never has any."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return step == 0 or any(row["step"] == step and accuracy_of(row) for row in rows)
+
+
+class _Abandoned(Exception):
+    """A signal arrived during an evaluation, which may take longer than there is time."""
+
+
+def _evaluate(
+    setup: Setup, score: EvalStep, state: TrainState, *, stopping: Sequence[int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the scores of config.test_split, and the accuracy per class by class name.
+
+    Raises:
+      _Abandoned: `stopping` got an element meanwhile.
+    """
+
+    def until_signal(batches):
+        for batch in batches:
+            if stopping:
+                raise _Abandoned
+            yield batch
+
     num_batches = len(setup.test_batches)
     batches = iterate(setup.test_batches, 0, num_batches, num_workers=setup.config.num_workers)
     bar = tqdm(batches, "evaluating", num_batches, leave=False, delay=2, disable=not sys.stdout.isatty())
     with closing(batches):
-        scores, by_class = evaluate_classes(score, state.eval_params, bar, mesh=setup.mesh)
+        scores, by_class = evaluate_classes(score, state.eval_params, until_signal(bar), mesh=setup.mesh)
     if len(setup.class_names) <= 5:
         del scores["accuracy_top5"]  # it would always be 1
     scores = {f"{setup.scored}/{name}": value for name, value in scores.items()}

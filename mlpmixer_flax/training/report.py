@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from tqdm import tqdm
 
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.faults import naming
-from mlpmixer_flax.reading import open_file
+from mlpmixer_flax.reading import open_file, read_json
+from mlpmixer_flax.rundir import saved_steps
 from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.signals import SIGNAL
@@ -30,15 +32,17 @@ class Recent:
     method raises FloatingPointError if a metric that it fetches is not finite.
     """
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, fetched: list[dict[str, float]]):
         self.batch_size = batch_size
         self.waiting: list[tuple[int, Metrics]] = []
-        self.fetched: list[dict[str, float]] = []
+        self.fetched = fetched  # by update; at the start those of an earlier process, from `Unlogged`
+        self.timed = 0  # updates of this process since the last summary
         self.started = time.monotonic()
         self.signal = 0  # the number of the signal with which all processes stop; see `signals.agreeing`
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Adds the metrics of an update, and fetches those of the one before."""
+        self.timed += 1
         self.waiting.append((step, metrics))
         self._fetch(keep=1)
 
@@ -58,10 +62,10 @@ class Recent:
     def summary(self) -> dict[str, float]:
         """Returns means since the last summary by their TensorBoard names, and `images_per_second`."""
         self._fetch(keep=0)
-        rows, seconds = self.fetched, time.monotonic() - self.started
-        self.fetched, self.started = [], time.monotonic()
+        rows, speed = self.fetched, self.timed * self.batch_size / (time.monotonic() - self.started)
+        self.fetched, self.timed, self.started = [], 0, time.monotonic()
         means = {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return {**means, "images_per_second": len(rows) * self.batch_size / seconds}
+        return {**means, "images_per_second": speed}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -70,6 +74,43 @@ class Recent:
         paused = time.monotonic()
         yield
         self.started += time.monotonic() - paused
+
+
+class Unlogged:
+    """The metrics of the updates between the last log and a checkpoint, in a file of the run directory.
+
+    A run that continues from the checkpoint then logs the same means as one that was never stopped. Of several processes,
+    only the first one uses the file.
+    """
+
+    def __init__(self, workdir: Path):
+        self._file = workdir / "unlogged.json"
+
+    def read(self, step: int) -> list[dict[str, float]]:
+        """Returns what `write` wrote for this step; [] if it did not, or if the file is damaged."""
+        return self._stored().get(step, [])
+
+    def write(self, step: int, rows: list[dict[str, float]]) -> None:
+        """Adds the metrics before a checkpoint of this step, and drops those of checkpoints that no longer exist."""
+        if not is_lead():
+            return
+        saved = saved_steps(self._file.parent)
+        # A step after the newest one may belong to a checkpoint that is being written.
+        kept = {of: old for of, old in self._stored().items() if of in saved or of > max(saved, default=0)}
+        with replacing(self._file) as file:
+            file.write(json.dumps({**kept, step: rows}).encode())
+
+    def _stored(self) -> dict[int, list[dict[str, float]]]:
+        with contextlib.suppress(OSError, ValueError):
+            if is_lead() and isinstance(stored := read_json(self._file), dict):
+                return {int(step): rows for step, rows in stored.items() if _are_rows(rows)}
+        return {}
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(value, float) for value in row.values()) for row in rows
+    )
 
 
 class Reporter:

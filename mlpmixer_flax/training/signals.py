@@ -1,4 +1,4 @@
-"""Turns SIGTERM and SIGINT into requests to save and stop after the present step, the same in all processes."""
+"""Turns SIGTERM, SIGINT and SIGHUP into requests to save and stop after the present step, the same in all processes."""
 
 import contextlib
 import os
@@ -12,6 +12,9 @@ import numpy as np
 from mlpmixer_flax.training.processes import Agreed, is_lead
 from mlpmixer_flax.training.step import TrainState, TrainStep
 
+# SIGHUP, which Windows lacks, means that the terminal was closed.
+_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+
 
 class Interrupted(Agreed):
     """A signal asked the run to stop, and the run has saved a checkpoint."""
@@ -24,8 +27,9 @@ class Interrupted(Agreed):
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Yields a list to which SIGTERM and SIGINT are appended; the second signal of a kind acts as usual.
+    """Yields a list to which SIGTERM, SIGINT and SIGHUP are appended; the second signal of a kind acts as usual.
 
+    A signal that is ignored already stays ignored, as SIGHUP after `nohup`, and SIGINT of a script's background process.
     Only the main thread may handle signals; in any other thread the list stays empty.
     """
     noted: list[int] = []
@@ -38,12 +42,15 @@ def noted_signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
         # Not print: the signal may arrive in the middle of one.
         name = signal.Signals(number).name
-        if is_lead():
-            os.write(2, f"\n{name}: stopping after this step; a second {name} stops at once\n".encode())
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal any more
+            if is_lead():
+                os.write(2, f"\n{name}: stopping after this step; a second {name} stops at once\n".encode())
 
     # None: a handler that is not of Python, such as that of JAX's preemption service, which then ignores the signal.
     before = {
-        number: signal.signal(number, note) or signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, note) or signal.SIG_DFL
+        for number in _STOPPING
+        if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield noted

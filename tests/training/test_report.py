@@ -300,7 +300,7 @@ def values(loss, accuracy=0.5):
 
 
 def test_recent_returns_means_and_speed_since_the_last_summary(clock):
-    recent = Recent(batch_size=32)
+    recent = Recent(32, [])
     for step, loss in enumerate([1.0, 2.0, 6.0], 1):
         recent.add(step, values(loss, loss / 10))
     clock.now += 4
@@ -315,7 +315,7 @@ def test_recent_returns_means_and_speed_since_the_last_summary(clock):
 
 
 def test_a_pause_does_not_count_in_the_speed(clock):
-    recent = Recent(batch_size=10)
+    recent = Recent(10, [])
     clock.now += 1
     recent.add(1, values(1.0))
     with recent.paused():
@@ -330,7 +330,7 @@ def test_a_pause_does_not_count_in_the_speed(clock):
 @pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_a_metric_that_is_not_finite_stops_the_run_with_name_and_step(name, value, shown):
-    recent = Recent(batch_size=1)
+    recent = Recent(1, [])
     bad = {**values(1.0), "gradient_norm": np.float32(1.0), name: np.float32(value)}
     recent.add(7, bad)  # is fetched when the device works on the next step
     with pytest.raises(
@@ -340,7 +340,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_with_name_and_step(name, valu
 
 
 def test_a_metric_that_is_not_finite_is_found_before_a_summary_and_before_a_pause():
-    recent = Recent(batch_size=1)
+    recent = Recent(1, [])
     recent.add(3, values(np.nan))
     with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
         recent.summary()
