@@ -6,13 +6,16 @@
     python benchmarks/tpu_compiler.py --step=evaluation --blocks=2 --blocks=4
 
 The compiler writes next to each operation how many cycles it expects. We add them up: a loop as often as it runs, and of
-a conditional the slowest branch. Assumptions: 1.5 GHz, which fits the published 197 TFLOP/s; no operation waits for another;
-a loop without a known count runs once; gathers and scatters cost nothing, because the compiler has no estimate for them, so
-they are counted in a row of their own; collectives move their bytes (all-reduces twice) at the published 200 GB/s of a chip's
-links, and nothing overlaps them. So these are predictions that help to compare two programs. Nobody has measured them.
+a conditional the slowest branch. The rest is assumed:
 
-`--blocks` compiles models of so many blocks (give two) and continues the line to the config's number of blocks: minutes, not
-an hour, on 2 CPU cores. Results: docs/scaling.md
+- 1.5 GHz, which fits the published 197 TFLOP/s; no operation waits for another, and a loop without a known count runs once;
+- gathers, scatters and plain copies without an estimate cost nothing; the gathers and scatters are counted in a row;
+- collectives move their bytes (all-reduces twice) over a chip's links at the published 200 GB/s in a pod of 256 chips, and
+  at half of it in smaller slices, where the compiler lays one ring over two of the four links; nothing overlaps them.
+
+So these are predictions that help to compare two programs. Nobody has measured them. `--blocks` compiles models of so many
+blocks (give two) and continues the line to the config's number of blocks: minutes, not an hour, on 2 CPU cores.
+Results: docs/scaling.md
 """
 
 import argparse
@@ -109,12 +112,11 @@ def _calls(
         condition = "\n".join(computations.get(loop[1], []))
         end = re.search(r"ROOT .* compare\(.*, (%?[\w.\-]+)\), direction=LT", condition)
         count = end and re.search(rf"{re.escape(end[1])} = \S+ constant\((\d+)\)", condition)
-        return [(loop[2], int(count[1]) if count else 1)]
+        return [(name, int(count[1]) if count else 1) for name in loop.groups()]
     if re.search(r" conditional\(", line):
-        listed = re.search(r"branch_computations=\{([^}]*)\}", line)
-        names = (
-            listed[1].split(", ") if listed else re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", line)
-        )
+        names = re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", line)
+        if listed := re.search(r"branch_computations=\{([^}]*)\}", line):
+            names = listed[1].split(", ")
         return [(max((name.lstrip("%") for name in names), key=lambda name: of(name).cycles.total()), 1)]
     if call := re.search(r" (?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)", line):
         return [(call[1], 1)]
@@ -236,10 +238,8 @@ def rows_of(
 ) -> list[tuple[str, str]]:
     """Returns (name, value) of what is printed."""
     compute = figures["cycles"] / HERTZ
-    moved = (
-        sum(value for key, value in figures.items() if key.startswith("bytes")) + figures["bytes all-reduce"]
-    )
-    links = moved / LINK_BYTES
+    moved = sum(figures[f"bytes {kind}"] for kind in ("all-reduce", *COLLECTIVES.split("|")))
+    links = moved / LINK_BYTES * (1 if devices == 256 else 2)
     rows = [
         ("million cycles", f"{figures['cycles'] / 1e6:,.1f}"),
         *((part, f"{figures[f'cycles {part}'] / 1e6:,.1f}") for part in (*PARTS, "rest")),
@@ -278,15 +278,14 @@ def main() -> None:
         parser.error("give --blocks twice, with two numbers, or not at all")
     for topology in arguments.topology or ["v5e:1x1"]:
         mesh = topology_mesh(topology)
-        changed = [
-            f"--config.{change}" for change in (f"batch_size={arguments.images * mesh.size}", *arguments.set)
-        ]
+        changes = (f"batch_size={arguments.images * mesh.size}", *arguments.set)
+        changed = [f"--config.{change}" for change in changes]
         config = resolve(load_config(arguments.config, changed), {})
         if arguments.blocks:
             points = {}
             for blocks in arguments.blocks:
-                changes = [*changed, f"--config.model.num_blocks={blocks}"]
-                smaller = resolve(load_config(arguments.config, changes), {})
+                fewer = [*changed, f"--config.model.num_blocks={blocks}"]
+                smaller = resolve(load_config(arguments.config, fewer), {})
                 points[blocks] = measure(smaller, arguments.step, mesh)
             figures = continue_line(points, config.model.num_blocks)
         else:
