@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -68,16 +67,15 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
-    def restore(self, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[int, TrainState | None]:
+    def restore(self, like: TrainState) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.
 
-        `like` is a state with shapes and dtypes only. Damaged checkpoints that are newer than the one read
+        `like` is a state with shapes, dtypes and placements only. Damaged checkpoints that are newer than the one read
         are reported and moved to `<workdir>/damaged`.
 
         Raises:
           UserError: checkpoints exist, but none can be read.
         """
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
         failures = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:

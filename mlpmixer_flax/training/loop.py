@@ -22,7 +22,15 @@ from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
 from mlpmixer_flax.training.intervals import Best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
-from mlpmixer_flax.training.setup import Setup, compile_steps, initial_params, make_setup, settle, to_store
+from mlpmixer_flax.training.setup import (
+    Setup,
+    compile_steps,
+    initial_params,
+    make_setup,
+    settle,
+    start_state,
+    to_store,
+)
 from mlpmixer_flax.training.signals import Interrupted, noted_signals
 from mlpmixer_flax.training.step import TrainState
 from mlpmixer_flax.training.table import summarize
@@ -58,11 +66,8 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         lock.check()
         setup = make_setup(config)
         data = _check_continuing(setup, workdir, changes)
-        everywhere = sharding.replicated(setup.mesh)
-        init = jax.jit(setup.init, out_shardings=everywhere)
-        like = jax.eval_shape(init, None)
-        params = None if saved_steps(workdir) else initial_params(setup, like.params)
-        _describe(setup, like, workdir)
+        params = None if saved_steps(workdir) else initial_params(setup)
+        _describe(setup, workdir)
         if changes:
             print(continuing.describe_changes(changes), flush=True)
 
@@ -73,14 +78,14 @@ def fit(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             )
         write_run(workdir, to_store(config), class_names=setup.class_names, data=data)
         with closing(Checkpoints(workdir, keep=config.keep_checkpoints)) as checkpoints:
-            start, state = checkpoints.restore(like, everywhere)
+            start, state = checkpoints.restore(setup.like)
             if start:
                 print(f"continuing from step {start} of {workdir}", flush=True)
             per_epoch = setup.steps_per_epoch
             if line := continuing.describe_length(stored, config, start=start, steps_per_epoch=per_epoch):
                 print(line, flush=True)
             if start < setup.intervals.total_steps:
-                state = init(params) if state is None else state
+                state = start_state(setup, params) if state is None else state
                 del params  # the state has a copy
                 _run_updates(setup, state, start=start, checkpoints=checkpoints, workdir=workdir)
             best = checkpoints.best()
@@ -164,9 +169,9 @@ def _evaluate(setup: Setup, score: EvalStep, state: TrainState) -> tuple[dict[st
     return scores, dict(zip(setup.class_names, by_class.tolist(), strict=True))
 
 
-def _describe(setup: Setup, like: TrainState, workdir: Path) -> None:
+def _describe(setup: Setup, workdir: Path) -> None:
     """Prints the model, the data and the length of the run."""
-    config, total_steps = setup.config, setup.intervals.total_steps
+    config, like, total_steps = setup.config, setup.like, setup.intervals.total_steps
     print(summarize(setup.model, setup.input_shape, params=like.params, opt_state=like.opt_state))
     num_train, num_test = len(setup.train_batches.examples), len(setup.test_batches.examples)
     print(
