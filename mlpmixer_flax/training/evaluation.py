@@ -55,14 +55,12 @@ def make_eval_step(
             for name, row in rows.items()
         }
 
-    def gather_and_eval(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
-        return eval_step(jax.lax.with_sharding_constraint(params, sharding.replicated(mesh)), batch)
-
     if mesh is None:
         return eval_step
     if config.reproducible:
         return sum_over_chunks(eval_step, chunks=config.reproducible, mesh=mesh)
-    return gather_and_eval
+    everywhere = sharding.replicated(mesh)
+    return lambda params, batch: eval_step(jax.lax.with_sharding_constraint(params, everywhere), batch)
 
 
 def evaluate(

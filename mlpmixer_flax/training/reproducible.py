@@ -16,7 +16,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from mlpmixer_flax.training.sharding import AXES, BY_ROWS, COPIED, gather, state_specs
+from mlpmixer_flax.training.sharding import AXES, BY_ROWS, COPIED
 
 ChunkFunction = Callable[..., Any]  # (shared, rows of a chunk) -> a tree of arrays
 
@@ -65,29 +65,20 @@ def map_chunks(function: ChunkFunction, *, chunks: int, mesh: Mesh) -> ChunkFunc
 
 
 def sum_over_chunks(function: ChunkFunction, *, chunks: int, mesh: Mesh) -> ChunkFunction:
-    """Returns a function (params, rows) -> the sum over all chunks of the float32 arrays that `function` returns.
+    """Returns a function (shared, rows) -> the sum over all chunks of the float32 arrays that `function` returns.
 
-    The parameters may be divided over the devices, as in a state; the sums are copied to every device. Every device
-    computes its chunks one after another and holds their results at the same time.
+    Every device computes its chunks one after another, and holds their results at the same time.
     """
 
-    def call(params: Any, rows: Any) -> Any:
-        specs = state_specs(params, mesh)
+    def on_device(shared: Any, rows: Any) -> Any:
+        parts = lax.map(lambda rows: alone(function)(shared, rows), _by_chunk(rows, chunks // mesh.size))
+        flat = jax.vmap(lambda part: ravel_pytree(part)[0])(parts)
+        unravel = ravel_pytree(jax.tree.map(lambda x: x[0], parts))[1]
+        while len(flat) > 1:
+            flat = flat[0::2] + flat[1::2]
+        return unravel(_sum_over_devices(flat[0], mesh.size))
 
-        def on_device(shards: Any, rows: Any) -> Any:
-            whole = gather(shards, specs)
-            parts = lax.map(lambda rows: alone(function)(whole, rows), _by_chunk(rows, chunks // mesh.size))
-            flat = jax.vmap(lambda part: ravel_pytree(part)[0])(parts)
-            unravel = ravel_pytree(jax.tree.map(lambda x: x[0], parts))[1]
-            while len(flat) > 1:
-                flat = flat[0::2] + flat[1::2]
-            return unravel(_sum_over_devices(flat[0], mesh.size))
-
-        return jax.shard_map(
-            on_device, mesh=mesh, in_specs=(specs, BY_ROWS), out_specs=COPIED, check_vma=False
-        )(params, rows)
-
-    return call
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(COPIED, BY_ROWS), out_specs=COPIED, check_vma=False)
 
 
 def _by_chunk(rows: Any, chunks: int) -> Any:

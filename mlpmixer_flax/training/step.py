@@ -15,7 +15,6 @@ from mlpmixer_flax.training.gradients import make_gradient
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params, split_frozen
 from mlpmixer_flax.training.reproducible import alone, map_chunks
-from mlpmixer_flax.training.sharding import replicated
 
 DeviceBatch = Mapping[str, jax.Array]  # image: uint8 (n, h, w, c), label: int32 (n,), mask: bool (n,)
 
@@ -81,9 +80,8 @@ def make_train_step(
     augmentation and dropout.
     """
 
-    def logits_of(
-        params, image, key
-    ):  # of one image, so that its dropout does not depend on the images beside it
+    def logits_of(params, image, key):
+        # Of one image, so that its draws of dropout do not depend on how the batch is divided.
         logits = model.apply({"params": params}, image[None], train=True, rngs={"dropout": key})
         return cast(jax.Array, logits)[0]
 
@@ -103,7 +101,7 @@ def make_train_step(
 
     def apply(state: TrainState, grads: Params) -> tuple[TrainState, Metrics]:
         learning, _ = split_frozen(state.params, config.freeze)
-        updates, opt_state = optimizer.update(whole(grads), state.opt_state, learning)
+        updates, opt_state = optimizer.update(grads, state.opt_state, learning)
         learning = cast(Params, optax.apply_updates(learning, updates))
         params = {name: learning.get(name, layer) for name, layer in state.params.items()}
         ema = state.ema
@@ -112,15 +110,11 @@ def make_train_step(
             decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1.0 - decay)
         metrics = {
-            "gradient_norm": optax.tree.norm(whole(grads)),
-            "parameter_norm": optax.tree.norm(whole(learning)),
+            "gradient_norm": optax.tree.norm(grads),
+            "parameter_norm": optax.tree.norm(learning),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
-
-    def whole(tree: Params) -> Params:
-        # A norm is a sum too, so each device must add all numbers itself.
-        return jax.lax.with_sharding_constraint(tree, replicated(mesh)) if config.reproducible else tree
 
     if config.reproducible:
         uphill, apply = alone(uphill), alone(apply)
