@@ -361,30 +361,29 @@ def test_accumulated_microbatches_equal_the_whole_batch(values, microbatches):
 
 
 @pytest.mark.slow
-def test_microbatches_drop_different_units():
-    """Both microbatches have the same images: with the same dropout mask, their losses would be equal."""
+def test_every_image_has_its_own_draws_of_dropout_also_in_microbatches():
+    """All images are the same one, so that only the draws make their losses different."""
     values = {**DESCENT, "model.dropout_rate": 0.5}
-    two, state = make_run(**values, accumulation_steps=2)
-    half = tiny_batch(4)
-    double = {
-        name: np.repeat(rows, 2, axis=0) for name, rows in half.items()
-    }  # a microbatch: every second row
-    _, by_two = two(state, double)
-    model = tiny_model(config_with(**values))
-    images = np.float32(half["image"]) / 127.5 - 1
+    whole, state = make_run(**values)
+    two, _ = make_run(**values, accumulation_steps=2)
+    batch = {name: np.repeat(rows[:1], 8, axis=0) for name, rows in tiny_batch().items()}
+    model, image = tiny_model(config_with(**values)), np.float32(batch["image"][:1]) / 127.5 - 1
 
     @partial(jax.jit, compiler_options=QUICK)
-    def part_losses(params):
+    def losses(params):
         def loss(key):
-            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), half["label"]])
+            logits = model.apply({"params": params}, image, train=True, rngs={"dropout": key})
+            return -jax.nn.log_softmax(logits)[0, batch["label"][0]]
 
         _, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
-        return jnp.stack([loss(key) for key in jax.random.split(dropout_key, 2)])
+        return jnp.stack([loss(key) for key in jax.random.split(dropout_key, 8)])
 
-    losses = part_losses(state.params)
-    assert abs(losses[0] - losses[1]) > 1e-3
-    np.testing.assert_allclose(by_two["loss"], np.mean(losses), rtol=1e-5)
+    by_image = losses(state.params)
+    assert len(set(by_image.tolist())) == 8
+    (after, metrics), (after_two, by_two) = whole(state, batch), two(state, batch)
+    np.testing.assert_allclose(metrics["loss"], np.mean(by_image), rtol=1e-5)
+    np.testing.assert_allclose(by_two["loss"], metrics["loss"], rtol=1e-5)
+    chex.assert_trees_all_close(after_two.params, after.params, rtol=1e-5, atol=1e-6)
 
 
 # Randomness
