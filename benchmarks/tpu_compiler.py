@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,9 +151,6 @@ def compile_step(config: ConfigDict, step: str, mesh: jax.sharding.Mesh) -> jax.
     size_px, n = config.preprocess.image_size_px, config.batch_size
     everywhere, rows = sharding.replicated(mesh), sharding.split_by_rows(mesh)
 
-    def placed(tree: Any, placement: jax.sharding.Sharding) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
-
     batch = {
         "image": jax.ShapeDtypeStruct((n, size_px, size_px, CHANNELS), jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
@@ -166,18 +162,21 @@ def compile_step(config: ConfigDict, step: str, mesh: jax.sharding.Mesh) -> jax.
             "num_classes": NUM_CLASSES,
         }
         function = partial(augment.augment, cropped=True, **options)
-        key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+        key = jax.eval_shape(lambda: jax.random.key(0))
         return jax.jit(function, out_shardings=rows).lower(key, batch["image"], batch["label"]).compile()
     model = MlpMixer(num_classes=NUM_CLASSES, **config.model.to_dict())
     schedule = make_schedule(config, total_steps=100_000, warmup_steps=config.schedule.warmup_steps)
     optimizer = make_optimizer(config, schedule)
     init = partial(init_state, model=model, optimizer=optimizer, config=config)
-    state = placed(jax.eval_shape(partial(init, None, image_shape=(size_px, size_px, CHANNELS))), everywhere)
+    shapes = jax.eval_shape(partial(init, None, image_shape=(size_px, size_px, CHANNELS)))
+    placements = sharding.state_placements(shapes, mesh)
+    state = sharding.with_placements(shapes, placements)
     if step == "evaluation":
-        score = jax.jit(make_eval_step(model, config, cropped=True), out_shardings=everywhere)
+        score = jax.jit(make_eval_step(model, config, mesh=mesh, cropped=True), out_shardings=everywhere)
         return score.lower(state.eval_params, batch).compile()
-    update = make_train_step(model, optimizer, schedule, config, cropped=True)
-    return jax.jit(update, donate_argnums=0, out_shardings=everywhere).lower(state, batch).compile()
+    update = make_train_step(model, optimizer, schedule, config, mesh=mesh, cropped=True)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(placements, everywhere))
+    return update.lower(state, batch).compile()
 
 
 def measure(config: ConfigDict, step: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
@@ -216,10 +215,10 @@ def model_flops(config: ConfigDict) -> float:
     return 2 * (stem + model.num_blocks * block + model.hidden_dim * NUM_CLASSES)
 
 
-def topology_mesh(name: str) -> jax.sharding.Mesh:
+def topology_mesh(name: str, *, fsdp: int = 1) -> jax.sharding.Mesh:
     """Returns the devices of a TPU topology, or of this machine for "cpu", as the mesh of a run."""
     if name == "cpu":
-        return sharding.make_mesh()
+        return sharding.make_mesh(fsdp=fsdp)
     # There is no TPU: its metadata server must not be asked, and JAX must not start it.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -229,8 +228,7 @@ def topology_mesh(name: str) -> jax.sharding.Mesh:
     jax.config.update("jax_platforms", "cpu")
     options = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
     devices = topologies.get_topology_desc(name, "tpu", **options).devices
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=axis_types, devices=devices)
+    return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
 def rows_of(
@@ -277,9 +275,9 @@ def main() -> None:
     if len(set(arguments.blocks or ())) not in (0, 2):
         parser.error("give --blocks twice, with two numbers, or not at all")
     for topology in arguments.topology or ["v5e:1x1"]:
-        mesh = topology_mesh(topology)
-        changes = (f"batch_size={arguments.images * mesh.size}", *arguments.set)
-        changed = [f"--config.{change}" for change in changes]
+        setting = [f"--config.{change}" for change in arguments.set]
+        mesh = topology_mesh(topology, fsdp=load_config(arguments.config, setting).mesh.fsdp)
+        changed = [*setting, f"--config.batch_size={arguments.images * mesh.size}"]
         config = resolve(load_config(arguments.config, changed), {})
         if arguments.blocks:
             points = {}

@@ -30,7 +30,7 @@ _RANGES = (
     ("at least 1", lambda v: v >= 1, {
         "batch_size", "accumulation_steps", "log_every_steps", "keep_checkpoints", "preprocess.image_size_px",
         "model.patches.size", "model.hidden_dim", "model.num_blocks", "model.tokens_mlp_dim",
-        "model.channels_mlp_dim",
+        "model.channels_mlp_dim", "mesh.fsdp",
     }),
     ("above 0", lambda v: v > 0, {
         "preprocess.crop_fraction", "preprocess.std", "augment.min_crop_area", "optimizer.learning_rate",
@@ -97,6 +97,15 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"optimizer.weight_decay={config.optimizer.weight_decay} has no effect with 'adam': "
             "set optimizer.name to 'adamw', or optimizer.weight_decay to 0"
+        )
+    if config.reproducible.bit_count() > 1:
+        raise UserError(
+            f"reproducible={config.reproducible} is not a power of 2: choose 8, or 0 to turn it off"
+        )
+    if config.reproducible and config.mesh.fsdp > 1:
+        raise UserError(
+            f"reproducible={config.reproducible} needs a copy of the state on every device, but "
+            f"mesh.fsdp={config.mesh.fsdp}: set one of them"
         )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
