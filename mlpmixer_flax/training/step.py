@@ -11,6 +11,7 @@ import optax
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training.dropout import dropout_by_image
 from mlpmixer_flax.training.gradients import make_gradient
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params, split_frozen
@@ -80,13 +81,10 @@ def make_train_step(
     augmentation and dropout.
     """
 
-    def logits_of(params, image, key):
-        # Of one image, so that its draws of dropout do not depend on how the batch is divided.
-        logits = model.apply({"params": params}, image[None], train=True, rngs={"dropout": key})
-        return cast(jax.Array, logits)[0]
-
     def loss_fn(learning, frozen, images, labels, keys):
-        logits = jax.vmap(logits_of, in_axes=(None, 0, 0))({**learning, **frozen}, images, keys)
+        params, rngs = {**learning, **frozen}, {"dropout": jax.random.key(0)}
+        with dropout_by_image(keys):
+            logits = cast(jax.Array, model.apply({"params": params}, images, train=True, rngs=rngs))
         correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return LOSSES[config.loss].per_image(logits, labels).mean(), correct.mean()
 

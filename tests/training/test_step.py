@@ -16,6 +16,7 @@ from mlpmixer_flax.data import augment
 from mlpmixer_flax.data.images import RESAMPLING
 from mlpmixer_flax.models import GELU, MlpMixer
 from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.dropout import dropout_by_image
 from mlpmixer_flax.training.evaluation import make_eval_step
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES, make_optimizer, make_schedule
@@ -374,7 +375,10 @@ def test_every_image_has_its_own_draws_of_dropout_also_in_microbatches():
     @partial(jax.jit, compiler_options=QUICK)
     def losses(params):
         def loss(key):
-            logits = model.apply({"params": params}, image, train=True, rngs={"dropout": key})
+            with dropout_by_image(key[None]):
+                logits = model.apply(
+                    {"params": params}, image, train=True, rngs={"dropout": jax.random.key(0)}
+                )
             return -jax.nn.log_softmax(logits)[0, batch["label"][0]]
 
         _, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
