@@ -133,9 +133,12 @@ def _operation(line: str) -> Costs:
             costs.copies += int(cycles[1])
     if re.search(r" (gather|scatter)\(", line):
         costs.by_index += 1
-    if collective := re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line):
-        costs.collectives[collective[2]] += 1
-        costs.collective_bytes[collective[2]] += _bytes(collective[1])
+    if collective := re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line):
+        shapes, kind, start = collective.groups()
+        costs.collectives[kind] += 1
+        # The start of a permute has the shape that it sends and the shape that it receives.
+        sides = 2 if start and kind == "collective-permute" else 1
+        costs.collective_bytes[kind] += _bytes(shapes) // sides
     return costs
 
 
@@ -157,11 +160,8 @@ def compile_step(config: ConfigDict, step: str, mesh: jax.sharding.Mesh) -> jax.
         "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
     }
     if step == "augmentation":
-        options = dict(config.augment) | {
-            "preprocess": config.preprocess.to_dict(),
-            "num_classes": NUM_CLASSES,
-        }
-        function = partial(augment.augment, cropped=True, **options)
+        options = {"preprocess": config.preprocess.to_dict(), "num_classes": NUM_CLASSES}
+        function = partial(augment.augment, cropped=True, **options, **dict(config.augment))
         key = jax.eval_shape(lambda: jax.random.key(0))
         return jax.jit(function, out_shardings=rows).lower(key, batch["image"], batch["label"]).compile()
     model = MlpMixer(num_classes=NUM_CLASSES, **config.model.to_dict())
