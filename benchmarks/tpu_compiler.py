@@ -12,6 +12,7 @@ a conditional the slowest branch. The rest is assumed:
 - gathers, scatters and plain copies without an estimate cost nothing; the gathers and scatters are counted in a row;
 - collectives move their bytes (all-reduces twice) over a chip's links at the published 200 GB/s in a pod of 256 chips, and
   at half of it in smaller slices, where the compiler lays one ring over two of the four links; nothing overlaps them.
+  Collectives inside a fusion are not seen, so with mesh.fsdp only memory and cycles are right.
 
 So these are predictions that help to compare two programs. Nobody has measured them. `--blocks` compiles models of so many
 blocks (give two) and continues the line to the config's number of blocks: minutes, not an hour, on 2 CPU cores.
