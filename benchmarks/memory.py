@@ -19,6 +19,7 @@ from jax.experimental import topologies
 
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
 from mlpmixer_flax.training.step import init_state, make_train_step
@@ -60,11 +61,12 @@ def measure(config: ConfigDict, device: jax.Device) -> tuple[int, int]:
         "label": np.zeros(n, np.int32),
         "mask": np.ones(n, bool),
     }
-    on_device = jax.sharding.SingleDeviceSharding(device)
+    mesh = sharding.make_mesh(devices=[device])
+    on_device = sharding.replicated(mesh)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device), (state, batch)
     )
-    update = jax.jit(make_train_step(model, optimizer, schedule, config), donate_argnums=0)
+    update = jax.jit(make_train_step(model, optimizer, schedule, config, mesh=mesh), donate_argnums=0)
     memory = update.lower(*shapes).compile().memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return held, memory.temp_size_in_bytes

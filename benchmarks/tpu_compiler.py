@@ -6,13 +6,17 @@
     python benchmarks/tpu_compiler.py --step=evaluation --blocks=2 --blocks=4
 
 The compiler writes next to each operation how many cycles it expects. We add them up: a loop as often as it runs, and of
-a conditional the slowest branch. Assumptions: 1.5 GHz, which fits the published 197 TFLOP/s; no operation waits for another;
-a loop without a known count runs once; gathers and scatters cost nothing, because the compiler has no estimate for them, so
-they are counted in a row of their own; collectives move their bytes (all-reduces twice) at the published 200 GB/s of a chip's
-links, and nothing overlaps them. So these are predictions that help to compare two programs. Nobody has measured them.
+a conditional the slowest branch. The rest is assumed:
 
-`--blocks` compiles models of so many blocks (give two) and continues the line to the config's number of blocks: minutes, not
-an hour, on 2 CPU cores. Results: docs/scaling.md
+- 1.5 GHz, which fits the published 197 TFLOP/s; no operation waits for another, and a loop without a known count runs once;
+- gathers, scatters and plain copies without an estimate cost nothing; the gathers and scatters are counted in a row;
+- collectives move their bytes (all-reduces twice) over a chip's links at the published 200 GB/s in a pod of 256 chips, and
+  at half of it in smaller slices, where the compiler lays one ring over two of the four links; nothing overlaps them.
+  Collectives inside a fusion are not seen, so with mesh.fsdp only memory and cycles are right.
+
+So these are predictions that help to compare two programs. Nobody has measured them. `--blocks` compiles models of so many
+blocks (give two) and continues the line to the config's number of blocks: minutes, not an hour, on 2 CPU cores.
+Results: docs/scaling.md
 """
 
 import argparse
@@ -24,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,12 +112,11 @@ def _calls(
         condition = "\n".join(computations.get(loop[1], []))
         end = re.search(r"ROOT .* compare\(.*, (%?[\w.\-]+)\), direction=LT", condition)
         count = end and re.search(rf"{re.escape(end[1])} = \S+ constant\((\d+)\)", condition)
-        return [(loop[2], int(count[1]) if count else 1)]
+        return [(name, int(count[1]) if count else 1) for name in loop.groups()]
     if re.search(r" conditional\(", line):
-        listed = re.search(r"branch_computations=\{([^}]*)\}", line)
-        names = (
-            listed[1].split(", ") if listed else re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", line)
-        )
+        names = re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", line)
+        if listed := re.search(r"branch_computations=\{([^}]*)\}", line):
+            names = listed[1].split(", ")
         return [(max((name.lstrip("%") for name in names), key=lambda name: of(name).cycles.total()), 1)]
     if call := re.search(r" (?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)", line):
         return [(call[1], 1)]
@@ -132,9 +134,12 @@ def _operation(line: str) -> Costs:
             costs.copies += int(cycles[1])
     if re.search(r" (gather|scatter)\(", line):
         costs.by_index += 1
-    if collective := re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line):
-        costs.collectives[collective[2]] += 1
-        costs.collective_bytes[collective[2]] += _bytes(collective[1])
+    if collective := re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line):
+        shapes, kind, start = collective.groups()
+        costs.collectives[kind] += 1
+        # The start of a permute has the shape that it sends and the shape that it receives.
+        sides = 2 if start and kind == "collective-permute" else 1
+        costs.collective_bytes[kind] += _bytes(shapes) // sides
     return costs
 
 
@@ -150,32 +155,29 @@ def compile_step(config: ConfigDict, step: str, mesh: jax.sharding.Mesh) -> jax.
     size_px, n = config.preprocess.image_size_px, config.batch_size
     everywhere, rows = sharding.replicated(mesh), sharding.split_by_rows(mesh)
 
-    def placed(tree: Any, placement: jax.sharding.Sharding) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), tree)
-
     batch = {
         "image": jax.ShapeDtypeStruct((n, size_px, size_px, CHANNELS), jnp.uint8, sharding=rows),
         "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
         "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
     }
     if step == "augmentation":
-        options = dict(config.augment) | {
-            "preprocess": config.preprocess.to_dict(),
-            "num_classes": NUM_CLASSES,
-        }
-        function = partial(augment.augment, cropped=True, **options)
-        key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+        options = {"preprocess": config.preprocess.to_dict(), "num_classes": NUM_CLASSES}
+        function = partial(augment.augment, cropped=True, **options, **dict(config.augment))
+        key = jax.eval_shape(lambda: jax.random.key(0))
         return jax.jit(function, out_shardings=rows).lower(key, batch["image"], batch["label"]).compile()
     model = MlpMixer(num_classes=NUM_CLASSES, **config.model.to_dict())
     schedule = make_schedule(config, total_steps=100_000, warmup_steps=config.schedule.warmup_steps)
     optimizer = make_optimizer(config, schedule)
     init = partial(init_state, model=model, optimizer=optimizer, config=config)
-    state = placed(jax.eval_shape(partial(init, None, image_shape=(size_px, size_px, CHANNELS))), everywhere)
+    shapes = jax.eval_shape(partial(init, None, image_shape=(size_px, size_px, CHANNELS)))
+    placements = sharding.state_placements(shapes, mesh)
+    state = sharding.with_placements(shapes, placements)
     if step == "evaluation":
-        score = jax.jit(make_eval_step(model, config, cropped=True), out_shardings=everywhere)
+        score = jax.jit(make_eval_step(model, config, mesh=mesh, cropped=True), out_shardings=everywhere)
         return score.lower(state.eval_params, batch).compile()
-    update = make_train_step(model, optimizer, schedule, config, cropped=True)
-    return jax.jit(update, donate_argnums=0, out_shardings=everywhere).lower(state, batch).compile()
+    update = make_train_step(model, optimizer, schedule, config, mesh=mesh, cropped=True)
+    update = jax.jit(update, donate_argnums=0, out_shardings=(placements, everywhere))
+    return update.lower(state, batch).compile()
 
 
 def measure(config: ConfigDict, step: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
@@ -214,10 +216,10 @@ def model_flops(config: ConfigDict) -> float:
     return 2 * (stem + model.num_blocks * block + model.hidden_dim * NUM_CLASSES)
 
 
-def topology_mesh(name: str) -> jax.sharding.Mesh:
+def topology_mesh(name: str, *, fsdp: int = 1) -> jax.sharding.Mesh:
     """Returns the devices of a TPU topology, or of this machine for "cpu", as the mesh of a run."""
     if name == "cpu":
-        return sharding.make_mesh()
+        return sharding.make_mesh(fsdp=fsdp)
     # There is no TPU: its metadata server must not be asked, and JAX must not start it.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -227,8 +229,7 @@ def topology_mesh(name: str) -> jax.sharding.Mesh:
     jax.config.update("jax_platforms", "cpu")
     options = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
     devices = topologies.get_topology_desc(name, "tpu", **options).devices
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=axis_types, devices=devices)
+    return sharding.make_mesh(fsdp=fsdp, devices=devices)
 
 
 def rows_of(
@@ -236,10 +237,8 @@ def rows_of(
 ) -> list[tuple[str, str]]:
     """Returns (name, value) of what is printed."""
     compute = figures["cycles"] / HERTZ
-    moved = (
-        sum(value for key, value in figures.items() if key.startswith("bytes")) + figures["bytes all-reduce"]
-    )
-    links = moved / LINK_BYTES
+    moved = sum(figures[f"bytes {kind}"] for kind in ("all-reduce", *COLLECTIVES.split("|")))
+    links = moved / LINK_BYTES * (1 if devices == 256 else 2)
     rows = [
         ("million cycles", f"{figures['cycles'] / 1e6:,.1f}"),
         *((part, f"{figures[f'cycles {part}'] / 1e6:,.1f}") for part in (*PARTS, "rest")),
@@ -277,16 +276,15 @@ def main() -> None:
     if len(set(arguments.blocks or ())) not in (0, 2):
         parser.error("give --blocks twice, with two numbers, or not at all")
     for topology in arguments.topology or ["v5e:1x1"]:
-        mesh = topology_mesh(topology)
-        changed = [
-            f"--config.{change}" for change in (f"batch_size={arguments.images * mesh.size}", *arguments.set)
-        ]
+        setting = [f"--config.{change}" for change in arguments.set]
+        mesh = topology_mesh(topology, fsdp=load_config(arguments.config, setting).mesh.fsdp)
+        changed = [*setting, f"--config.batch_size={arguments.images * mesh.size}"]
         config = resolve(load_config(arguments.config, changed), {})
         if arguments.blocks:
             points = {}
             for blocks in arguments.blocks:
-                changes = [*changed, f"--config.model.num_blocks={blocks}"]
-                smaller = resolve(load_config(arguments.config, changes), {})
+                fewer = [*changed, f"--config.model.num_blocks={blocks}"]
+                smaller = resolve(load_config(arguments.config, fewer), {})
                 points[blocks] = measure(smaller, arguments.step, mesh)
             figures = continue_line(points, config.model.num_blocks)
         else:

@@ -79,10 +79,11 @@ LEFT_OPEN = {
 }
 
 # Keys that change no update: a run may be continued with other values of them. With other values of
-# accumulation_steps and model.remat, updates differ by rounding, and those of the former also by the draws of dropout.
+# accumulation_steps, mesh.fsdp and model.remat, updates differ by rounding.
 CHANGE_NO_UPDATE = (
     "data_dir",
     "accumulation_steps",
+    "mesh.fsdp",
     "cache_bytes",
     "num_workers",
     "model.remat",
@@ -112,9 +113,18 @@ def get_config() -> ConfigDict:
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
     config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
     config.batch_size = 64  # images per update, over all devices
-    config.accumulation_steps = 1  # microbatches per update: less memory, same result except for dropout
+    config.accumulation_steps = 1  # microbatches per update: less memory, same result except for rounding
+    config.reproducible = (
+        0  # chunks per batch for the same bits on any number of devices: 8, or another power of 2
+    )
     config.cache_bytes = 4 * 1024**3  # decoded size of the largest split kept in memory; others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process
+
+    # Devices: the batch is divided over all of them
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = (
+        1  # devices that share one copy of parameters, optimizer state and EMA; 1 = copies on all
+    )
 
     # Preprocessing: from stored pixels to the model's input, in training and afterwards (stored with the run)
     config.preprocess = ConfigDict()

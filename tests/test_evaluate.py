@@ -52,7 +52,13 @@ def tiny():
     params = jax.tree.map(np.float32, params)
     images = rng.integers(0, 256, (10, 8, 8, 1), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, 10, dtype=np.int32)
-    return model, jax.jit(make_eval_step(model, config), compiler_options=QUICK), params, images, labels
+    return (
+        model,
+        jax.jit(make_eval_step(model, config, mesh=sharding.make_mesh()), compiler_options=QUICK),
+        params,
+        images,
+        labels,
+    )
 
 
 def batches(images, labels, *, size, order=slice(None)):

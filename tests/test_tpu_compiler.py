@@ -34,11 +34,13 @@ PROGRAM = """HloModule jit_update, is_scheduled=true
 
 %test (p: f32[8]) -> pred[] {
   %constant.7 = s32[]{:T(128)} constant(3)
+  %all-reduce.2 = u32[]{:T(128)} all-reduce(%r), to_apply=%sum
   ROOT %lt.1 = pred[]{:T(512)} compare(%counter, %constant.7), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
   %while.1 = f32[8]{0} while(%p), condition=%test, body=%body
+  %send.1 = (f32[6]{0}, f32[6]{0}) collective-permute-start(%while.1), channel_id=3
   %copy.1 = f32[8]{0} copy(%while.1), metadata={op_name="jit(f)/MixerBlock_3/transpose"}, backend_config={"estimated_cycles":"11"}
   ROOT %dot = f32[8]{0} fusion(%copy.1), calls=%x, metadata={op_name="jit(f)/MixerBlock_3/token_mixing/dot"}, backend_config={"estimated_cycles":"13"}
 }
@@ -54,8 +56,8 @@ def test_loops_count_as_often_as_they_run_and_conditionals_by_their_slowest_bran
     costs = script["read_costs"](PROGRAM)
     assert costs.cycles == {"augmentation": 3 * 7, "rest": 3 * 100, "transpositions": 11, "token MLPs": 13}
     assert costs.copies == 11 and costs.by_index == 3
-    assert costs.collectives == {"all-reduce": 3}
-    assert costs.collective_bytes == {"all-reduce": 3 * (8 * 2 * 4 + 4 * 2)}
+    assert costs.collectives == {"all-reduce": 3 + 3, "collective-permute": 1}
+    assert costs.collective_bytes == {"all-reduce": 3 * (8 * 2 * 4 + 4 * 2 + 4), "collective-permute": 6 * 4}
 
 
 def test_a_line_through_two_sizes(script):

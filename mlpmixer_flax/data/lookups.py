@@ -152,26 +152,43 @@ class _Plan(NamedTuple):
 def _plan(source: Source) -> _Plan:
     """Returns the plan with the fewest products; among these, always the same one if sources allow it."""
     row, column = source
-    plans = [
-        _steps(row, column, False, False),
-        _steps(column, row, True, False),
-        _steps(row.T, column.T, False, True),
-        _steps(column.T, row.T, True, True),
+    orders = [
+        (row, column, False, False),
+        (column, row, True, False),
+        (row.T, column.T, False, True),
+        (column.T, row.T, True, True),
     ]
-    return min(plans, key=lambda plan: (len(plan.in_rows) * (1 if plan.in_columns is None else 2), plan.key))
+    products = [_count_products(first) for first, *_ in orders]
+    best = [_steps(*order) for order, count in zip(orders, products, strict=True) if count == min(products)]
+    return min(best, key=lambda plan: plan.key)
+
+
+def _count_products(row: np.ndarray) -> int:
+    image = _images(row)
+    return (image.max() + 1) * (1 if _rows_stay(row, image) else 2)
 
 
 def _steps(row: np.ndarray, column: np.ndarray, *transpose: bool) -> _Plan:
     side = len(row)
-    y, x = np.ogrid[:side, :side]
-    # Along a column of the result, the row of the source never turns back: equal rows are neighbors.
-    image = y - np.maximum.accumulate(np.where(np.diff(row, axis=0, prepend=-2) != 0, y, 0))
-    inside = row >= 0
-    in_rows = np.full((image[inside].max(initial=0) + 1, side, side), -1)
+    image, inside = _images(row), row >= 0
+    in_rows = np.full((image.max() + 1, side, side), -1)
     in_rows[image[inside], row[inside], np.nonzero(inside)[1]] = column[inside]
-    in_columns = np.where(inside, image * side + row, -1)
-    stay = ((in_columns == y) | ~inside).all()  # what is outside has become gray in the first step
-    return _Plan(in_rows, None if stay else in_columns, *transpose)
+    in_columns = None if _rows_stay(row, image) else np.where(inside, image * side + row, -1)
+    return _Plan(in_rows, in_columns, *transpose)
+
+
+def _images(row: np.ndarray) -> np.ndarray:
+    """Returns for each pixel the number of the image that it comes from, int (side, side)."""
+    # Along a column of the result, the row of the source never turns back: equal rows are neighbors.
+    y = np.arange(len(row))[:, None]
+    image = y - np.maximum.accumulate(np.where(np.diff(row, axis=0, prepend=-2) != 0, y, 0))
+    return np.where(row >= 0, image, 0)
+
+
+def _rows_stay(row: np.ndarray, image: np.ndarray) -> bool:
+    y = np.arange(len(row))[:, None]
+    # A pixel from outside has become gray in the first step already.
+    return bool((((row == y) & (image == 0)) | (row < 0)).all())
 
 
 def _look_up_on_tpu(images: jax.Array, table: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from mlpmixer_flax.models import check_patch
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import evaluate
 from mlpmixer_flax.training.report import Recent
-from mlpmixer_flax.training.setup import Setup
+from mlpmixer_flax.training.setup import Setup, start_state
 
 
 def shuffle_patches(images: Any, *, patch_px: tuple[int, int], seed: int) -> Any:
@@ -116,9 +116,10 @@ def learn(setup: Setup, shuffle: Callable[[Any], Any]) -> list[dict[str, float]]
     """
     config, intervals = setup.config, setup.intervals
     everywhere = sharding.replicated(setup.mesh)
-    update = jax.jit(seeing(setup.update, shuffle), donate_argnums=0, out_shardings=everywhere)
+    placements = (setup.placements, everywhere)
+    update = jax.jit(seeing(setup.update, shuffle), donate_argnums=0, out_shardings=placements)
     score = jax.jit(seeing(setup.score, shuffle), out_shardings=everywhere)
-    state = jax.jit(setup.init, out_shardings=everywhere)(None)
+    state = start_state(setup, None)
     recent, rows = Recent(config.batch_size), []
     batches = iterate(setup.train_batches, 0, intervals.total_steps, num_workers=config.num_workers)
     bar = tqdm(batches, "training", intervals.total_steps, delay=2, leave=False, disable=None)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
@@ -113,16 +112,15 @@ class Checkpoints:
                 self._check_exists()
                 self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
-    def restore(self, like: TrainState, sharding: jax.sharding.Sharding) -> tuple[int, TrainState | None]:
+    def restore(self, like: TrainState) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.
 
-        `like` is a state with shapes and dtypes only. Damaged checkpoints that are newer than the one read
-        are reported and moved to `<workdir>/damaged`.
+        `like` is a state with shapes, dtypes and placements only; the checkpoint may be from other placements. Damaged
+        checkpoints that are newer than the one read are reported and moved to `<workdir>/damaged`.
 
         Raises:
           UserError: checkpoints exist, but none can be read.
         """
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
         failures = {}
         for step in from_lead(lambda: sorted(self._manager.all_steps(), reverse=True)):
             state = failure = None

@@ -96,9 +96,8 @@ def another_config(workdir: Path, changes: Sequence[Change]) -> str:
 def describe_changes(changes: Sequence[Change]) -> str:
     """Returns a line that says with which other values a run continues."""
     listed = ", ".join(f"{key}={now} (was {before})" for key, before, now in changes)
-    microbatches = any(key == "accumulation_steps" for key, _, _ in changes)
-    note = "; updates stay the same, except for rounding and the draws of dropout" if microbatches else ""
-    return f"continuing with {listed}{note}"
+    rounding = any(key in ("accumulation_steps", "mesh.fsdp", "model.remat") for key, _, _ in changes)
+    return f"continuing with {listed}" + "; updates stay the same, except for rounding" * rounding
 
 
 def check_class_names(workdir: Path, class_names: list[str]) -> None:

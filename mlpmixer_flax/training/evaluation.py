@@ -14,17 +14,21 @@ from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
+from mlpmixer_flax.training.reproducible import sum_over_chunks
 from mlpmixer_flax.training.step import DeviceBatch
 
 EvalStep = Callable[[Params, DeviceBatch], dict[str, jax.Array]]  # (params, batch) -> arrays by name
 
 
-def make_eval_step(model: MlpMixer, config: ConfigDict, *, cropped: bool = False) -> EvalStep:
+def make_eval_step(
+    model: MlpMixer, config: ConfigDict, *, mesh: jax.sharding.Mesh, cropped: bool = False
+) -> EvalStep:
     """Returns the evaluation of a batch: (params, batch) -> sums over its unmasked images.
 
     `loss`, `accuracy` and `accuracy_top5` are sums and `count` is the number of images, so that one division
     at the end gives the means. `class_accuracy` and `class_count` are vectors with the same sums per class.
-    `cropped` is `Examples.cropped`: True if the host has cropped the images already.
+    `mesh` has the devices of parameters and batch. `cropped` is `Examples.cropped`: True if the host has cropped the
+    images already.
     """
     preprocess = config.preprocess.to_dict()
 
@@ -47,7 +51,10 @@ def make_eval_step(model: MlpMixer, config: ConfigDict, *, cropped: bool = False
             for name, row in rows.items()
         }
 
-    return eval_step
+    if config.reproducible:
+        return sum_over_chunks(eval_step, chunks=config.reproducible, mesh=mesh)
+    everywhere = sharding.replicated(mesh)
+    return lambda params, batch: eval_step(jax.lax.with_sharding_constraint(params, everywhere), batch)
 
 
 def evaluate(

@@ -38,7 +38,15 @@ from mlpmixer_flax.training.processes import (
     together,
 )
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
-from mlpmixer_flax.training.setup import Setup, compile_steps, initial_params, make_setup, settle, to_store
+from mlpmixer_flax.training.setup import (
+    Setup,
+    compile_steps,
+    initial_params,
+    make_setup,
+    settle,
+    start_state,
+    to_store,
+)
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import TrainState
 from mlpmixer_flax.training.table import summarize
@@ -79,9 +87,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
             setup, params = _begin(config, workdir, stored=stored, lock=lock)
             folder = Checkpoints(workdir, keep=setup.config.keep_checkpoints)
             with closing(folder) as checkpoints, ending_all(), advising(workdir):
-                everywhere = sharding.replicated(setup.mesh)
-                init = jax.jit(setup.init, out_shardings=everywhere)
-                start, state = checkpoints.restore(jax.eval_shape(init, None), everywhere)
+                start, state = checkpoints.restore(setup.like)
                 if start:
                     print(f"continuing from step {start} of {workdir}", flush=True)
                 per_epoch = setup.steps_per_epoch
@@ -92,7 +98,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
                     print(line, flush=True)
                 whole = start == setup.intervals.total_steps
                 if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
-                    state = init(params) if state is None else state
+                    state = start_state(setup, params) if state is None else state
                     del params  # the state has a copy
                     _run_updates(setup, state, start=start, checkpoints=checkpoints, workdir=workdir)
                 best = checkpoints.best()
@@ -127,12 +133,11 @@ def _begin(
         if is_lead():
             _check_continuing(setup, workdir, changes, data=data)
     _check_processes(setup, data)
-    like = jax.eval_shape(setup.init, None)
     saved = from_lead(lambda: saved_steps(workdir))
     with same_fate():
-        params = None if saved else initial_params(setup, like.params)
+        params = None if saved else initial_params(setup)
         if is_lead():
-            _describe(setup, like, workdir)
+            _describe(setup, workdir)
             if changes:
                 print(continuing.describe_changes(changes), flush=True)
             lock.take()
@@ -287,9 +292,9 @@ def _skipped(setup: Setup, name: str, batches: TrainBatches | TestBatches) -> di
     return {f"{name}/skipped_images": batches.examples.skipped} if setup.config.skip_bad_images else {}
 
 
-def _describe(setup: Setup, like: TrainState, workdir: Path) -> None:
+def _describe(setup: Setup, workdir: Path) -> None:
     """Prints the model, the data and the length of the run."""
-    config, total_steps = setup.config, setup.intervals.total_steps
+    config, like, total_steps = setup.config, setup.like, setup.intervals.total_steps
     print(summarize(setup.model, setup.input_shape, params=like.params, opt_state=like.opt_state))
     num_train, num_test = len(setup.train_batches.examples), len(setup.test_batches.examples)
     print(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_le
 from mlpmixer_flax.data.folders import folder_parts
 from mlpmixer_flax.data.tfds import tfds_parts
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
+from mlpmixer_flax.faults import start_devices
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
+from mlpmixer_flax.training.reproducible import check_threads
 from mlpmixer_flax.training.signals import SIGNAL, agreeing
 from mlpmixer_flax.training.step import (
     PreviewStep,
@@ -60,6 +62,17 @@ class Setup:
     update: TrainStep  # (state, batch) -> (state, metrics)
     score: EvalStep  # (parameters, batch) -> sums over the batch
     preview: PreviewStep  # first batch -> images as the first update sees them
+
+    @cached_property
+    def like(self) -> TrainState:
+        """The shapes, dtypes and placements of the state."""
+        shapes = jax.eval_shape(self.init, None)
+        return sharding.with_placements(shapes, sharding.state_placements(shapes, self.mesh))
+
+    @property
+    def placements(self) -> TrainState:
+        """The placements of the state: a tree of NamedSharding."""
+        return jax.tree.map(lambda x: x.sharding, self.like)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -125,9 +138,12 @@ def make_setup(config: ConfigDict) -> Setup:
     Raises:
       UserError: the data cannot be used, or does not fit the config or the devices.
     """
-    mesh = sharding.make_mesh()
+    start_devices()
     _check_jax()
-    _check_devices(config, num_devices=mesh.size)
+    if config.reproducible:
+        check_threads(config.reproducible)
+    _check_devices(config, num_devices=jax.device_count())
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
     channels = info["image_shape"][2]
     _check_channels(config, channels)
@@ -157,16 +173,14 @@ def make_setup(config: ConfigDict) -> Setup:
             save_every=in_steps(config, "save_every", steps_per_epoch),
         ),
         init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
-        update=make_train_step(model, optimizer, schedule, config, cropped=cropped),
-        score=make_eval_step(model, config, cropped=test_batches.examples.cropped),
-        preview=make_preview_step(config, num_classes=info["num_classes"], cropped=cropped),
+        update=make_train_step(model, optimizer, schedule, config, mesh=mesh, cropped=cropped),
+        score=make_eval_step(model, config, mesh=mesh, cropped=test_batches.examples.cropped),
+        preview=make_preview_step(config, num_classes=info["num_classes"], mesh=mesh, cropped=cropped),
     )
 
 
-def initial_params(setup: Setup, like: Params) -> Params | None:
+def initial_params(setup: Setup) -> Params | None:
     """Returns the weights of config.init_from, adapted to the model, as numpy arrays; None = random weights.
-
-    `like` has the shapes of the model's parameters.
 
     Raises:
       UserError: the weights cannot be used, or config.freeze would freeze a new head.
@@ -180,13 +194,23 @@ def initial_params(setup: Setup, like: Params) -> Params | None:
     if config.init_from:
         params = source.load(
             config.init_from,
-            {**like, "head": new_head},
+            {**setup.like.params, "head": new_head},
             grid=(setup.input_shape[0] // patch[0], setup.input_shape[1] // patch[1]),
             head=config.init_head,
             class_names=setup.class_names,
         )
     check_frozen_head(config.freeze, (params or {"head": new_head})["head"]["kernel"])
     return params
+
+
+def start_state(setup: Setup, params: Params | None) -> TrainState:
+    """Returns the state before the first update, from `initial_params`.
+
+    Every device creates, or receives from the host, only its own part of it.
+    """
+    if params is not None:
+        params = sharding.put_parts(params, setup.placements.params)
+    return jax.jit(setup.init, out_shardings=setup.placements)(params)
 
 
 def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]:
@@ -207,7 +231,8 @@ def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]
         if jax.process_count() > 1:
             update = agreeing(update)
             batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
-        return jax.jit(update, donate_argnums=0, out_shardings=everywhere).lower(state, batch).compile()
+        update = jax.jit(update, donate_argnums=0, out_shardings=(setup.placements, everywhere))
+        return update.lower(state, batch).compile()
 
     def compile_score() -> EvalStep:
         score = jax.jit(setup.score, out_shardings=everywhere)
@@ -232,10 +257,20 @@ def _check_jax() -> None:
 
 
 def _check_devices(config: ConfigDict, *, num_devices: int) -> None:
-    parts = num_devices * config.accumulation_steps
-    if config.batch_size % parts:
+    fsdp, chunks = config.mesh.fsdp, config.reproducible
+    if num_devices % fsdp:
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {num_devices} devices x "
+            f"mesh.fsdp={fsdp} does not divide the number of devices, which is {num_devices}: choose a divisor of it"
+        )
+    if chunks and chunks % num_devices:
+        raise UserError(
+            f"reproducible={chunks} cannot be divided by {num_devices} devices: use a number of devices that divides it"
+        )
+    parts = (chunks or num_devices) * config.accumulation_steps
+    if config.batch_size % parts:
+        what = f"reproducible={chunks}" if chunks else f"{num_devices} devices"
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by {what} x "
             f"accumulation_steps={config.accumulation_steps}: choose a multiple of {parts}"
         )
 

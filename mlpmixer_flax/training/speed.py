@@ -212,7 +212,9 @@ def _make_training(model, config, batch, mesh):
     everywhere = sharding.replicated(mesh)
     state = jax.jit(init, out_shardings=everywhere)()
     update = jax.jit(
-        make_train_step(model, optimizer, schedule, config), donate_argnums=0, out_shardings=everywhere
+        make_train_step(model, optimizer, schedule, config, mesh=mesh),
+        donate_argnums=0,
+        out_shardings=everywhere,
     )
     program = update.lower(state, batch).compile()
 

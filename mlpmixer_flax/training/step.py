@@ -11,8 +11,11 @@ import optax
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training.dropout import dropout_by_image
+from mlpmixer_flax.training.gradients import make_gradient
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params, split_frozen
+from mlpmixer_flax.training.reproducible import alone, map_chunks
 
 DeviceBatch = Mapping[str, jax.Array]  # image: uint8 (n, h, w, c), label: int32 (n,), mask: bool (n,)
 
@@ -62,42 +65,40 @@ def make_train_step(
     schedule: optax.Schedule,
     config: ConfigDict,
     *,
+    mesh: jax.sharding.Mesh,
     cropped: bool = False,
 ) -> TrainStep:
     """Returns the update: (state, batch) -> (state, metrics).
 
     Metrics are loss and accuracy before the update (compared with the augmented labels), global norms of the
     gradient and of the updated parameters (only of those that learn), and the learning rate. All randomness
-    is a function of the config's seed and the step, so nothing random is stored. `cropped` is
-    `Examples.cropped`: True if the host has cropped the images already.
+    is a function of the config's seed, the step, and the position of an image in the batch, so nothing random is
+    stored. `mesh` has the devices of state and batch. `cropped` is `Examples.cropped`: True if the host has cropped
+    the images already.
 
     If `optimizer.sam_rho` is above 0, the gradient is computed at parameters that are moved uphill by this
     distance (SAM, arXiv 2010.01412). The direction uphill comes from the whole batch, with the same
     augmentation and dropout.
     """
 
-    def loss_fn(learning, frozen, images, labels, key):
-        params = {**learning, **frozen}
-        logits = cast(jax.Array, model.apply({"params": params}, images, train=True, rngs={"dropout": key}))
+    def loss_fn(learning, frozen, images, labels, keys):
+        params, rngs = {**learning, **frozen}, {"dropout": jax.random.key(0)}
+        with dropout_by_image(keys):
+            logits = cast(jax.Array, model.apply({"params": params}, images, train=True, rngs=rngs))
         correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
         return LOSSES[config.loss].per_image(logits, labels).mean(), correct.mean()
 
-    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
-        images, labels, dropout_key = _augmented(
-            state.step, batch, config=config, num_classes=model.num_classes, cropped=cropped
-        )
-        learning, frozen = split_frozen(state.params, config.freeze)
+    augmented = _make_augmented(config, num_classes=model.num_classes, cropped=cropped, mesh=mesh)
+    gradient_at = make_gradient(
+        loss_fn, microbatches=config.accumulation_steps, reproducible=config.reproducible, mesh=mesh
+    )
 
-        def gradient_at(learning):
-            return _mean_gradient(
-                loss_fn, learning, frozen, images, labels, dropout_key, microbatches=config.accumulation_steps
-            )
+    def uphill(learning: Params, grads: Params) -> Params:
+        scale = config.optimizer.sam_rho / (optax.tree.norm(grads) + 1e-12)
+        return optax.tree.add(learning, optax.tree.scale(scale, grads))
 
-        (loss, accuracy), grads = gradient_at(learning)
-        rho = config.optimizer.sam_rho
-        if rho:
-            uphill = optax.tree.scale(rho / (optax.tree.norm(grads) + 1e-12), grads)
-            _, grads = gradient_at(optax.tree.add(learning, uphill))
+    def apply(state: TrainState, grads: Params) -> tuple[TrainState, Metrics]:
+        learning, _ = split_frozen(state.params, config.freeze)
         updates, opt_state = optimizer.update(grads, state.opt_state, learning)
         learning = cast(Params, optax.apply_updates(learning, updates))
         params = {name: learning.get(name, layer) for name, layer in state.params.items()}
@@ -107,59 +108,63 @@ def make_train_step(
             decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = optax.incremental_update(params, ema, 1.0 - decay)
         metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
             "gradient_norm": optax.tree.norm(grads),
             "parameter_norm": optax.tree.norm(learning),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
+    if config.reproducible:
+        uphill, apply = alone(uphill), alone(apply)
+
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+        rows = augmented(state.step, batch)
+        learning, frozen = split_frozen(state.params, config.freeze)
+        (loss, accuracy), grads = gradient_at((learning, frozen), rows)
+        if config.optimizer.sam_rho:
+            _, grads = gradient_at((uphill(learning, grads), frozen), rows)
+        state, metrics = apply(state, grads)
+        return state, {"loss": loss, "accuracy": accuracy, **metrics}
+
     return train_step
 
 
-def make_preview_step(config: ConfigDict, *, num_classes: int, cropped: bool = False) -> PreviewStep:
+def make_preview_step(
+    config: ConfigDict, *, num_classes: int, mesh: jax.sharding.Mesh, cropped: bool = False
+) -> PreviewStep:
     """Returns a function: first batch -> up to 64 of its images as the first update sees them.
 
-    They are augmented, uint8 (n, size, size, c). `cropped` is `Examples.cropped`.
+    They are augmented, uint8 (n, size, size, c). `mesh` and `cropped` are those of `make_train_step`.
     """
+    augmented = _make_augmented(config, num_classes=num_classes, cropped=cropped, mesh=mesh)
 
     def preview_step(batch: DeviceBatch) -> jax.Array:
-        images, _, _ = _augmented(0, batch, config=config, num_classes=num_classes, cropped=cropped)
+        images, _, _ = augmented(0, batch)
         return augment.denormalize(images[:64], mean=config.preprocess.mean, std=config.preprocess.std)
 
     return preview_step
 
 
-def _augmented(step, batch, *, config, num_classes, cropped):
-    """Returns (images, label distributions, key for dropout) of the update that follows `step`."""
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
-    images, labels = augment.augment(
-        augment_key,
-        batch["image"],
-        batch["label"],
-        num_classes=num_classes,
-        preprocess=config.preprocess.to_dict(),
-        cropped=cropped,
-        **dict(config.augment),
-    )
-    return images, labels, dropout_key
+def _make_augmented(config, *, num_classes, cropped, mesh):
+    """Returns a function (step, batch) -> the rows of the update that follows `step`.
 
+    They are images, label distributions, and keys for dropout.
+    """
 
-def _mean_gradient(loss_fn, params, frozen, images, labels, key, *, microbatches):
-    """Returns ((loss, accuracy), gradient) of the whole batch, computed one microbatch after another."""
-    gradient_of = jax.value_and_grad(loss_fn, has_aux=True)
-    if microbatches == 1:
-        return gradient_of(params, frozen, images, labels, key)
+    def augmented(step, batch, chunk=None):
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        if chunk is not None:
+            key = jax.random.fold_in(key, chunk)
+        augment_key, dropout_key = jax.random.split(key)
+        images, labels = augment.augment(
+            augment_key,
+            batch["image"],
+            batch["label"],
+            num_classes=num_classes,
+            preprocess=config.preprocess.to_dict(),
+            cropped=cropped,
+            **dict(config.augment),
+        )
+        return images, labels, jax.random.split(dropout_key, len(images))
 
-    def split(x):
-        # A microbatch is every n-th row of the batch: it has rows on every device, so no row has to move.
-        return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total, microbatch):
-        return jax.tree.map(jnp.add, total, gradient_of(params, frozen, *microbatch)), None
-
-    slices = (split(images), split(labels), jax.random.split(key, microbatches))
-    zeros = jax.tree.map(jnp.zeros_like, ((jnp.float32(0), jnp.float32(0)), params))
-    total, _ = jax.lax.scan(add, zeros, slices)
-    return jax.tree.map(lambda x: x / microbatches, total)
+    return map_chunks(augmented, chunks=config.reproducible, mesh=mesh) if config.reproducible else augmented

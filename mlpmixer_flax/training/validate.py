@@ -69,6 +69,15 @@ def _validate_combinations(config: ConfigDict) -> None:
             f"optimizer.weight_decay={config.optimizer.weight_decay} has no effect with 'adam': "
             "set optimizer.name to 'adamw', or optimizer.weight_decay to 0"
         )
+    if config.reproducible.bit_count() > 1:
+        raise UserError(
+            f"reproducible={config.reproducible} is not a power of 2: choose 8, or 0 to turn it off"
+        )
+    if config.reproducible and config.mesh.fsdp > 1:
+        raise UserError(
+            f"reproducible={config.reproducible} needs a copy of the state on every device, but "
+            f"mesh.fsdp={config.mesh.fsdp}: set one of them"
+        )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
         raise UserError("schedule.name='rsqrt' needs a warmup: set schedule.warmup_steps to 1 or more")

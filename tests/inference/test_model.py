@@ -20,6 +20,7 @@ from mlpmixer_flax.inference.classes import IMAGENET21K_NAMES, imagenet_names, i
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.rundir import read_weights, write_run
+from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.evaluation import make_eval_step
@@ -114,7 +115,9 @@ def test_probabilities_are_those_that_training_evaluates(run, digits):
     probabilities = np.float64(probabilities_of(model, digits.images))
     assert probabilities.shape == (364, 10) and model.channels == 1
     batch = {"image": digits.images, "label": digits.labels, "mask": np.ones(364, bool)}
-    sums = jax.jit(make_eval_step(model.module, ConfigDict(model.config)))(model.params, batch)
+    sums = jax.jit(make_eval_step(model.module, ConfigDict(model.config), mesh=sharding.make_mesh()))(
+        model.params, batch
+    )
     right = np.arange(10) == digits.labels[:, None]
     loss = -np.log(np.where(right, probabilities, 1 - probabilities)).sum()
     assert loss == pytest.approx(float(sums["loss"]), rel=1e-4)

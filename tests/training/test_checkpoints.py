@@ -49,7 +49,8 @@ def kept(workdir):
 
 def restore(workdir):
     checkpoints = Checkpoints(workdir, keep=2)
-    step, restored = checkpoints.restore(jax.eval_shape(lambda: state(0)), PLACE)
+    like = sharding.with_placements(state(0), jax.tree.map(lambda x: x.sharding, state(0)))
+    step, restored = checkpoints.restore(like)
     checkpoints.close()
     return step, restored
 

@@ -31,7 +31,8 @@ def state(step):
 
 def restore(workdir):
     with contextlib.closing(Checkpoints(workdir, keep=100)) as checkpoints:
-        return checkpoints.restore(jax.eval_shape(lambda: state(0)), PLACE)
+        like = jax.eval_shape(lambda: state(0))
+        return checkpoints.restore(sharding.with_placements(like, jax.tree.map(lambda _: PLACE, like)))
 
 
 def names(workdir):

@@ -22,7 +22,7 @@ from mlpmixer_flax.training.step import init_state, make_train_step
 
 out = sys.argv[1]
 found, arrays = {}, {}
-mesh = sharding.make_mesh()
+mesh, single = sharding.make_mesh(), sharding.make_mesh(devices=jax.devices()[:1])
 found["devices"], found["axes"] = mesh.size, mesh.axis_names
 everywhere, rows = sharding.replicated(mesh), sharding.split_by_rows(mesh)
 
@@ -63,7 +63,7 @@ for microbatches in (1, 2):
     model = MlpMixer(num_classes=3, **config.model.to_dict())
     schedule = make_schedule(config, total_steps=10, warmup_steps=0)
     optimizer = make_optimizer(config, schedule)
-    update = make_train_step(model, optimizer, schedule, config)
+    update, alone = (make_train_step(model, optimizer, schedule, config, mesh=each) for each in (mesh, single))
     shapes = jax.eval_shape(
         lambda: init_state(None, model=model, optimizer=optimizer, config=config, image_shape=(8, 8, 1))
     )
@@ -71,7 +71,7 @@ for microbatches in (1, 2):
     params = jax.tree.map(lambda p: fill.normal(0, 0.5, p.shape).astype(p.dtype), shapes.params)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes).replace(params=params, ema=params)
 
-    one = jax.jit(update, compiler_options=quick)(state, batch)  # on the first device
+    one = jax.jit(alone, compiler_options=quick)(state, batch)  # on the first device
     found["one device"] = len(one[1]["loss"].devices())
     jitted = jax.jit(update, donate_argnums=0, out_shardings=everywhere, compiler_options=quick)
     four = jitted(jax.device_put(state, everywhere), placed)
@@ -86,10 +86,9 @@ for microbatches in (1, 2):
         for path, leaf in jax.tree_util.tree_leaves_with_path(result):
             arrays[f"{microbatches}:{name}:{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
 
-score = jax.jit(make_eval_step(model, config), out_shardings=everywhere, compiler_options=quick)
+score = jax.jit(make_eval_step(model, config, mesh=mesh), out_shardings=everywhere, compiler_options=quick)
 found["scores of four"] = evaluate(score, params, [batch, batch], mesh=mesh)
-single = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-score = jax.jit(make_eval_step(model, config), compiler_options=quick)
+score = jax.jit(make_eval_step(model, config, mesh=single), compiler_options=quick)
 found["scores of one"] = evaluate(score, params, [batch, batch], mesh=single)
 
 np.savez(out + "/arrays.npz", **arrays)
@@ -112,9 +111,9 @@ def four(tmp_path_factory):
     return json.loads((out / "found.json").read_text()), np.load(out / "arrays.npz")
 
 
-def test_the_mesh_has_every_device_along_one_axis(four):
+def test_the_mesh_has_every_device(four):
     found, _ = four
-    assert found["devices"] == 4 and found["axes"] == ["data"]
+    assert found["devices"] == 4 and found["axes"] == ["data", "fsdp"]
 
 
 def test_a_batch_is_split_by_rows_in_order(four):

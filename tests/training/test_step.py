@@ -15,6 +15,8 @@ from mlpmixer_flax.config import INIT_HEADS, get_config, resolve
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.data.images import RESAMPLING
 from mlpmixer_flax.models import GELU, MlpMixer
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.dropout import dropout_by_image
 from mlpmixer_flax.training.evaluation import make_eval_step
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES, make_optimizer, make_schedule
@@ -22,6 +24,7 @@ from mlpmixer_flax.training.step import TrainState, init_state, make_preview_ste
 from mlpmixer_flax.training.validate import CHOICES
 
 CLASSES = 3
+MESH = sharding.make_mesh()
 QUICK = {
     "xla_backend_optimization_level": 0
 }  # compiles faster; compiling takes most of the time of these tests
@@ -77,7 +80,7 @@ def _make_run(values):
     schedule = make_schedule(config, total_steps=10, warmup_steps=warmup_steps)
     optimizer = make_optimizer(config, schedule)
     state = jax.eval_shape(lambda: start(model, optimizer, config))
-    update = make_train_step(model, optimizer, schedule, config)
+    update = make_train_step(model, optimizer, schedule, config, mesh=MESH)
     return jax.jit(update, compiler_options=QUICK), fill(state)
 
 
@@ -153,8 +156,8 @@ def build(config):
     model = tiny_model(config)
     state = jax.eval_shape(lambda: start(model, optimizer, config))
     batch = {**tiny_batch(), "image": np.zeros((8, 6, 6, 1), np.uint8)}  # resized to 8 px
-    jax.eval_shape(make_train_step(model, optimizer, schedule, config), state, batch)
-    jax.eval_shape(make_eval_step(model, config), state.params, batch)
+    jax.eval_shape(make_train_step(model, optimizer, schedule, config, mesh=MESH), state, batch)
+    jax.eval_shape(make_eval_step(model, config, mesh=MESH), state.params, batch)
 
 
 @pytest.mark.slow
@@ -361,30 +364,32 @@ def test_accumulated_microbatches_equal_the_whole_batch(values, microbatches):
 
 
 @pytest.mark.slow
-def test_microbatches_drop_different_units():
-    """Both microbatches have the same images: with the same dropout mask, their losses would be equal."""
+def test_every_image_has_its_own_draws_of_dropout_also_in_microbatches():
+    """All images are the same one, so that only the draws make their losses different."""
     values = {**DESCENT, "model.dropout_rate": 0.5}
-    two, state = make_run(**values, accumulation_steps=2)
-    half = tiny_batch(4)
-    double = {
-        name: np.repeat(rows, 2, axis=0) for name, rows in half.items()
-    }  # a microbatch: every second row
-    _, by_two = two(state, double)
-    model = tiny_model(config_with(**values))
-    images = np.float32(half["image"]) / 127.5 - 1
+    whole, state = make_run(**values)
+    two, _ = make_run(**values, accumulation_steps=2)
+    batch = {name: np.repeat(rows[:1], 8, axis=0) for name, rows in tiny_batch().items()}
+    model, image = tiny_model(config_with(**values)), np.float32(batch["image"][:1]) / 127.5 - 1
 
     @partial(jax.jit, compiler_options=QUICK)
-    def part_losses(params):
+    def losses(params):
         def loss(key):
-            logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-            return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), half["label"]])
+            with dropout_by_image(key[None]):
+                logits = model.apply(
+                    {"params": params}, image, train=True, rngs={"dropout": jax.random.key(0)}
+                )
+            return -jax.nn.log_softmax(logits)[0, batch["label"][0]]
 
         _, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
-        return jnp.stack([loss(key) for key in jax.random.split(dropout_key, 2)])
+        return jnp.stack([loss(key) for key in jax.random.split(dropout_key, 8)])
 
-    losses = part_losses(state.params)
-    assert abs(losses[0] - losses[1]) > 1e-3
-    np.testing.assert_allclose(by_two["loss"], np.mean(losses), rtol=1e-5)
+    by_image = losses(state.params)
+    assert len(set(by_image.tolist())) == 8
+    (after, metrics), (after_two, by_two) = whole(state, batch), two(state, batch)
+    np.testing.assert_allclose(metrics["loss"], np.mean(by_image), rtol=1e-5)
+    np.testing.assert_allclose(by_two["loss"], metrics["loss"], rtol=1e-5)
+    chex.assert_trees_all_close(after_two.params, after.params, rtol=1e-5, atol=1e-6)
 
 
 # Randomness
@@ -414,7 +419,7 @@ def test_the_preview_shows_the_images_that_the_first_update_sees():
     """The loss of these images is the loss that the first update reports."""
     update, state = make_run(**DESCENT, **SHIFTED)
     config, batch = config_with(**DESCENT, **SHIFTED), tiny_batch()
-    images = jax.jit(make_preview_step(config, num_classes=CLASSES), compiler_options=QUICK)(batch)
+    images = jax.jit(make_preview_step(config, num_classes=CLASSES, mesh=MESH), compiler_options=QUICK)(batch)
     assert images.dtype == np.uint8 and not np.array_equal(images, batch["image"])
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -473,7 +478,7 @@ def score(logits, labels, mask, *, loss="softmax"):
     images = np.full((n, 9), 255, np.uint8)
     images[:, :classes] = logits
     batch = {"image": images.reshape(n, 3, 3, 1), "label": np.int32(labels), "mask": np.array(mask)}
-    return jax.device_get(jax.jit(make_eval_step(FirstPixels(classes), config))({}, batch))
+    return jax.device_get(jax.jit(make_eval_step(FirstPixels(classes), config, mesh=MESH))({}, batch))
 
 
 def test_scores_are_sums_over_unmasked_rows_top1_and_top5_by_hand():
@@ -534,7 +539,7 @@ def test_evaluation_preprocesses_as_at_test_time_without_dropout_or_augmentation
         images = (augment.resize(middle, 8, "bilinear") / 255 - 0.2) / 0.5
         return model.apply({"params": params}, images)
 
-    sums = jax.jit(make_eval_step(model, config))(params, batch)
+    sums = jax.jit(make_eval_step(model, config, mesh=MESH))(params, batch)
     logits = np.float64(by_hand(params))
     np.testing.assert_allclose(
         sums["loss"], -log_softmax(logits)[np.arange(8), batch["label"]].sum(), rtol=1e-5

@@ -76,6 +76,12 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
             {"model__patches": {"size": (2.0, 2.0)}},
             "model.patches.size=.* has the wrong type: give a value such as",
         ),
+        ({"reproducible": 6}, "reproducible=6 is not a power of 2: choose 8, or 0 to turn it off"),
+        ({"mesh__fsdp": 0}, "mesh.fsdp=0 must be at least 1"),
+        (
+            {"reproducible": 8, "mesh__fsdp": 2},
+            "reproducible=8 needs a copy of the state on every device, but mesh.fsdp=2: set one of them",
+        ),
         ({"augment__randaugment_layers": 1, "augment__randaugment_ops": ()}, "randaugment_ops is empty"),
     ],
 )

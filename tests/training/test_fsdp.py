@@ -1,0 +1,153 @@
+"""Tests that a state divided over devices trains like one that every device has, in a process with eight CPU devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from mlpmixer_flax import fit, load_config
+from mlpmixer_flax.rundir import read_weights
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.setup import make_setup, settle, start_state
+
+out, found = Path(sys.argv[1]), {}
+VALUES = {
+    "batch_size": 32, "accumulation_steps": 2, "freeze": "stem", "ema_decay": 0.9, "model.num_blocks": 1,
+    "model.hidden_dim": 16, "model.tokens_mlp_dim": 8, "model.channels_mlp_dim": 32, "model.dropout_rate": 0.1,
+    "augment.mixup_alpha": 0.0, "optimizer.sam_rho": 0.05, "optimizer.weight_decay": 0.1,
+    "eval_every_steps": 10, "save_every_steps": 10,
+}
+
+def setup_of(**changes):
+    values = {**VALUES, "total_steps": 20, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return make_setup(settle(load_config("digits.py", values), {}))
+
+def rows_of(setup):
+    return sharding.put_batch(setup.train_batches[0], setup.mesh)
+
+# Placements, the bytes on each device, and which collectives the update has
+for fsdp in (1, 2, 8):
+    setup = setup_of(mesh__fsdp=fsdp, model__dtype="bfloat16", optimizer__sam_rho=0.0, accumulation_steps=1)
+    state = start_state(setup, None)
+    kernel = state.params["MixerBlock_0"]["channel_mixing"]["Dense_0"]["kernel"]
+    update = jax.jit(setup.update, out_shardings=(setup.placements, sharding.replicated(setup.mesh)))
+    lines = update.lower(state, rows_of(setup)).as_text().splitlines()
+    types = lambda name: [line.split("->")[-1] for line in lines_of(name)]
+    def lines_of(name):
+        # the result of an operation with a region stands on the line that ends the region
+        ends, inside = [], False
+        for line in lines:
+            inside = inside or f"stablehlo.{name}" in line
+            if inside and "->" in line:
+                ends.append(line)
+                inside = False
+        return ends
+    found[str(fsdp)] = {
+        "mesh": dict(setup.mesh.shape),
+        "kernel": [kernel.shape, kernel.addressable_shards[0].data.shape],
+        "bytes": [
+            sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards
+                if shard.device == device)
+            for device in jax.devices()
+        ],
+        "collectives": {name: types(name) for name in ("all_gather", "reduce_scatter", "all_reduce")},
+    }
+
+# Given weights end in their parts
+setup = setup_of(mesh__fsdp=8)
+given = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), setup.like.params)
+state = start_state(setup, given)
+found["given weights"] = {
+    "equal": all(np.array_equal(a, b) for tree in (state.params, state.ema)
+                 for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(given), strict=True)),
+    "placed": all(jax.tree.leaves(jax.tree.map(lambda x, like: x.sharding == like.sharding, state, setup.like))),
+}
+
+# Runs whose state is divided in another way at each start, and one that is not
+def run(name, parts):
+    for steps, fsdp in parts:
+        values = {**VALUES, "schedule.name": "constant", "total_steps": steps, "mesh.fsdp": fsdp}
+        scores = fit(load_config("digits.py", values), out / name)
+    return scores
+
+found["scores"] = [run("copies", [(30, 1)]), run("parts", [(10, 8), (20, 1), (30, 2)])]
+for name in ("copies", "parts"):
+    leaves = jax.tree_util.tree_leaves_with_path(read_weights(out / name)[1])
+    np.savez(out / f"{name}.npz", **{jax.tree_util.keystr(path): leaf for path, leaf in leaves})
+(out / "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("eight")
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(out)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return out, json.loads((out / "found.json").read_text()), done.stdout
+
+
+def test_kernels_are_divided_and_vectors_are_copied(eight):
+    _, found, _ = eight
+    assert [found[n]["mesh"] for n in "128"] == [
+        {"data": 8, "fsdp": 1},
+        {"data": 4, "fsdp": 2},
+        {"data": 1, "fsdp": 8},
+    ]
+    assert [found[n]["kernel"][1] for n in "128"] == [[16, 32], [8, 32], [2, 32]]
+
+
+def test_every_device_holds_its_part_of_the_state(eight):
+    _, found, _ = eight
+    vectors = 16 + 2 * (8 + 16) + 6 * 16 + 32 + 10  # not exact: fewer than these per copy
+    whole = found["1"]["bytes"][0]
+    for fsdp in (2, 8):
+        held = found[str(fsdp)]["bytes"]
+        assert len(set(held)) == 1
+        # Parameters, EMA and two moments of Adam
+        assert whole / fsdp < held[0] < whole / fsdp + 4 * 4 * vectors
+
+
+def test_gradients_are_summed_in_float32_and_scattered(eight):
+    _, found, _ = eight
+    copies, parts = found["1"]["collectives"], found["8"]["collectives"]
+    assert not copies["all_gather"] and not copies["reduce_scatter"] and copies["all_reduce"]
+    # The kernels: four of the block, and head, of which each axis divisible by 8 is; the stem is frozen.
+    assert len(parts["reduce_scatter"]) == 5 and len(parts["all_gather"]) == 6
+    types = [
+        kind for each in (copies, parts) for name in ("reduce_scatter", "all_reduce") for kind in each[name]
+    ]
+    assert all("f32" in kind and "bf16" not in kind for kind in types)
+
+
+def test_given_weights_go_straight_to_their_parts(eight):
+    assert eight[1]["given weights"] == {"equal": True, "placed": True}
+
+
+def test_a_divided_run_continues_with_copies_and_back_and_equals_a_run_with_copies(eight):
+    out, found, printed = eight
+    copies, parts = np.load(out / "copies.npz"), np.load(out / "parts.npz")
+    assert copies.files == parts.files
+    for name in copies.files:
+        # float32 sums in another order, over 30 updates with Adam
+        np.testing.assert_allclose(parts[name], copies[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    of_copies, of_parts = found["scores"]
+    assert of_copies.keys() == of_parts.keys() and of_copies["step"] == 30
+    assert of_parts["test/loss"] == pytest.approx(of_copies["test/loss"], rel=1e-4)
+    assert "continuing with mesh.fsdp=1 (was 8), total_steps=20 (was 10); updates stay the same" in printed
+    assert "continuing with mesh.fsdp=2 (was 1), total_steps=30 (was 20); updates stay the same" in printed
