@@ -7,7 +7,9 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,14 @@ import orbax.checkpoint as ocp
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
+from mlpmixer_flax.remote import fetch, url_of
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
+MARKER = (
+    "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
+)
+_STEP, _WEIGHTS = re.compile(r"checkpoints/(\d+)/"), re.compile(r"checkpoints/\d+/default/")
 _KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 
 
@@ -96,6 +103,30 @@ def accuracy_of(scores: Any) -> Accuracy | None:
         if isinstance(value, (int, float)):
             return Accuracy(value, scored)
     return None
+
+
+def fetch_run(workdir: Path) -> Path:
+    """Brings the copy of a remote run up to date, except for the weights, and returns it; does nothing for other paths.
+
+    The weights are copied when they are read. A folder that is no run is copied without its subfolders.
+
+    Raises:
+      UserError: nothing is there, or it cannot be read.
+    """
+    fetch(workdir, lambda names: [name for name in files_of_run(names) if not _WEIGHTS.match(name)])
+    if url_of(workdir):
+        for step in saved_steps(workdir):  # one that the run has deleted since
+            if not (workdir / "checkpoints" / str(step) / MARKER).exists():
+                shutil.rmtree(workdir / "checkpoints" / str(step))
+    return workdir
+
+
+def files_of_run(names: Collection[str]) -> list[str]:
+    """Returns, of the names of files in a run directory, those of the run itself and of complete checkpoints."""
+    complete = {match[1] for name in names if (match := _STEP.match(name)) and name == match[0] + MARKER}
+    return [
+        name for name in names if ("/" not in name or ((match := _STEP.match(name)) and match[1] in complete))
+    ]
 
 
 def is_run(workdir: Path) -> bool:
@@ -203,7 +234,7 @@ def _find_step(workdir: Path, which: str) -> int:
 
 
 def _restore(workdir: Path, step: int, which: str) -> dict[str, Any]:
-    folder = (workdir / "checkpoints" / str(step) / "default").absolute()
+    folder = fetch((workdir / "checkpoints" / str(step) / "default").absolute())
     with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         if which == "ema" and stored["ema"] is None:
