@@ -28,7 +28,6 @@ SCORED = ("validation", "test")  # what the names of scores begin with: "validat
 MARKER = (
     "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
 )
-_STEP, _WEIGHTS = re.compile(r"checkpoints/(\d+)/"), re.compile(r"checkpoints/\d+/default/")
 _KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 
 
@@ -106,14 +105,11 @@ def accuracy_of(scores: Any) -> Accuracy | None:
 
 
 def fetch_run(workdir: Path) -> Path:
-    """Brings the copy of a remote run up to date, except for the weights, and returns it; does nothing for other paths.
+    """Brings the copy of a remote run up to date, and returns its path; does nothing for other paths.
 
-    The weights are copied when they are read. A folder that is no run is copied without its subfolders.
-
-    Raises:
-      UserError: nothing is there, or it cannot be read.
+    Weights are copied when they are read. Of a folder that is no run, only the files in it are copied.
     """
-    fetch(workdir, lambda names: [name for name in files_of_run(names) if not _WEIGHTS.match(name)])
+    fetch(workdir, lambda names: [name for name in files_of_run(names) if "/default/" not in name])
     if url_of(workdir):
         for step in saved_steps(workdir):  # one that the run has deleted since
             if not (workdir / "checkpoints" / str(step) / MARKER).exists():
@@ -123,10 +119,9 @@ def fetch_run(workdir: Path) -> Path:
 
 def files_of_run(names: Collection[str]) -> list[str]:
     """Returns, of the names of files in a run directory, those of the run itself and of complete checkpoints."""
-    complete = {match[1] for name in names if (match := _STEP.match(name)) and name == match[0] + MARKER}
-    return [
-        name for name in names if ("/" not in name or ((match := _STEP.match(name)) and match[1] in complete))
-    ]
+    marker = re.compile(rf"checkpoints/\d+/{MARKER}")
+    complete = tuple(name.removesuffix(MARKER) for name in names if marker.fullmatch(name))
+    return [name for name in names if "/" not in name or name.startswith(complete)]
 
 
 def is_run(workdir: Path) -> bool:

@@ -5,22 +5,18 @@ writes files of this machine, as always, and this module uploads them:
 
 - A checkpoint's file `MARKER` is uploaded after all others and deleted first, so a checkpoint with it is complete.
 - A checkpoint that the run has deleted is deleted there only after the newer ones are complete there.
-- `in_use.json` is the lock. It is created only if it does not exist, in one request, and then written again every
-  few seconds. One that is no longer written belongs to a run that was killed.
+- `remote_lock` keeps other processes out.
 - `mirror.json` says which copy was uploaded last. A run that was killed before it had uploaded everything goes on from
   its own copy, unless another machine has gone on with the run since.
 """
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,16 +32,17 @@ from mlpmixer_flax.remote import (
     copy_of,
     download,
     explaining,
+    list_files,
     local_files,
     url_of,
 )
 from mlpmixer_flax.rundir import MARKER, files_of_run
 from mlpmixer_flax.training.processes import is_lead
+from mlpmixer_flax.training.remote_lock import LOCK, RENEW_SECONDS, RemoteLock, read_json, read_there
 
-RENEW_SECONDS = 10.0  # how often the lock is written
 UPLOAD_SECONDS = 30.0  # how often changed files are uploaded
-_LOCK, _STATE, _LOCAL_LOCK = "in_use.json", "mirror.json", "mirror.lock"
-_OWN = {_LOCK, _STATE, _LOCAL_LOCK, "in_use.lock"}  # not files of the run
+_STATE, _LOCAL_LOCK = "mirror.json", "mirror.lock"
+_OWN = {_STATE, _LOCAL_LOCK, LOCK, "in_use.lock"}  # not files of the run
 
 
 @contextlib.contextmanager
@@ -64,15 +61,33 @@ def mirrored(workdir: str | Path) -> Iterator[str | Path]:
         return
     copy = copy_of(url, folder=WORKING_COPIES)
     assert copy
-    mirror = _Mirror(url, copy)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mirror.lock())
-        stack.enter_context(_repeating(mirror.renew, seconds=RENEW_SECONDS, failed=mirror.report))
+        stack.enter_context(_alone(url, copy))
+        mirror = _Mirror(url, copy)
+        stack.enter_context(mirror.lock.held())
+        stack.enter_context(_repeating(mirror.lock.renew, seconds=RENEW_SECONDS, failed=mirror.report))
         with explaining(url):
             mirror.begin()
         stack.callback(mirror.end)
         stack.enter_context(_repeating(mirror.upload, seconds=UPLOAD_SECONDS, failed=mirror.report))
         yield copy
+
+
+@contextlib.contextmanager
+def _alone(url: str, copy: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out of the copy during the block; creates its folder."""
+    make_folder(copy)
+    lock = FileLock(copy / _LOCAL_LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{url} is in use by another process of this machine: wait until it ends, or choose another --workdir"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Mirror:
@@ -82,112 +97,33 @@ class _Mirror:
         self.url, self.copy = url, copy
         with explaining(url):
             self._fs, self._root = connect(url)
-        self._token = secrets.token_hex(8)  # of this process
-        self._state: dict[
-            str, Any
-        ] = {}  # "copy": name of this copy, "sent": file -> size and time when uploaded
-        self._lost = self._reported = False
-
-    # --- lock
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other processes out of the remote directory during the block."""
-        make_folder(self.copy)
-        lock = FileLock(self.copy / _LOCAL_LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self.url} is in use by another process of this machine: wait until it ends, or choose another --workdir"
-            ) from None
-        try:
-            self._state = _read(self.copy / _STATE)
-            self._state.setdefault("copy", secrets.token_hex(8))
-            with explaining(self.url):
-                self._take()
-            try:
-                yield
-            finally:
-                with contextlib.suppress(Exception):  # it becomes invalid by itself
-                    if self._owner().get("token") == self._token:
-                        self._fs.rm_file(self._path(_LOCK))
-        finally:
-            lock.release()
-
-    def _take(self) -> None:
-        if self._create_lock():
-            return
-        owner = self._owner()
-        # Only one process of this machine can be here, so the one that used this copy has ended.
-        if owner.get("copy") != self._state["copy"]:
-            seconds = 4 * RENEW_SECONDS
-            print(
-                f"{self.url} was in use by {_name(owner)}: waiting {seconds:.0f} s to see if it still is",
-                file=sys.stderr,
-                flush=True,
-            )
-            end = time.monotonic() + seconds
-            while (now := self._owner()) == owner and time.monotonic() < end:
-                time.sleep(RENEW_SECONDS / 4)
-            if now and now != owner:
-                raise self._in_use(now)
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(_LOCK))
-        if not self._create_lock():
-            raise self._in_use(self._owner())
-
-    def _create_lock(self) -> bool:
-        """Writes the lock if it does not exist; returns whether it did not."""
-        try:
-            self._fs.pipe_file(self._path(_LOCK), self._as_owner(), mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def _as_owner(self) -> bytes:
-        owner = {"process": os.getpid(), "host": socket.gethostname(), "token": self._token}
-        return json.dumps({**owner, "copy": self._state["copy"], "written_at": time.time()}).encode()
-
-    def _owner(self) -> dict[str, Any]:
-        """Returns what the lock says; {} if nobody has it."""
-        return self._read_there(_LOCK)
-
-    def _in_use(self, owner: dict[str, Any]) -> UserError:
-        return UserError(
-            f"{self.url} is in use by {_name(owner)}: wait until it ends, or choose another --workdir"
-        )
-
-    def renew(self) -> None:
-        """Writes the lock again. If another process has taken it, stops this run, as SIGTERM does."""
-        if self._is_lost():
-            if not self._lost:
-                self._lost = True
-                os.kill(os.getpid(), signal.SIGTERM)
-            return
-        self._fs.pipe_file(self._path(_LOCK), self._as_owner())
-
-    def _is_lost(self) -> bool:
-        return self._lost or self._owner().get("token") != self._token
-
-    # --- files
+        # "copy": name of this copy; "sent": name of each file -> its size and time when it was uploaded
+        self._state: dict[str, Any] = {"copy": secrets.token_hex(8), **read_json(copy / _STATE)}
+        self.lock = RemoteLock(url, copy=self._state["copy"])
+        self._reported = False
 
     def begin(self) -> None:
         """Makes the copy equal to the remote directory, unless the last upload came from it."""
-        if self._read_there(_STATE).get("copy") == self._state["copy"]:
-            return
+        if read_there(self._fs, self._path(_STATE)).get("copy") != self._state["copy"]:
+            self._copy_all()
+        names = list_files(self._fs, self._root).keys()
+        parts = names - {*files_of_run(names)}  # of checkpoints whose upload was interrupted
+        self._delete([name for name in parts if name.startswith("checkpoints/")])
+
+    def _copy_all(self) -> None:
         for path in self.copy.iterdir():
             if path.name != _LOCAL_LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         with contextlib.suppress(NothingThere):  # the run begins
             download(self.url, self.copy, lambda names: {*files_of_run(names)} - _OWN)
         self._state = {"copy": secrets.token_hex(8), "sent": self._look()}
-        self.renew()  # the lock has the name of the copy
+        self.lock.copy = self._state["copy"]
+        self.lock.renew()
         self._keep_state()
 
     def upload(self) -> None:
         """Uploads what has changed since the last time, and deletes what the run has deleted."""
-        if self._is_lost():
+        if self.lock.is_lost():
             return
         sent, now = self._state.get("sent", {}), self._look()
         changed = [name for name in now if sent.get(name) != now[name]]
@@ -218,26 +154,16 @@ class _Mirror:
         Raises:
           UserError: another process has taken the lock, or the rest cannot be uploaded.
         """
-        again = (
+        advice = (
             f"; to upload the rest of the run from {self.copy}, run the same command again on this machine"
         )
-        with explaining(self.url, again):
-            if not self._lost:
-                self._until_quiet(self.upload)
-            owner = self._owner()
-        if owner.get("token") != self._token:
-            raise UserError(
-                f"{_name(owner)} has taken {self.url} over, because this process could not reach it for a while: "
-                f"this run has stopped, and its files are in {self.copy}"
-            )
-
-    @staticmethod
-    def _until_quiet(work: Callable[[], None]) -> None:
-        """Calls a function again if a file disappears meanwhile."""
-        for _ in range(3):
-            with contextlib.suppress(FileNotFoundError):
-                return work()
-        work()
+        with explaining(self.url, advice):
+            if self.lock.is_lost():
+                raise UserError(
+                    f"{self.url} was deleted, or another process has taken it over, because this one could not reach it "
+                    f"for a while: the run has stopped, and its files are in {self.copy}"
+                )
+            self.upload()
 
     def report(self, error: Exception) -> None:
         """Says once that an upload has failed; a file that the run has deleted meanwhile is no failure."""
@@ -277,12 +203,6 @@ class _Mirror:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
 
-    def _read_there(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads(self._fs.cat_file(self._path(name)))
-        except (FileNotFoundError, ValueError):
-            return {}
-
 
 @contextlib.contextmanager
 def _repeating(
@@ -314,14 +234,3 @@ def _folder(name: str) -> str:
 
 def _is_marker(name: str) -> bool:
     return name == f"{_folder(name)}/{MARKER}"
-
-
-def _name(owner: dict[str, Any]) -> str:
-    return f"process {owner['process']} on {owner['host']}" if "host" in owner else "another process"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
