@@ -37,8 +37,9 @@ from mlpmixer_flax.remote import (
     url_of,
 )
 from mlpmixer_flax.rundir import MARKER, files_of_run
+from mlpmixer_flax.training import remote_lock
 from mlpmixer_flax.training.processes import is_lead
-from mlpmixer_flax.training.remote_lock import LOCK, RENEW_SECONDS, RemoteLock, read_json, read_there
+from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_json, read_there
 
 UPLOAD_SECONDS = 30.0  # how often changed files are uploaded
 _STATE, _LOCAL_LOCK = "mirror.json", "mirror.lock"
@@ -65,7 +66,7 @@ def mirrored(workdir: str | Path) -> Iterator[str | Path]:
         stack.enter_context(_alone(url, copy))
         mirror = _Mirror(url, copy)
         stack.enter_context(mirror.lock.held())
-        stack.enter_context(_repeating(mirror.lock.renew, seconds=RENEW_SECONDS, failed=mirror.report))
+        stack.enter_context(_repeating(mirror.lock.renew, seconds=remote_lock.RENEW_SECONDS, failed=mirror.report))
         with explaining(url):
             mirror.begin()
         stack.callback(mirror.end)
