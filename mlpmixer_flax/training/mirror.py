@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def mirrored(workdir: str | Path) -> Iterator[str | Path]:
         stack.enter_context(_alone(url, copy))
         mirror = _Mirror(url, copy)
         stack.enter_context(mirror.lock.held())
-        stack.enter_context(_repeating(mirror.lock.renew, seconds=remote_lock.RENEW_SECONDS, failed=mirror.report))
+        stack.enter_context(
+            _repeating(mirror.lock.renew, seconds=remote_lock.RENEW_SECONDS, failed=mirror.report)
+        )
         with explaining(url):
             mirror.begin()
         stack.callback(mirror.end)
@@ -117,37 +119,35 @@ class _Mirror:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         with contextlib.suppress(NothingThere):  # the run begins
             download(self.url, self.copy, lambda names: {*files_of_run(names)} - _OWN)
-        self._state = {"copy": secrets.token_hex(8), "sent": self._look()}
-        self.lock.copy = self._state["copy"]
+        self.lock.copy = self._state["copy"] = secrets.token_hex(8)
         self.lock.renew()
-        self._keep_state()
+        self._keep_state(self._look())
 
     def upload(self) -> None:
         """Uploads what has changed since the last time, and deletes what the run has deleted."""
         if self.lock.is_lost():
             return
         sent, now = self._state.get("sent", {}), self._look()
-        changed = [name for name in now if sent.get(name) != now[name]]
-        # A folder that the run deletes at this moment may have lost only some of its files.
-        gone = {_folder(name) for name in sent if name not in now} - {""}
-        gone_names = [name for name in sent if _folder(name) in gone or name not in now]
-        now = {name: value for name, value in now.items() if name not in gone_names}
-        changed = [name for name in changed if name in now]
-        if not changed and not gone_names:
+        fresh = {name for name in now if sent.get(name) != now[name]}
+        again = ({*map(_folder, fresh)} & {*map(_folder, sent)}) - {""}  # checkpoints that were saved again
+        fresh |= {name for name in now if _folder(name) in again}
+        # A checkpoint that the run deletes at this moment may have lost only some of its files.
+        deleting = {_folder(name) for name in sent.keys() - now} - again - {""}
+        gone = {name for name in sent if name not in now or _folder(name) in deleting}
+        if not fresh and not gone:
             return
-        again = {_folder(name) for name in changed if name in sent} - {""}
-        changed += [name for name in now if _folder(name) in again and name not in changed]
-        self._delete([name for name in changed if name in sent and _is_marker(name)])
-        self._state["sent"] = sent | dict.fromkeys(changed)  # so that a part of a checkpoint is found again
-        self._keep_state()
+        replaced = {name for name in sent if _folder(name) in again}
+        self._delete([*filter(_is_marker, replaced), *(replaced - now.keys())])
+        self._keep_state(sent | dict.fromkeys(fresh))  # so that parts of a checkpoint are found again
         whose = {"copy": self._state["copy"], "host": socket.gethostname(), "folder": str(self.copy)}
         self._fs.pipe_file(self._path(_STATE), json.dumps(whose).encode())
-        for markers in (False, True):
-            self._put([name for name in changed if _is_marker(name) == markers])
-        for markers in (True, False):
-            self._delete([name for name in gone_names if _is_marker(name) == markers])
-        self._state["sent"] = now
-        self._keep_state()
+        self._put(sorted(name for name in fresh if not _is_marker(name)))
+        later = self._look()
+        if any(later.get(name) != now[name] for name in fresh if _folder(name)):
+            return  # the run has begun to delete one of them
+        self._put(sorted(filter(_is_marker, fresh)))
+        self._delete(sorted(gone - replaced, key=_is_marker, reverse=True))
+        self._keep_state({name: value for name, value in now.items() if _folder(name) not in deleting})
 
     def end(self) -> None:
         """Uploads the rest.
@@ -178,9 +178,9 @@ class _Mirror:
             flush=True,
         )
 
-    def _look(self) -> dict[str, list[int]]:
+    def _look(self) -> dict[str, list[int] | None]:
         """Returns name -> size and time of the files of the run in the copy."""
-        found = {}
+        found: dict[str, list[int] | None] = {}
         for name in {*files_of_run(local_files(self.copy))} - _OWN:
             with contextlib.suppress(FileNotFoundError):
                 status = (self.copy / name).stat()
@@ -188,7 +188,8 @@ class _Mirror:
                     found[name] = [status.st_size, status.st_mtime_ns]
         return found
 
-    def _keep_state(self) -> None:
+    def _keep_state(self, sent: dict[str, list[int] | None]) -> None:
+        self._state["sent"] = sent
         with replacing(self.copy / _STATE) as file:
             file.write(json.dumps(self._state).encode())
 
@@ -199,7 +200,7 @@ class _Mirror:
         if names:
             self._fs.put([str(self.copy / name) for name in names], [self._path(name) for name in names])
 
-    def _delete(self, names: list[str]) -> None:
+    def _delete(self, names: Iterable[str]) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(name))
