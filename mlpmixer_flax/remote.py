@@ -22,13 +22,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import pass_on
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # also s3:/bucket: pathlib turns // into /
-_NOT_REMOTE = {
-    "file",
-    "local",
-    "data",
-    "http",
-    "https",
-}  # known to fsspec, but no place for files of this package
+_NOT_REMOTE = {"file", "local", "data", "http", "https", "ftp"}  # fsspec knows them too
 _COPIES, WORKING_COPIES = "remote", "runs"  # folders of the cache; training writes to the second
 _CHUNK = 128  # files that are copied at a time
 _MIB = 2**20

@@ -71,6 +71,7 @@ def test_a_local_path_and_a_web_address_are_not_remote(tmp_path, monkeypatch):
         "https://a.b/c",
         "file:///a",
         "x://a/b",
+        "xyz://a/b",
     ):
         assert copy_of(path) is None
     assert url_of(Path("runs/a")) is None and shown(Path("runs/a")) == "runs/a"
