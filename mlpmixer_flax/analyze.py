@@ -48,6 +48,7 @@ from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
 from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.remote import publish, shown
 from mlpmixer_flax.rundir import accuracy_of
 from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
@@ -210,7 +211,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.shuffled = _config_to_shuffle(arguments)
     model = load_model(arguments)
     make_folder(arguments.output)
-    print(f"{model.name}, files in {arguments.output}:", flush=True)
+    print(f"{model.name}, files in {shown(arguments.output)}:", flush=True)
     asked_for = {*arguments.parts} | ({"fewshot"} if arguments.dataset else set())
     for name in [part for part in _PARTS if part in arguments.parts] or list(_PARTS)[:-1]:
         try:
@@ -219,6 +220,7 @@ def _run(arguments: argparse.Namespace) -> None:
             if name in asked_for:
                 raise
             print(f"{name}: left out, because {error}", flush=True)
+    publish(arguments.output)
     if not arguments.parts:
         print("shuffle: not run, because it trains three models: add shuffle to the command")
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.files import is_url
+from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.faults import explain, start_devices
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
-from mlpmixer_flax.rundir import default_checkpoint, describe_weights
+from mlpmixer_flax.remote import copy_of
+from mlpmixer_flax.rundir import default_checkpoint, describe_weights, fetch_run
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.weights.source import named_run
@@ -40,15 +41,20 @@ def make_parser(
 def path(text: str) -> Path:
     """Returns the path that an option gives, with "~" expanded; the `type` of every option that is a path.
 
+    Of a remote path, such as s3://bucket/run, it is the place of its copy; nothing is copied yet.
+
     Raises:
-      argparse.ArgumentTypeError: it is empty, a URL such as gs://bucket/run, or there is no such home directory.
+      argparse.ArgumentTypeError: it is empty, a URL such as https://example.org, or there is no such home directory.
     """
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a path")
-    if is_url(text) and not os.path.lexists(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is a URL: give a path on this machine")
     try:
+        if copy := copy_of(text):
+            return copy
+        check_no_url(text, name="")
         return Path(text).expanduser()
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({error}): give another path") from None
 
@@ -89,6 +95,7 @@ def load_model(arguments: argparse.Namespace) -> Model:
         if run is None:
             return load(arguments.weights)
         workdir, checkpoint = run
+    workdir = fetch_run(workdir)
     checkpoint = checkpoint or default_checkpoint(workdir)
     model = load_run(workdir, checkpoint)
     print(f"using {describe_weights(workdir, checkpoint, step=model.step or 0)}", flush=True)

@@ -29,7 +29,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,6 +47,7 @@ from mlpmixer_flax.cli import (
     named_dataset,
     path,
 )
+from mlpmixer_flax.data.files import absolute
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.inference import figures
 from mlpmixer_flax.inference.classes import in_words
@@ -63,6 +63,7 @@ from mlpmixer_flax.inference.scores import (
     per_class,
     score_images,
 )
+from mlpmixer_flax.remote import publish, shown
 from mlpmixer_flax.rundir import default_checkpoint
 from mlpmixer_flax.text import pad, printable, shorten
 from mlpmixer_flax.training.evaluation import evaluate
@@ -157,9 +158,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "mistakes": list_mistakes(rows, examples, names),
     }
     write_scores(output, found, rows=rows, examples=examples)
+    publish(output)
     print(_as_text(found))
     print(
-        f"in {printable(str(output))}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
+        f"in {printable(shown(output))}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
     )
 
 
@@ -193,7 +195,7 @@ def _as_name(text: str) -> str:
 def _with_absolute_path(dataset: str) -> str:
     """Returns the name of a dataset as a run stores it: the path of a folder is valid from any directory."""
     kind, colon, folder = dataset.partition(":")
-    return f"{kind}:{os.path.abspath(os.path.expanduser(folder))}" if kind == "folder" and colon else dataset
+    return f"{kind}:{absolute(folder)}" if kind == "folder" and colon else dataset
 
 
 def _subject(found: Mapping[str, Any]) -> str:

@@ -55,9 +55,10 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError, __version__
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import add_model, exit_status, load_model, make_parser, path
-from mlpmixer_flax.data.files import is_url
+from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.remote import copy_of, publish, shown
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
@@ -91,7 +92,7 @@ def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> li
         file.write(exported.serialize())
         bar.update()
     return [
-        f"class names and preprocessing -> {beside}",
+        f"class names and preprocessing -> {shown(beside)}",
         f"takes images uint8 (b, {size_px}, {size_px}, {model.channels}), on {', '.join(PLATFORMS)}: "
         "--help shows how to use the file",
     ]
@@ -109,8 +110,9 @@ def export(model: Model, output: str | os.PathLike[str], *, format: str) -> list
     """
     if format not in FORMATS:
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(FORMATS)}")
-    if is_url(os.fspath(output)):
-        raise UserError(f"{os.fspath(output)!r} is a URL: give a path on this machine")
+    if copy := copy_of(output):
+        output = copy
+    check_no_url(os.fspath(output), name="output")
     output = Path(os.path.expanduser(output))
     make_folder(output.parent)
     metadata: dict[str, Any] = {
@@ -129,12 +131,13 @@ def export(model: Model, output: str | os.PathLike[str], *, format: str) -> list
         notes = write_stablehlo(output, model, metadata=metadata)
     else:
         notes = WRITERS[format](output, model.params, metadata=metadata)
+    publish(*[file for file in (output, Path(f"{output}.json")) if file.exists()])
     if format == "safetensors" and model.module.gelu == "tanh":
         notes.append(
             "in timm, create the model with act_layer=timm.layers.GELUTanh, because the weights were trained with "
             "tanh GELU"
         )
-    return [f"{name} -> {output} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
+    return [f"{name} -> {shown(output)} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
 
 
 def _sizes(module: MlpMixer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ the other files. The exit status is then 1, or 2 if no file could be used.
 import argparse
 import contextlib
 import csv
+import dataclasses
 import glob
 import io
 import json
@@ -23,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from rich.cells import cell_len
 from tqdm import tqdm
@@ -35,6 +37,7 @@ from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
+from mlpmixer_flax.remote import url_of
 from mlpmixer_flax.text import listed, pad, printable, shorten, shorten_start
 from mlpmixer_flax.training.launch import check_alone
 
@@ -58,11 +61,11 @@ def find_files(path: str | os.PathLike[str]) -> list[str]:
     """Returns the files that a path stands for, in a fixed order.
 
     A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for
-    the files that match it, and any other path for itself. Says on stderr if a folder has images in a format that
-    cannot be read here.
+    the files that match it, and any other path for itself. A remote path stands for the files of its copy. Says on
+    stderr if a folder has images in a format that cannot be read here.
 
     Raises:
-      UserError: no such file exists, a folder cannot be read or has no images, or the path is a URL.
+      UserError: no such file exists, a folder cannot be read or has no images, or the path is a URL of a web page.
     """
     folder = path = local_path(path, name="image")
     while folder and not os.path.lexists(folder):
@@ -140,7 +143,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     with contextlib.redirect_stdout(sys.stderr):  # notes about the weights are not predictions
         model = load_model(arguments)
-    header, show = _output_format(arguments.form, list(files), in_words(model.class_names))
+    names = {file: url_of(Path(file)) or file for file in files}
+    header, show = _output_format(arguments.form, list(names.values()), in_words(model.class_names))
     if header:
         print(header, flush=True)
     predictions = predict(model, list(files), top=arguments.top, batch_size=arguments.batch_size)
@@ -151,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
             tqdm.write(f"error: {prediction.flaw}", file=sys.stderr)
             all_usable = False
         else:
-            tqdm.write(show(prediction))
+            tqdm.write(show(dataclasses.replace(prediction, image=names[prediction.image])))
             sys.stdout.flush()
             usable += 1
     return 2 if not usable else 0 if all_usable else 1

@@ -7,8 +7,10 @@ import contextlib
 import json
 import logging
 import os
+import re
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +24,13 @@ from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
 from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.remote import fetch, url_of
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
+MARKER = (
+    "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
+)
 _KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 
 
@@ -99,6 +105,26 @@ def accuracy_of(scores: Any) -> Accuracy | None:
         if isinstance(value, (int, float)):
             return Accuracy(value, scored)
     return None
+
+
+def fetch_run(workdir: Path) -> Path:
+    """Brings the copy of a remote run up to date, and returns its path; does nothing for other paths.
+
+    Weights are copied when they are read. Of a folder that is no run, only the files in it are copied.
+    """
+    fetch(workdir, lambda names: [name for name in files_of_run(names) if "/default/" not in name])
+    if url_of(workdir):
+        for step in saved_steps(workdir):  # one that the run has deleted since
+            if not (workdir / "checkpoints" / str(step) / MARKER).exists():
+                shutil.rmtree(workdir / "checkpoints" / str(step))
+    return workdir
+
+
+def files_of_run(names: Collection[str]) -> list[str]:
+    """Returns, of the names of files in a run directory, those of the run itself and of complete checkpoints."""
+    marker = re.compile(rf"checkpoints/\d+/{MARKER}")
+    complete = tuple(name.removesuffix(MARKER) for name in names if marker.fullmatch(name))
+    return [name for name in names if "/" not in name or name.startswith(complete)]
 
 
 def is_run(workdir: Path) -> bool:
@@ -220,7 +246,7 @@ def _find_step(workdir: Path, which: str) -> int:
 
 
 def _restore(workdir: Path, step: int, which: str) -> dict[str, Any]:
-    folder = (workdir / "checkpoints" / str(step) / "default").absolute()
+    folder = fetch((workdir / "checkpoints" / str(step) / "default").absolute())
     with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         if which == "ema" and stored["ema"] is None:

@@ -28,7 +28,8 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_distributed, exit_status, make_parser, path
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.faults import pass_on
-from mlpmixer_flax.rundir import read_config
+from mlpmixer_flax.remote import NothingThere, shown
+from mlpmixer_flax.rundir import fetch_run, read_config
 from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.launch import start
@@ -106,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except Interrupted as stop:
         name = signal.Signals(stop.number).name
         print(
-            f"{name}: saved step {stop.step}; the same command with --workdir={workdir} continues from there"
+            f"{name}: saved step {stop.step}; the same command with --workdir={shown(workdir)} continues from there"
         )
         return 128 + stop.number
     return 0
@@ -121,7 +122,10 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     if arguments.config:
         return config
     chosen = suit_folder(config.dataset.removeprefix("folder:"), backend=jax.default_backend())
-    stored = flatten(ConfigDict(read_config(arguments.workdir))) if arguments.workdir else {}
+    stored = {}
+    if arguments.workdir:
+        with contextlib.suppress(NothingThere):
+            stored = flatten(ConfigDict(read_config(fetch_run(arguments.workdir))))
     changes = [f"--config.{key}={stored.get(key, value)}" for key, value in chosen.items()]
     given = [argument.partition("=")[0] for argument in overrides]
     shown = [change.removeprefix("--config.") for change in changes if change.partition("=")[0] not in given]

@@ -1,8 +1,14 @@
 """Fixtures of several files of tests, and one compilation cache for all processes of a test run."""
 
+import contextlib
 import os
+import secrets
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -37,6 +43,43 @@ def photos(tmp_path_factory):
 
     examples = {"train": [photo(i) for i in range(40)], "test": [photo(i) for i in range(9)]}
     return write_dataset(tmp_path_factory.mktemp("photos"), "photos", examples)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The address of an S3 server on this machine; without moto and s3fs, its tests are skipped."""
+    pytest.importorskip("moto")
+    s3fs = pytest.importorskip("s3fs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while server.poll() is None:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.05)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def bucket(s3_server, tmp_path, monkeypatch):
+    """The address of an empty bucket, "s3://bucket-7"; with an empty cache, as on a new machine."""
+    import fsspec
+
+    names = {"AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for name, value in {**names, "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    name = f"bucket-{secrets.token_hex(4)}"
+    fsspec.filesystem("s3").mkdir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="module")

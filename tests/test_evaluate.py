@@ -350,7 +350,7 @@ def test_class_names_that_are_not_text_are_written_with_escapes(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("output", "message"), [("gs://bucket/scores", "'gs://bucket/scores' is a URL"), ("", "it is empty")]
+    ("output", "message"), [("https://a.b/scores", "'https://a.b/scores' is a URL"), ("", "it is empty")]
 )
 def test_an_output_that_is_no_path_is_refused_before_anything_is_read(
     output, message, tmp_path, monkeypatch, capsys

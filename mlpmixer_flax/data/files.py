@@ -6,13 +6,15 @@ import importlib
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from PIL import Image
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.remote import copy_of, fetch
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also gs:/bucket: pathlib turns // into /
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also s3:/bucket: pathlib turns // into /
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LEFT_BEHIND = {"__MACOSX", "@eaDir"}  # folders that macOS and Synology create, with copies of images
 # Pillow knows these formats, but cannot decode them or starts another program for it.
@@ -54,26 +56,41 @@ _KINDS = [
 
 
 def local_path(path: str | os.PathLike[str], *, name: str) -> str:
-    """Returns a path with "~" expanded.
+    """Returns a path with "~" expanded; of a remote path, such as s3://bucket/photos, that of its copy.
+
+    The remote path is looked up, and copied if it is new or has changed, once per process.
 
     Args:
-      name: what the path is, for the message: "folder" or "data_dir".
+      name: what the path is, for the message: "folder" or "image".
 
     Raises:
-      UserError: the path is a URL, such as gs://bucket/photos.
+      UserError: the path is another URL, such as https://example.org/photos, or the copy cannot be made.
     """
     path = os.fspath(path)
-    if is_url(path) and not os.path.lexists(path):
-        raise UserError(
-            f"{name} {path!r} is a URL, and only local paths can be read: copy the data to this machine, or "
-            "mount it, and give the path there"
-        )
+    if copy := copy_of(path):
+        return fetch_once(copy)
+    check_no_url(path, name=name)
     return os.path.expanduser(path)
 
 
-def is_url(path: str) -> bool:
-    """Returns whether a path begins like a URL: gs://, s3://, https://."""
-    return _URL.match(path) is not None
+@functools.cache
+def fetch_once(copy: Path) -> str:
+    """Returns the path of a copy, after it has been brought up to date, if this process has not done so already."""
+    return str(fetch(copy))
+
+
+def check_no_url(path: str, *, name: str) -> None:
+    """Raises UserError if a path is a URL; `name` says what it is, for the message."""
+    if _URL.match(path) and not os.path.lexists(path):
+        raise UserError(
+            f"{name} {path!r} is a URL, and only local paths and those such as s3://bucket/folder can be used: copy it to "
+            "this machine, and give the path there".lstrip()
+        )
+
+
+def absolute(path: str) -> str:
+    """Returns a path that is valid from any directory; a remote path as it is."""
+    return path if copy_of(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def is_archive(path: str) -> bool:

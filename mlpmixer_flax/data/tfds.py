@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.files import is_archive, local_path
+from mlpmixer_flax.data.files import check_no_url, fetch_once, is_archive
 from mlpmixer_flax.data.images import MODES, first_line
 from mlpmixer_flax.data.splits import (
     DatasetInfo,
@@ -26,8 +26,10 @@ from mlpmixer_flax.data.splits import (
     read_split,
 )
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.remote import copy_of, fetch
 from mlpmixer_flax.text import listed, printable, quoted
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in the names of the files with examples
 # tfds.core.DatasetBuilder; TFDS types its features so widely that nothing can be read from them
 Builder = Any
 
@@ -150,7 +152,9 @@ def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
     Raises:
       UserError: the dataset is unknown, or not prepared and cannot be prepared here; or it or data_dir is a URL.
     """
-    local_path(dataset, name="dataset")
+    if copy_of(dataset):
+        raise UserError(f"dataset {dataset!r} is not a TFDS name: did you mean 'folder:{dataset}'?")
+    check_no_url(dataset, name="dataset")
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
@@ -158,10 +162,19 @@ def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
     if name == "digits":
         data_dir = str(Path(__file__).parent)  # embedded in the package
     data_dir = os.fspath(data_dir) or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    data_dir = local_path(data_dir, name="data_dir")
+    copy = copy_of(data_dir)
+    if copy:  # of the dataset in it, but not yet of its examples, because it may have several versions
+        data_dir = copy
+        fetch(copy / name, lambda names: [name for name in names if not _SHARD.search(name)])
+    else:
+        check_no_url(data_dir, name="data_dir")
+        data_dir = os.path.expanduser(data_dir)
     try:
         # Prepared files first: TFDS's code for a dataset may import TensorFlow and knows only one version.
-        return builder_from_files(dataset, data_dir=data_dir)
+        builder = builder_from_files(dataset, data_dir=data_dir)
+        if copy:
+            fetch_once(Path(builder.data_dir))
+        return builder
     except tfds.core.DatasetNotFoundError:
         pass
     except Exception as error:

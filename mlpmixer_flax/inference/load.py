@@ -17,7 +17,8 @@ from mlpmixer_flax.inference.classes import imagenet_names, numbers
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import open_run
+from mlpmixer_flax.remote import copy_of, shown
+from mlpmixer_flax.rundir import fetch_run, open_run
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.weights import source as weight_source
 from mlpmixer_flax.weights.adapt import sizes_of
@@ -55,10 +56,10 @@ def load(source: str | Path, *, checkpoint: str | int | None = None) -> Model:
 
 def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
     """Returns the model of a run directory; arguments and errors are those of `load`."""
-    workdir = Path(os.path.expanduser(workdir))
+    workdir = fetch_run(copy_of(workdir) or Path(os.path.expanduser(workdir)))
     run = open_run(workdir, checkpoint)
     return Model(
-        name=str(workdir),
+        name=shown(workdir),
         module=MlpMixer(num_classes=len(run.class_names), **run.config["model"]),
         params=run.params,
         preprocess=run.config["preprocess"],

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, ConfigDict, get_config, in_steps, resolve
-from mlpmixer_flax.data.files import is_url
+from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.rundir import read_class_names, saved_steps
 from mlpmixer_flax.training.optimizer import make_schedule
 
@@ -32,10 +32,7 @@ def usable_workdir(workdir: str | Path) -> Path:
     """
     if not str(workdir):
         raise UserError("the run directory has an empty name: give one, such as --workdir=runs/photos")
-    if is_url(str(workdir)):
-        raise UserError(
-            f"cannot write to workdir {str(workdir)!r}, because it is a URL: choose a directory of this machine"
-        )
+    check_no_url(str(workdir), name="workdir")
     if os.fsencode(workdir).decode(errors="replace") != str(workdir):
         raise UserError(f"cannot use workdir {str(workdir)!r}: its name is not valid UTF-8; choose another")
     try:

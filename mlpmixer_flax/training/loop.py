@@ -19,6 +19,7 @@ from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.class_counts import describe_classes
 from mlpmixer_flax.data.examples import count_overlap
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, check_workers, iterate
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import accuracy_of, read_config, saved_steps, write_run
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, record, sharding
@@ -27,6 +28,7 @@ from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
 from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
 from mlpmixer_flax.training.intervals import Best
 from mlpmixer_flax.training.lock import RunLock
+from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.processes import (
     check_same,
@@ -60,7 +62,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
 
     Args:
       config: from `load_config`, or from `get_config` and changed.
-      workdir: the run directory; it is created if it does not exist. In a run with several processes, the first
+      workdir: the run directory, which may be remote; it is created if it does not exist. In a run with several processes, the first
         one decides.
       distributed: how to find the other processes of the run, see `launch.start`. If one of them fails after the
         start, all end.
@@ -80,7 +82,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
     """
     started = time.monotonic()
     launch.start(distributed)
-    with together():
+    with together(), mirrored(workdir) as workdir:
         workdir = _agree_on_workdir(workdir)
         with advising(workdir), closing(RunLock(workdir)) as lock:
             stored = from_lead(lambda: read_config(workdir))
@@ -89,7 +91,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
             with closing(folder) as checkpoints, ending_all(), advising(workdir):
                 start, state = checkpoints.restore(setup.like)
                 if start:
-                    print(f"continuing from step {start} of {workdir}", flush=True)
+                    print(f"continuing from step {start} of {shown(workdir)}", flush=True)
                 per_epoch = setup.steps_per_epoch
                 line = continuing.describe_length(
                     stored, setup.config, start=start, steps_per_epoch=per_epoch
@@ -314,7 +316,7 @@ def _describe(setup: Setup, workdir: Path) -> None:
         print(why_cpu())
     print(
         f"{total_steps:,} steps ({total_steps / setup.steps_per_epoch:.4g} epochs) of {config.batch_size} images "
-        f"on {setup.mesh.size} x {jax.devices()[0].device_kind},\n  in {printable(str(workdir))}",
+        f"on {setup.mesh.size} x {jax.devices()[0].device_kind},\n  in {printable(shown(workdir))}",
         flush=True,
     )
 
@@ -331,6 +333,6 @@ def _finish(workdir: Path, best: BestCheckpoint | None, *, seconds: float) -> di
     if best:
         percent = f"{best.accuracy.value:.2%}"
         print(f"best: {percent} at step {best.step}; predict, evaluate and export use this checkpoint")
-    print(f"in {printable(str(workdir))}: checkpoints, metrics.jsonl, config, class names")
-    print(f"curves: python -m mlpmixer_flax.analyze --workdir={workdir}")
+    print(f"in {printable(shown(workdir))}: checkpoints, metrics.jsonl, config, class names")
+    print(f"curves: python -m mlpmixer_flax.analyze --workdir={shown(workdir)}")
     return last

@@ -1,6 +1,5 @@
 """Sets up a run: from a config to data, model and step functions, before anything is written."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
+from mlpmixer_flax.data.files import absolute
 from mlpmixer_flax.data.folders import folder_parts
 from mlpmixer_flax.data.tfds import tfds_parts
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
@@ -124,12 +124,8 @@ def to_store(config: ConfigDict) -> dict[str, Any]:
     """Returns the config as a run stores it: with absolute paths of data, valid from any directory."""
     dataset, data_dir = config.dataset, config.data_dir
     if dataset.startswith("folder:"):
-        dataset = f"folder:{_absolute(dataset.removeprefix('folder:'))}"
-    return {**config.to_dict(), "dataset": dataset, "data_dir": data_dir and _absolute(data_dir)}
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+        dataset = f"folder:{absolute(dataset.removeprefix('folder:'))}"
+    return {**config.to_dict(), "dataset": dataset, "data_dir": data_dir and absolute(data_dir)}
 
 
 def make_setup(config: ConfigDict) -> Setup:

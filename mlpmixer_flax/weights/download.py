@@ -18,6 +18,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError, __version__
+from mlpmixer_flax.remote import cache_dir
 
 TIMEOUT_SECONDS = 30
 PAUSES_SECONDS = (1, 2, 4)  # before each new try after the connection dropped
@@ -45,22 +46,6 @@ class _Version(NamedTuple):
 
 class _Dropped(Exception):
     """The connection broke before the end; the message says how."""
-
-
-def cache_dir() -> Path:
-    """Returns the directory of the cache, which may not exist yet.
-
-    $MLPMIXER_CACHE, else $XDG_CACHE_HOME/mlpmixer-flax, else ~/.cache/mlpmixer-flax.
-
-    Raises:
-      UserError: there is no such home directory.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.environ.get("MLPMIXER_CACHE") or f"{base}/mlpmixer-flax")
-    try:
-        return folder.expanduser()
-    except RuntimeError:
-        raise UserError(f"no home directory found for {folder}: set MLPMIXER_CACHE to a directory") from None
 
 
 def cache_file(url: str) -> Path:

@@ -10,7 +10,15 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import check_reachable
-from mlpmixer_flax.rundir import default_checkpoint, describe_weights, is_run, open_run, read_config
+from mlpmixer_flax.remote import NothingThere, copy_of, shown
+from mlpmixer_flax.rundir import (
+    default_checkpoint,
+    describe_weights,
+    fetch_run,
+    is_run,
+    open_run,
+    read_config,
+)
 from mlpmixer_flax.weights import hub, suggestions, timm_config
 from mlpmixer_flax.weights.adapt import Params, adapt
 from mlpmixer_flax.weights.catalog import PUBLISHED, Published
@@ -165,7 +173,7 @@ def _open_run(named: NamedRun) -> Weights:
     run = open_run(named.workdir, checkpoint)
     flat: dict[str, Any] = flatten_dict(run.params, sep="/")
     return Weights(
-        name=str(named.workdir),
+        name=shown(named.workdir),
         shapes={name: array.shape for name, array in flat.items()},
         unknown=(),
         metadata={
@@ -191,7 +199,7 @@ def _open_folder(folder: Path) -> Weights:
     read_config(folder)  # raises an error if its config.json is damaged
     what = f"{folder} is neither a run directory nor a folder of weights with a {hub.WEIGHTS_FILE}"
     if folder.parent.name == "checkpoints" and is_run(folder.parent.parent):
-        raise UserError(f"{what}, but a checkpoint: give {folder.parent.parent}@{folder.name}")
+        raise UserError(f"{what}, but a checkpoint: give {shown(folder.parent.parent)}@{folder.name}")
     if f"{hub.WEIGHTS_FILE}.index.json" in files:
         raise UserError(f"{what}: join the parts of its weights into one file")
     for name in files:
@@ -222,12 +230,14 @@ def _synonym(source: str | Path) -> str:
 
 
 def _existing(source: str) -> Path | None:
-    """Returns the path that a source is, if it exists."""
+    """Returns the path that a source is, if it exists; of a remote path, that of its copy."""
     try:
+        if (copy := copy_of(source)) and not suggestions.for_address(source):
+            return fetch_run(copy)
         path = Path(source).expanduser()
         check_reachable(path)
         return path if source and path.exists() else None
-    except (OSError, RuntimeError):  # the name is too long, or ~ has no home directory
+    except (NothingThere, OSError, RuntimeError):  # the name is too long, or ~ has no home directory
         return None
 
 

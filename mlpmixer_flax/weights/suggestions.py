@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from mlpmixer_flax.remote import copy_of
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
 _LISTED = "python -m mlpmixer_flax.pretrained lists"
@@ -29,16 +30,14 @@ def for_address(source: str) -> str:
     if source.startswith("gs://"):
         path = source.removeprefix("gs://")
         names = _near(path.removeprefix("mixer_models/")) if path.startswith("mixer_models/") else []
-        address = f"{_GOOGLE}{path}"
-        published = [name for name in PUBLISHED if PUBLISHED[name].url == address] or names
+        published = [name for name in PUBLISHED if PUBLISHED[name].url == f"{_GOOGLE}{path}"] or names
         if published:
             return f"give its published name, {_or(published)}"
-        return f"give {address} if everyone may read it, or copy it here and give its path"
     if source.startswith("file://"):
         return f"give its path, {source.removeprefix('file://')}"
     if source.startswith("local-dir:"):
         return f"give its path, {source.removeprefix('local-dir:')}"
-    if re.match(r"(?!https?:)[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):  # s3:// and others
+    if re.match(r"(?!https?:)[a-z][a-z0-9+.-]+://", source, re.IGNORECASE) and not copy_of(source):
         return "copy the file here and give its path, or give an https URL"
     return ""
 

@@ -270,12 +270,10 @@ def test_classes_with_subfolders_of_their_own_or_one_for_images_are_fine(tmp_pat
 # --- paths
 
 
-@pytest.mark.parametrize(
-    "path", ["gs://bucket/photos", "s3://bucket/photos", "https://a.b/c.zip", "gs:/bucket"]
-)
+@pytest.mark.parametrize("path", ["xyz://bucket/photos", "https://a.b/c.zip", "https:/a.b"])
 def test_a_url_is_refused_as_what_it_is(path):
     for function in (get_dataset_info, open_examples):
-        with pytest.raises(UserError, match=f"folder '{path}' is a URL.*: copy the data to this machine"):
+        with pytest.raises(UserError, match=f"folder '{path}' is a URL.*: copy it to this machine"):
             function(f"folder:{path}", "train")
 
 

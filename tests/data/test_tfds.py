@@ -101,20 +101,20 @@ def test_a_dataset_that_cannot_be_used_is_refused(photos, dataset, words, monkey
 @pytest.mark.parametrize(
     ("dataset", "data_dir", "words"),
     [
-        ("gs://bucket/photos", "", "dataset 'gs://bucket/photos' is a URL"),
-        ("photos", "s3://bucket/tfds", "data_dir 's3://bucket/tfds' is a URL"),
-        ("photos", Path("gs://bucket/tfds"), "data_dir 'gs:/bucket/tfds' is a URL"),
+        ("https://a.b/photos", "", "dataset 'https://a.b/photos' is a URL"),
+        ("photos", "https://a.b/tfds", "data_dir 'https://a.b/tfds' is a URL"),
+        ("photos", Path("https://a.b/tfds"), "data_dir 'https:/a.b/tfds' is a URL"),
     ],
 )
 def test_a_url_is_refused_as_what_it_is(dataset, data_dir, words):
     for function in (get_dataset_info, open_examples):
-        with pytest.raises(UserError, match=f"{words}, and only local paths can be read: copy the data"):
+        with pytest.raises(UserError, match=f"{words}, and only local paths and those such as"):
             function(dataset, "train", data_dir=data_dir)
 
 
 def test_a_url_in_the_environment_is_refused_too(monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket/tfds")
-    with pytest.raises(UserError, match="data_dir 'gs://bucket/tfds' is a URL"):
+    monkeypatch.setenv("TFDS_DATA_DIR", "https://a.b/tfds")
+    with pytest.raises(UserError, match="data_dir 'https://a.b/tfds' is a URL"):
         get_dataset_info("photos")
 
 

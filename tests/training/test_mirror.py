@@ -1,0 +1,411 @@
+"""Runs in a remote run directory, with real processes that are killed and an S3 server on this machine."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from mlpmixer_flax import UserError, fit, load, load_config
+from mlpmixer_flax.remote import WORKING_COPIES, connect, copy_of, list_files
+from mlpmixer_flax.rundir import MARKER, files_of_run, open_run, saved_steps
+from mlpmixer_flax.train import main
+from mlpmixer_flax.training import mirror, remote_lock
+from mlpmixer_flax.training.mirror import mirrored
+from mlpmixer_flax.training.remote_lock import RemoteLock
+from mlpmixer_flax.training.report import read_metrics
+
+CHANGES = {
+    "model.hidden_dim": 8,
+    "model.num_blocks": 1,
+    "model.channels_mlp_dim": 8,
+    "augment.mixup_alpha": 0.0,
+}
+CHANGES |= {"log_every_steps": 5, "eval_every_steps": 10, "save_every_steps": 10, "schedule.name": "constant"}
+TRAIN = """
+import sys
+from mlpmixer_flax.train import main
+from mlpmixer_flax.training import mirror, remote_lock
+mirror.UPLOAD_SECONDS, remote_lock.RENEW_SECONDS = float(sys.argv[1]), 0.5
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.5)
+
+
+def arguments(workdir, **changes):
+    options = [f"--config.{key}={value}" for key, value in {**CHANGES, **changes}.items()]
+    return ["--config=digits.py", f"--workdir={workdir}", *options]
+
+
+def start(workdir, *, upload_seconds=0.2, **changes):
+    """Starts a run in another process, which prints to a pipe."""
+    command = [sys.executable, "-u", "-c", TRAIN, str(upload_seconds), *arguments(workdir, **changes)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[0]
+        time.sleep(0.02)
+
+
+def complete(url):
+    """Returns the steps of the checkpoints that are complete at a remote path."""
+    names = files_of_run(list_files(*connect(url)).keys())
+    return sorted(int(name.split("/")[1]) for name in names if name.endswith(f"/{MARKER}"))
+
+
+def rows(workdir):
+    return [
+        {key: value for key, value in row.items() if key != "images_per_second"}
+        for row in read_metrics(Path(workdir) / "metrics.jsonl")
+    ]
+
+
+def on_another_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / f"cache-{time.monotonic_ns()}"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_on_another_machine_as_if_nothing_had_happened(
+    bucket, tmp_path, monkeypatch, capsys
+):
+    url = f"{bucket}/runs/a"
+    whole = tmp_path / "whole"
+    config = load_config("digits.py", {**CHANGES, "total_steps": 400})
+    fit(config, whole)
+    process = start(url, total_steps=400)
+    wait_for(lambda: complete(url), process)
+    process.kill()
+    process.wait()
+    on_another_machine(monkeypatch, tmp_path)
+    done = max(complete(url))
+    assert done < 400
+    capsys.readouterr()
+    fit(config, url)
+    output = capsys.readouterr()
+    assert "waiting 2 s to see if it still is" in output.err and f"copying {url}" in output.err
+    assert f"continuing from step {done} of {url}\n" in output.out and f"\n  in {url}\n" in output.out
+    assert complete(url) == saved_steps(whole)
+    on_another_machine(monkeypatch, tmp_path)
+    model = load(f"{url}@last")
+    for name in ("stem", "head"):
+        np.testing.assert_array_equal(
+            model.params[name]["kernel"], open_run(whole, "last").params[name]["kernel"]
+        )
+    assert rows(copy_of(url)) == rows(whole)
+    left = {name for name in list_files(*connect(url)) if not name.startswith(("checkpoints", "events"))}
+    assert left == {"config.json", "class_names.json", "data.json", "metrics.jsonl", "mirror.json"}
+
+
+@pytest.mark.slow
+def test_what_was_not_uploaded_yet_continues_on_the_same_machine(bucket, tmp_path, monkeypatch, capsys):
+    url = f"{bucket}/runs/a"
+    fit(load_config("digits.py", {**CHANGES, "total_steps": 20}), url)
+    uploaded = complete(url)
+    copy = copy_of(url, folder=WORKING_COPIES)
+    process = start(url, upload_seconds=1000, total_steps=1_000_000)
+    wait_for(lambda: max(saved_steps(copy)) > 40, process)
+    process.kill()
+    process.wait()
+    done = max(saved_steps(copy))
+    assert complete(url) == uploaded
+    capsys.readouterr()
+    fit(load_config("digits.py", {**CHANGES, "total_steps": done + 10}), url)
+    output = capsys.readouterr()
+    assert f"continuing from step {done} of {url}\n" in output.out
+    assert output.err == ""  # nothing was copied, and nobody waited for the killed process
+    assert complete(url)[-1] == done + 10
+    # Another machine has gone on meanwhile: this copy is the older one, and is replaced.
+    mine = os.environ["MLPMIXER_CACHE"]
+    on_another_machine(monkeypatch, tmp_path)
+    fit(load_config("digits.py", {**CHANGES, "total_steps": done + 20}), url)
+    monkeypatch.setenv("MLPMIXER_CACHE", mine)
+    capsys.readouterr()
+    fit(load_config("digits.py", {**CHANGES, "total_steps": done + 30}), url)
+    assert f"continuing from step {done + 20} of {url}\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_uploads_and_a_second_run_is_refused(bucket, tmp_path, monkeypatch, capsys):
+    url = f"{bucket}/runs/a"
+    process = start(url, total_steps=1_000_000)
+    wait_for(lambda: complete(url), process)
+    assert main(arguments(url)) == 2
+    assert capsys.readouterr().err == (
+        f"error: {url} is in use by another process of this machine: wait until it ends, or choose another --workdir\n"
+    )
+    on_another_machine(monkeypatch, tmp_path)
+    assert main(arguments(url)) == 2
+    assert f"error: {url} is in use by process {process.pid} on " in capsys.readouterr().err
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert (
+        f"SIGTERM: saved step {max(complete(url))}; the same command with --workdir={url} continues" in output
+    )
+    assert remote_lock.LOCK not in list_files(*connect(url))
+
+
+class Killed(BaseException):
+    """The process is killed here."""
+
+
+class Mortal:
+    """A file system of fsspec that dies after some changes; it uploads files one by one."""
+
+    def __init__(self, fs, changes):
+        self._fs, self._left = fs, changes
+
+    def __getattr__(self, name):
+        return getattr(self._fs, name)
+
+    def _change(self):
+        if not self._left:
+            raise Killed
+        self._left -= 1
+
+    def pipe_file(self, *args, **options):
+        self._change()
+        self._fs.pipe_file(*args, **options)
+
+    def rm_file(self, path):
+        self._change()
+        self._fs.rm_file(path)
+
+    def put(self, files, paths):
+        for file, path in zip(files, paths, strict=True):
+            self._change()
+            self._fs.put_file(file, path)
+
+
+def make_checkpoint(folder, step, content):
+    path = folder / "checkpoints" / str(step)
+    shutil.rmtree(path, ignore_errors=True)
+    (path / "default" / "d").mkdir(parents=True)
+    for name in (MARKER, "commit_success.txt", "default/manifest", f"default/d/{content}"):
+        (path / name).write_text(content)
+
+
+def contents(url):
+    """Returns step -> content of the complete checkpoints at a remote path; each must be whole."""
+    fs, root = connect(url)
+    found = {}
+    for step in complete(url):
+        texts = {fs.cat_file(path).decode() for path in fs.find(f"{root}/checkpoints/{step}")}
+        assert len(texts) == 1 and len(fs.find(f"{root}/checkpoints/{step}")) == 4, texts
+        found[step] = texts.pop()
+    return found
+
+
+def changes_of_a_run(copy):
+    """Changes a run as training does: a newer checkpoint, an older one removed, one trained again, a row of metrics."""
+    make_checkpoint(copy, 30, "new")
+    make_checkpoint(copy, 20, "again")
+    shutil.rmtree(copy / "checkpoints" / "10")
+    (copy / "metrics.jsonl").write_text("{}\n{}\n")
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_a_kill_at_any_moment_of_an_upload_leaves_whole_checkpoints(tmp_path, monkeypatch, same_machine):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    for changes in range(100):
+        url = f"memory://{tmp_path.name}/{changes}"
+        copy = copy_of(url, folder=WORKING_COPIES)
+        with mirrored(url):
+            for step in (10, 20):
+                make_checkpoint(copy, step, "old")
+            (copy / "metrics.jsonl").write_text("{}\n")
+        assert contents(url) == {10: "old", 20: "old"}
+        one = mirror._Mirror(url, copy)
+        one._fs = Mortal(one._fs, changes)
+        changes_of_a_run(copy)
+        with one.lock.held():
+            try:
+                one.upload()
+                killed = False
+            except Killed:
+                killed = True
+        found = contents(url)
+        # There is always one to continue from.
+        assert found.items() <= {10: "old", 20: "old"}.items() | {20: "again", 30: "new"}.items()
+        assert 10 in found or 30 in found
+        if not same_machine:
+            monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / f"other-{changes}"))
+            copy = copy_of(url, folder=WORKING_COPIES)
+        with mirrored(url):
+            here = set(saved_steps(copy))
+            assert here == ({20, 30} if same_machine else set(found))
+            changes_of_a_run(copy) if not same_machine and 10 in here else None
+        if same_machine or 10 in here:
+            assert contents(url) == {20: "again", 30: "new"}
+            # Nothing is left of interrupted uploads.
+            names = [name for name in list_files(*connect(url)) if name.startswith("checkpoints/")]
+            assert len(names) == 8, names
+        monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+        if not killed:
+            assert changes > 12
+            return
+    raise AssertionError("the upload never ended")
+
+
+# --- the lock
+
+
+def test_a_lock_that_is_written_is_respected_and_one_that_is_not_is_taken(bucket, capsys):
+    url = f"{bucket}/run"
+    first, second = RemoteLock(url, copy="a"), RemoteLock(url, copy="b")
+    with first.held():
+        with mirror._repeating(first.renew, seconds=0.2, failed=print):
+            with pytest.raises(
+                UserError, match="is in use by process .* on .*: wait until it ends, or choose"
+            ):
+                second._take()
+        assert "waiting 2 s to see if it still is" in capsys.readouterr().err
+        before = time.monotonic()
+        second._take()
+        assert time.monotonic() - before > 2 and first.is_lost() and not second.is_lost()
+        noticed = []
+        old = signal.signal(signal.SIGTERM, lambda *_: noticed.append(True))
+        first.renew()
+        first.renew()
+        signal.signal(signal.SIGTERM, old)
+        assert noticed == [True]
+    assert not second.is_lost()  # the end of the first has not removed it
+
+
+def test_of_several_that_take_a_lock_at_once_one_gets_it(bucket):
+    got, refused = [], []
+
+    def take(number):
+        lock = RemoteLock(f"{bucket}/run", copy=str(number))
+        with contextlib.suppress(UserError):
+            lock._take()
+            got.append(lock)
+            return
+        refused.append(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([lock for lock in got if not lock.is_lost()]) == 1
+    assert len(got) + len(refused) == 8
+
+
+@pytest.mark.slow
+def test_a_run_whose_lock_was_taken_stops_and_uploads_nothing_more(bucket):
+    url = f"{bucket}/runs/a"
+    process = start(url, total_steps=1_000_000)
+    wait_for(lambda: complete(url), process)
+    fsspec.filesystem("s3").pipe_file(f"{url}/{remote_lock.LOCK}", json.dumps({"token": "other"}).encode())
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    assert f"error: {url} was deleted, or another process has taken it over" in output.splitlines()[-1]
+    assert read_lock(url) == {"token": "other"}
+
+
+def read_lock(url):
+    return json.loads(fsspec.filesystem("s3").cat_file(f"{url}/{remote_lock.LOCK}"))
+
+
+# --- errors
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(bucket, capsys):
+    url = f"{bucket}/runs/a"
+    with pytest.raises(UserError, match="split 'nothing' of dataset 'digits' cannot be read"):
+        fit(load_config("digits.py", {**CHANGES, "train_split": "nothing"}), url)
+    assert list_files(*connect(url)) == {}
+    with pytest.raises(
+        UserError, match=r"^s3://.*-x/run cannot be reached \(The specified bucket does not exist\)"
+    ):
+        fit(load_config("digits.py", CHANGES), f"{bucket}-x/run")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_network_and_says_so_once(bucket, tmp_path, s3_server):
+    """The directory is reached over a connection that is cut during the run."""
+    url = f"{bucket}/runs/a"
+    relay = Relay(int(s3_server.rpartition(":")[2]))
+    environment = {
+        **os.environ,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    command = [sys.executable, "-u", "-c", TRAIN, "0.2", *arguments(url, total_steps=1_000_000)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True).start()
+    wait_for(lambda: complete(url), process)
+    relay.cut()
+    copy = copy_of(url, folder=WORKING_COPIES)
+    line = process.stderr.readline()
+    assert (
+        line.startswith(f"{url} cannot be reached (")
+        and f"the run goes on in {copy}, and is uploaded" in line
+    )
+    done = max(saved_steps(copy))
+    wait_for(lambda: max(saved_steps(copy)) > done, process)
+    process.terminate()
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and error.count("cannot be reached") == 1
+    assert (
+        f"; to upload the rest of the run from {copy}, run the same command again on this machine"
+        in error.splitlines()[-1]
+    )
+    done = max(saved_steps(copy))
+    assert max(complete(url)) < done
+    fit(load_config("digits.py", {**CHANGES, "total_steps": done + 10}), url)
+    assert max(complete(url)) == done + 10
+
+
+class Relay:
+    """Passes connections on to a port of this machine, until it is cut."""
+
+    def __init__(self, target):
+        import socket
+
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._open = []
+        self._make = lambda: socket.create_connection(("127.0.0.1", target))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                pair = self._server.accept()[0], self._make()
+                self._open += pair
+                for one, other in (pair, pair[::-1]):
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _copy(one, other):
+        with contextlib.suppress(OSError):
+            while block := one.recv(2**16):
+                other.sendall(block)
+        with contextlib.suppress(OSError):
+            other.shutdown(2)
+
+    def cut(self):
+        for connection in (self._server, *self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(2)
+            connection.close()
