@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from test_processes import arguments, finish, rows, start_all, state_at
 
+from mlpmixer_flax.rundir import read_weights
+
 pytestmark = pytest.mark.slow
 
 VALUES = {
@@ -172,3 +174,6 @@ def test_a_divided_run_continues_with_copies_then_in_two_processes_and_equals_a_
     assert parts.keys() == copies.keys() and len(parts) > 40
     for name in copies:  # sums over devices are rounded otherwise
         np.testing.assert_allclose(parts[name], copies[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    step, params = read_weights(out / "parts")  # as predict and export do, on one device
+    assert step == 30
+    np.testing.assert_array_equal(params["head"]["kernel"], parts["['params']['head']['kernel']"])
