@@ -75,31 +75,15 @@ def assert_same_run(workdir, expected):
     assert measured(workdir) == measured(expected)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert "on 1 x cpu" in train(workdir, devices=1, monkeypatch=monkeypatch)
-    return workdir
-
-
 @pytest.mark.slow
-def test_killed_runs_on_1_4_2_and_8_devices_have_the_bits_of_one_run_on_one_device(
-    uninterrupted, tmp_path, monkeypatch
-):
-    workdir = tmp_path / "run"
-    for devices, until in [(1, 2), (4, 4), (2, 8), (8, None)]:
-        printed = train(workdir, devices=devices, until=until, monkeypatch=monkeypatch)
+def test_killed_runs_on_1_4_2_and_8_devices_have_the_bits_of_one_run_on_one_device(tmp_path, monkeypatch):
+    expected, workdir = tmp_path / "uninterrupted", tmp_path / "run"
+    assert "on 1 x cpu" in train(expected, devices=1, monkeypatch=monkeypatch)
+    for devices, until in [(1, 2), (4, 4), (2, 8)]:
+        train(workdir, devices=devices, until=until, monkeypatch=monkeypatch)
+    printed = train(workdir, devices=4, processes=2, monkeypatch=monkeypatch)
     assert "on 8 x cpu" in printed and "continuing from step" in printed
-    assert_same_run(workdir, uninterrupted)
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_bits_of_one_run_on_one_device(uninterrupted, tmp_path, monkeypatch):
-    workdir = tmp_path / "run"
-    printed = train(workdir, devices=2, processes=2, monkeypatch=monkeypatch)
-    assert "on 4 x cpu" in printed
-    assert_same_run(workdir, uninterrupted)
+    assert_same_run(workdir, expected)
 
 
 def test_another_number_of_threads_is_refused(monkeypatch):
