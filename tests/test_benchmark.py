@@ -84,7 +84,7 @@ def test_a_config_is_measured_with_its_batch_size(capsys):
         ),
         (
             ["--config=digits.py", "--config.accumulation_steps=4", "--batch_size=6"],
-            "batch_size=6 is not divisible by 4: choose a multiple of 4",
+            "batch_size=6 is not divisible by 1 devices x accumulation_steps=4: choose a multiple of 4",
         ),
     ],
 )

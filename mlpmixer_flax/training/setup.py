@@ -17,13 +17,12 @@ from mlpmixer_flax.data.files import absolute
 from mlpmixer_flax.data.folders import folder_parts
 from mlpmixer_flax.data.tfds import tfds_parts
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
-from mlpmixer_flax.faults import start_devices
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.devices import check_devices, check_jax
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
-from mlpmixer_flax.training.reproducible import check_threads
 from mlpmixer_flax.training.signals import SIGNAL, agreeing
 from mlpmixer_flax.training.step import (
     PreviewStep,
@@ -35,14 +34,6 @@ from mlpmixer_flax.training.step import (
 )
 from mlpmixer_flax.training.validate import validate
 from mlpmixer_flax.weights import source
-
-# Options of JAX that change what training computes, or stop it; the value that they must have.
-_JAX_OPTIONS = {
-    "jax_enable_x64": False,  # random numbers are others
-    "jax_disable_jit": False,
-    "jax_numpy_dtype_promotion": "standard",
-    "jax_numpy_rank_promotion": "allow",
-}
 
 
 @dataclass(frozen=True)
@@ -134,11 +125,8 @@ def make_setup(config: ConfigDict) -> Setup:
     Raises:
       UserError: the data cannot be used, or does not fit the config or the devices.
     """
-    start_devices()
-    _check_jax()
-    if config.reproducible:
-        check_threads(config.reproducible)
-    _check_devices(config, num_devices=jax.device_count())
+    check_jax()
+    check_devices(config, batch_size=config.batch_size)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
     info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
     channels = info["image_shape"][2]
@@ -239,36 +227,6 @@ def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]
     update, score = update_job.result(), score_job.result()
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return update, score
-
-
-def _check_jax() -> None:
-    """Raises UserError if an option of JAX is set with which training fails or gives other results."""
-    for option, allowed in _JAX_OPTIONS.items():
-        value = getattr(jax.config, option)
-        if value != allowed:
-            raise UserError(
-                f"{option}={value} is set, and training works with {allowed} only: unset the environment variable "
-                f"{option.upper()}, or leave out your jax.config.update"
-            )
-
-
-def _check_devices(config: ConfigDict, *, num_devices: int) -> None:
-    fsdp, chunks = config.mesh.fsdp, config.reproducible
-    if num_devices % fsdp:
-        raise UserError(
-            f"mesh.fsdp={fsdp} does not divide the number of devices, which is {num_devices}: choose a divisor of it"
-        )
-    if chunks and chunks % num_devices:
-        raise UserError(
-            f"reproducible={chunks} cannot be divided by {num_devices} devices: use a number of devices that divides it"
-        )
-    parts = (chunks or num_devices) * config.accumulation_steps
-    if config.batch_size % parts:
-        what = f"reproducible={chunks}" if chunks else f"{num_devices} devices"
-        raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {what} x "
-            f"accumulation_steps={config.accumulation_steps}: choose a multiple of {parts}"
-        )
 
 
 def _check_channels(config: ConfigDict, channels: int) -> None:

@@ -13,14 +13,14 @@ AXES = ("data", "fsdp")  # the axes of the mesh; the rows of a batch are divided
 COPIED, BY_ROWS = PartitionSpec(), PartitionSpec(AXES)
 
 
-def make_mesh(*, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns devices as a mesh with the axes "data" and "fsdp", those of a process beside each other.
 
     Each `fsdp` devices in a row hold one copy of the state, of which every device has a part; with 1, every device has
     a copy of its own. A single CPU is a mesh of one device.
 
     Args:
-      devices: None = all devices of all processes.
+      devices: of JAX; None = all devices of all processes.
 
     Raises:
       UserError: as `start_devices`.

@@ -16,6 +16,7 @@ from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.devices import check_devices
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
 from mlpmixer_flax.training.step import init_state, make_train_step
 from mlpmixer_flax.training.table import count_macs
@@ -151,7 +152,7 @@ def measure(
       UserError: as `check_batch_size`.
     """
     check_batch_size(config, kind, batch_size)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(fsdp=config.mesh.fsdp if kind == "training" else 1)
     size_px = config.preprocess.image_size_px
     model = MlpMixer(num_classes=num_classes, **config.model.to_dict())
     rng = np.random.default_rng(0)
@@ -184,10 +185,13 @@ def measure(
 
 
 def check_batch_size(config: ConfigDict, kind: str, batch_size: int) -> None:
-    """Raises UserError if a batch cannot be divided over the devices and, in training, the microbatches."""
+    """Raises UserError if a batch cannot be divided over the devices; in training, as `check_devices`."""
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
-    parts = jax.device_count() * (config.accumulation_steps if kind == "training" else 1)
+    if kind == "training":
+        check_devices(config, batch_size=batch_size)
+        return
+    parts = jax.device_count()
     if batch_size % parts:
         raise UserError(f"batch_size={batch_size} is not divisible by {parts}: choose a multiple of {parts}")
 
@@ -209,12 +213,12 @@ def _make_training(model, config, batch, mesh):
     init = partial(
         init_state, None, model=model, optimizer=optimizer, config=config, image_shape=(size_px, size_px, 3)
     )
-    everywhere = sharding.replicated(mesh)
-    state = jax.jit(init, out_shardings=everywhere)()
+    placements = sharding.state_placements(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=placements)()
     update = jax.jit(
         make_train_step(model, optimizer, schedule, config, mesh=mesh),
         donate_argnums=0,
-        out_shardings=everywhere,
+        out_shardings=(placements, sharding.replicated(mesh)),
     )
     program = update.lower(state, batch).compile()
 

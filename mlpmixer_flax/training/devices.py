@@ -1,0 +1,59 @@
+"""Checks that the options and the devices of JAX suit a config."""
+
+import jax
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.config import ConfigDict
+from mlpmixer_flax.faults import start_devices
+from mlpmixer_flax.training.reproducible import check_threads
+
+# Options of JAX that change what training computes, or stop it; the value that they must have.
+_JAX_OPTIONS = {
+    "jax_enable_x64": False,  # random numbers are others
+    "jax_disable_jit": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
+
+
+def check_jax() -> None:
+    """Checks the options of JAX.
+
+    Raises:
+      UserError: one is set with which training fails or gives other results.
+    """
+    for option, allowed in _JAX_OPTIONS.items():
+        value = getattr(jax.config, option)
+        if value != allowed:
+            raise UserError(
+                f"{option}={value} is set, and training works with {allowed} only: unset the environment variable "
+                f"{option.upper()}, or leave out your jax.config.update"
+            )
+
+
+def check_devices(config: ConfigDict, *, batch_size: int) -> None:
+    """Checks that the devices can divide the state and a batch as the config says; starts them.
+
+    Raises:
+      UserError: they cannot, or cannot be started.
+    """
+    start_devices()
+    fsdp, chunks, num_devices = config.mesh.fsdp, config.reproducible, jax.device_count()
+    if num_devices % fsdp:
+        raise UserError(
+            f"mesh.fsdp={fsdp} does not divide the number of devices, which is {num_devices}: choose a divisor of it"
+        )
+    if chunks:
+        check_threads(chunks)
+        if chunks % num_devices:
+            raise UserError(
+                f"reproducible={chunks} cannot be divided by {num_devices} devices: use a number of devices that "
+                "divides it"
+            )
+    parts = (chunks or num_devices) * config.accumulation_steps
+    if batch_size % parts:
+        dividing = f"reproducible={chunks}" if chunks else f"{num_devices} devices"
+        raise UserError(
+            f"batch_size={batch_size} is not divisible by {dividing} x "
+            f"accumulation_steps={config.accumulation_steps}: choose a multiple of {parts}"
+        )
