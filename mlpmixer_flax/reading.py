@@ -1,9 +1,10 @@
 """Reads files: only regular ones, because a pipe or a device may never begin, or never end."""
 
+import io
 import json
 import os
 import stat
-from typing import Any, BinaryIO
+from typing import Any
 
 from mlpmixer_flax import UserError
 
@@ -15,7 +16,7 @@ _KINDS = {
 }
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a regular file, or a link to one, for reading bytes.
 
     Raises:
