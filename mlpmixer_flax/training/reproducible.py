@@ -2,7 +2,7 @@
 
 Three things would make them differ, and each has its place here:
 - Floating-point sums depend on their order. `sum_over_chunks` adds the results of the chunks in one fixed binary tree.
-- A compiler rounds differently if it merges operations. `alone` compiles a part of the update apart from the rest.
+- A compiler may round differently if it merges operations. `alone` compiles a part of the update apart from the rest.
 - The CPU's matrix products depend on the number of threads. `check_threads` refuses if it may change.
 """
 

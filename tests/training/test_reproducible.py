@@ -38,11 +38,7 @@ REPRODUCIBLE = {
 
 
 def train(workdir, *, devices, until=None, processes=1, monkeypatch):
-    """Trains a run to its end, or kills it once it has saved step `until`.
-
-    XLA leaves out most optimizations in these processes: then it merges other operations, and bits differed without
-    `reproducible.alone`.
-    """
+    """Trains a run to its end, or kills it once it has saved step `until`."""
     monkeypatch.setenv("NPROC", "8")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", str(devices))
     environment = (lambda index: {}) if processes == 1 else None
