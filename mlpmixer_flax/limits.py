@@ -45,7 +45,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "optimizer.b1": (0, 0.999999, _BELOW_1),
     "optimizer.b2": (0, 0.999999, _BELOW_1),
     "optimizer.clip_norm": (0, 1e9, _USEFUL),
-    "optimizer.learning_rate": (1e-12, 1e6, _USEFUL),
+    "optimizer.learning_rate": (1e-37, 1e6, _USEFUL),
     "optimizer.momentum": (0, 0.999999, _BELOW_1),
     "optimizer.sam_rho": (0, 1e4, _USEFUL),
     "optimizer.weight_decay": (0, 1e4, _USEFUL),
@@ -63,7 +63,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "total_epochs": (0, 1e6, _EPOCHS),
     "total_steps": (0, 2**31 - 1, _COUNT),
 }
-_SMALLEST = 1e-12  # of all values except 0: in float32, much smaller ones become 0
+_SMALLEST = 1e-37  # of all values except 0: in float32, smaller ones become 0
 
 
 def check_limits(key: str, value: Any) -> None:

@@ -170,7 +170,7 @@ def _is_same(file: Path, info: Mapping[str, Any]) -> bool:
         status = file.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return status.st_size == info["size"] and int(status.st_mtime) == _changed_at(info)
+    return status.st_size == info["size"] and status.st_mtime_ns == _changed_at(info) * 10**9
 
 
 def _changed_at(info: Mapping[str, Any]) -> int:

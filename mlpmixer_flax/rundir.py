@@ -205,8 +205,9 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
     for _ in range(3):
         step = _find_step(workdir, which)
         try:
-            checked = check_files(workdir / "checkpoints" / str(step), "default")
-            params = _restore(workdir, step, which)
+            folder = fetch((workdir / "checkpoints" / str(step) / "default").absolute())
+            checked = check_files(folder.parent, "default")
+            params = _restore(folder, which, name=str(workdir))
         except UserError:
             raise
         except Exception as error:  # of any class: from Orbax, TensorStore or JSON
@@ -245,17 +246,16 @@ def _find_step(workdir: Path, which: str) -> int:
     return steps[-1]
 
 
-def _restore(workdir: Path, step: int, which: str) -> dict[str, Any]:
-    folder = fetch((workdir / "checkpoints" / str(step) / "default").absolute())
+def _restore(folder: Path, which: str, *, name: str) -> dict[str, Any]:
     with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         if which == "ema" and stored["ema"] is None:
-            raise UserError(f"the run in {workdir} keeps no EMA of its weights: choose last or best")
-        name = "params" if which == "last" or stored["ema"] is None else "ema"
-        wanted = {name: stored[name]}  # without the optimizer's state
+            raise UserError(f"the run in {name} keeps no EMA of its weights: choose last or best")
+        tree = "params" if which == "last" or stored["ema"] is None else "ema"
+        wanted = {tree: stored[tree]}  # without the optimizer's state
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
-        return checkpointer.restore(folder, args=restore)[name]
+        return checkpointer.restore(folder, args=restore)[tree]
 
 
 def _saved_step(workdir: Path, which: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 from rich.cells import cell_len
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.checksums import write_checksums
 from mlpmixer_flax.cli import add_dataset, add_model, check_dataset, exit_status, load_model
 from mlpmixer_flax.text import pad, printable, shorten, shorten_start, wrap
 
@@ -101,6 +102,7 @@ def test_a_model_of_a_run_is_that_of_its_best_checkpoint_and_this_is_said(digits
     run = shutil.copytree(digits_run, tmp_path / "run")
     file = run / "checkpoints" / "20" / "metrics" / "metrics"
     file.write_text(json.dumps({"test/accuracy": 0.9712}))
+    write_checksums(file.parent.parent)
     best = "using step 20, the best checkpoint (test accuracy 97.12%), EMA weights\n"
     for arguments, step, line in [
         ([f"--workdir={run}"], 20, best),

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors.numpy import load_file
 
 from mlpmixer_flax import UserError, pretrained
+from mlpmixer_flax.checksums import write_checksums
 from mlpmixer_flax.data.images import RESAMPLING, read_square
 from mlpmixer_flax.export import PLATFORMS, export, main
 from mlpmixer_flax.export import __doc__ as help_text
@@ -34,6 +35,7 @@ def run(digits_run, tmp_path_factory):
     workdir = shutil.copytree(digits_run, tmp_path_factory.mktemp("runs") / "run")
     metrics = workdir / "checkpoints" / "20" / "metrics" / "metrics"
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"test/accuracy": 0.999}))
+    write_checksums(metrics.parent.parent)
     return workdir
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from mlpmixer_flax.checksums import write_checksums
 from mlpmixer_flax.config import get_finetuning_config
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.rundir import open_run, read_weights
@@ -230,6 +231,7 @@ def test_a_run_starts_from_the_best_checkpoint_of_another_or_from_one_that_is_na
     assert main([*first, "--config.optimizer.learning_rate=0.3", f"--workdir={tmp_path}/first"]) == 0
     file = tmp_path / "first" / "checkpoints" / "4" / "metrics" / "metrics"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"test/accuracy": 0.99}))
+    write_checksums(file.parent.parent)
     for name, step in [("first", 4), ("first@best", 4), ("first@last", 6), ("first@2", 2)]:
         workdir = tmp_path / f"from {name}"
         assert main([*SMALL, STILL, f"--config.init_from={tmp_path}/{name}", f"--workdir={workdir}"]) == 0

@@ -232,13 +232,13 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     out = process.stdout.read()
     assert process.wait() == 128 + signal.SIGTERM, out
     assert time.monotonic() - start < 10
-    assert "SIGTERM: saved step 2;" in out and "test accuracy" not in out
-    assert [row for row in rows(tmp_path / "run") if "test/accuracy" in row] == []
+    assert "SIGTERM: saved step 2;" in out and "validation accuracy" not in out
+    assert [row for row in rows(tmp_path / "run") if "validation/accuracy" in row] == []
 
     process = start_process(tmp_path / "run", *arguments)
     out = process.stdout.read()
     assert process.wait() == 0, out
-    assert [row["step"] for row in rows(tmp_path / "run") if "test/accuracy" in row] == [2]
+    assert [row["step"] for row in rows(tmp_path / "run") if "validation/accuracy" in row] == [2]
 
 
 STREAMED = ["--config.cache_bytes=0", "--config.num_workers=2", "--config.total_steps=100000"]
@@ -424,7 +424,10 @@ def test_images_that_vary_in_size_train_and_continue_with_the_same_config(tmp_pa
     assert run_small(tmp_path / "run", *arguments) == 0, capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert run_small(tmp_path / "run", *arguments) == 0
-    assert re.search(r"^done: in \d\d:\d\d$", capsys.readouterr().out, re.MULTILINE)
+    # Its scores are gone, so the last state is evaluated again.
+    assert re.search(
+        r"^done: test accuracy .* after 3 steps, in \d\d:\d\d$", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_a_chosen_cpu_needs_no_word_about_a_gpu(tmp_path):

@@ -80,21 +80,22 @@ def on_another_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / f"cache-{time.monotonic_ns()}"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_run_continues_on_another_machine_as_if_nothing_had_happened(
     bucket, tmp_path, monkeypatch, capsys
 ):
     url = f"{bucket}/runs/a"
     whole = tmp_path / "whole"
-    config = load_config("digits.py", {**CHANGES, "total_steps": 400})
+    config = load_config("digits.py", {**CHANGES, "total_steps": 600})
     fit(config, whole)
-    process = start(url, total_steps=400)
+    process = start(url, total_steps=600)
     wait_for(lambda: complete(url), process)
     process.kill()
     process.wait()
     on_another_machine(monkeypatch, tmp_path)
     done = max(complete(url))
-    assert done < 400
+    assert done < 600
     capsys.readouterr()
     fit(config, url)
     output = capsys.readouterr()
@@ -109,7 +110,8 @@ def test_a_killed_run_continues_on_another_machine_as_if_nothing_had_happened(
         )
     assert rows(copy_of(url)) == rows(whole)
     left = {name for name in list_files(*connect(url)) if not name.startswith(("checkpoints", "events"))}
-    assert left == {"config.json", "class_names.json", "data.json", "metrics.jsonl", "mirror.json"}
+    of_a_run = {"config.json", "class_names.json", "data.json", "metrics.jsonl", "unlogged.json"}
+    assert left == {*of_a_run, "mirror.json"}
 
 
 @pytest.mark.slow
@@ -308,6 +310,7 @@ def test_of_several_that_take_a_lock_at_once_one_gets_it(bucket):
     assert len(got) + len(refused) == 8
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_whose_lock_was_taken_stops_and_uploads_nothing_more(bucket):
     url = f"{bucket}/runs/a"
@@ -338,6 +341,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(bucket, capsys):
         fit(load_config("digits.py", CHANGES), f"{bucket}-x/run")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_without_the_network_and_says_so_once(bucket, tmp_path, s3_server):
     """The directory is reached over a connection that is cut during the run."""
