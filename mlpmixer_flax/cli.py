@@ -186,16 +186,16 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         sentence = explain(error)
         if sentence is None:
             raise
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_output()
         _print_error(sentence)
         return 2 if isinstance(error, PermissionError) else 1
 
 
 def _print_error(text: str) -> None:
     """Prints an error, whose lines may have characters of file names that control the terminal."""
+    try:
+        sys.stdout.flush()  # first what was printed before, also if both go into one file
+    except OSError:
+        _drop_output()
     print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
