@@ -9,6 +9,14 @@ these changes. To train with exactly the values below, on the photos in photos/:
 
     python -m mlpmixer_flax.train --config=configs/folder.py --workdir=runs/photos
 
+Measured (n = 1): 58.20 % of 1,000 test photos, by the best of the checkpoints (epoch 54 of 117, 60.84 % of the validation
+photos; the last one had 59.36 %), after 41 min on 2 busy cores of an AMD EPYC, Python 3.11, jax 0.10.2. About 420 images/s
+when nothing else ran. The photos are 4,300 of five animals with 32 px, 860 of each, from CIFAR-10 (JPEG copy):
+
+    python benchmarks/cifar10_folder.py animals
+    python -m mlpmixer_flax.train animals --workdir=runs/animals
+    python -m mlpmixer_flax.evaluate --workdir=runs/animals --split=test
+
 If a mirrored image may belong to another class, as with letters: add --config.augment.flip=false
 """
 

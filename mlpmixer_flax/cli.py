@@ -205,18 +205,19 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         sentence = explain(error)
         if sentence is None:
             raise
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _drop_output()
         _print_error(sentence)
         return 2 if isinstance(error, PermissionError) else 1
 
 
 def _print_error(text: str) -> None:
     """Prints an error, whose lines may have characters of file names that control the terminal."""
-    if is_lead():  # of several processes
-        print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    if not is_lead():  # of several processes
+        return
+    try:
+        sys.stdout.flush()  # first what was printed before, also if both go into one file
+    except OSError:
+        _drop_output()
+    print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -73,6 +73,7 @@ def test_flops_of_the_paper(script):
         assert script["model_flops"](config) / 2e9 == pytest.approx(gmacs, rel=0.005)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_cpu_devices_add_their_gradients(script):
     """Pins the case that every machine can compile: data-parallel training of a small model."""

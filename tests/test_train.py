@@ -220,6 +220,7 @@ def test_signals_that_are_ignored_already_stay_ignored(tmp_path):
     assert process.wait() == 0 and "stopping" not in out and "done: test accuracy" in out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(tmp_path):
     arguments = ["--config.total_steps=2", "--config.test_split=train", "--config.model.num_blocks=8"]

@@ -51,6 +51,8 @@ def test_no_dropout_needs_no_draws():
     assert all((drawn == 1).all() for drawn in draws(KEYS, rate=0.0))
 
 
+@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda block: block, lambda block: nn.remat(block, static_argnums=(2,))])
 def test_a_block_with_dropout_and_stochastic_depth_computes_each_image_as_if_it_were_alone(wrap):
     block = wrap(MixerBlock)(

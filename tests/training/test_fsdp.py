@@ -159,6 +159,8 @@ def test_given_weights_go_straight_to_their_parts(eight):
     assert eight[1]["given weights"] == {"equal": True, "placed": True}
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_divided_run_continues_with_copies_then_in_two_processes_and_equals_a_run_with_copies(eight):
     out, found, printed = eight
     assert "continuing with mesh.fsdp=1 (was 8), total_steps=20 (was 10); updates stay the same" in printed

@@ -114,6 +114,7 @@ def test_a_killed_run_continues_on_another_machine_as_if_nothing_had_happened(
     assert left == {*of_a_run, "mirror.json"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_was_not_uploaded_yet_continues_on_the_same_machine(bucket, tmp_path, monkeypatch, capsys):
     url = f"{bucket}/runs/a"
@@ -142,6 +143,7 @@ def test_what_was_not_uploaded_yet_continues_on_the_same_machine(bucket, tmp_pat
     assert f"continuing from step {done + 20} of {url}\n" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sigterm_saves_and_uploads_and_a_second_run_is_refused(bucket, tmp_path, monkeypatch, capsys):
     url = f"{bucket}/runs/a"

@@ -276,6 +276,7 @@ def test_two_processes_compute_what_one_with_two_devices_does_bit_for_bit(two, o
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_to_compile")
 def test_a_run_continues_on_more_and_on_fewer_processes_with_the_same_trajectory(two, origin, tmp_path):
@@ -340,6 +341,7 @@ PHOTOS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_ends_all_with_its_sentence(machines, tmp_path):
     workdir = tmp_path / "run"
@@ -370,6 +372,7 @@ def slurm(index):
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_tasks_of_slurm_share_the_default_run_directory_and_end_when_one_is_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_JOB_ID", str(random.randrange(4096)))  # JAX makes a port of it

@@ -71,6 +71,7 @@ def assert_same_run(workdir, expected):
     assert measured(workdir) == measured(expected)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_runs_on_1_4_2_and_8_devices_have_the_bits_of_one_run_on_one_device(tmp_path, monkeypatch):
     expected, workdir = tmp_path / "uninterrupted", tmp_path / "run"
