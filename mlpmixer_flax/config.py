@@ -266,11 +266,11 @@ def in_steps(section: ConfigDict | Mapping[str, Any], name: str, steps_per_epoch
     return steps or (max(round(epochs * steps_per_epoch), 1) if epochs else 0)
 
 
-def flatten(config: ConfigDict) -> dict[str, Any]:
+def flatten(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
     """Returns dotted key -> value for every value of a config."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, (ConfigDict, FrozenConfigDict)):
             flat.update({f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()})
         else:
             flat[key] = value
