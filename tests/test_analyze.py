@@ -115,6 +115,7 @@ def test_fewshot_uses_the_test_split_and_shots_of_the_options(run, tmp_path, cap
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_shuffle_trains_three_times_and_says_which_split_is_scored(run, tmp_path, capsys):
     small = [*SMALL, "--config.model.num_blocks=1", "--config.eval_every_steps=0"]

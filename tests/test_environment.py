@@ -222,6 +222,7 @@ def read_only(folder):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes a right from root as Linux does")
 def test_a_missing_permission_is_not_called_missing_or_damaged(digits_run, tmp_path):

@@ -431,12 +431,15 @@ def test_images_that_vary_in_size_train_and_continue_with_the_same_config(tmp_pa
     )
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_chosen_cpu_needs_no_word_about_a_gpu(tmp_path):
     process = start_process(tmp_path / "run", "--config.total_steps=1", env_changes={"JAX_PLATFORMS": "cpu"})
     out = process.communicate()[0]
     assert process.returncode == 0 and "1 x cpu" in out and "no GPU" not in out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_default_run_directories_have_the_name_of_the_config_and_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -65,6 +65,7 @@ def test_a_folder_is_all_that_training_needs(place):
     assert "that suit" not in again.stdout and "continuing from step" in again.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_folder_goes_with_any_config(place):
     done = run("-m", "mlpmixer_flax.train", "photos", "--config=digits.py", "--workdir=d", *SMALL, cwd=place)

@@ -100,6 +100,7 @@ def train(update, params):
     return losses, state.params
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_shuffled_weights_on_shuffled_patches_gives_the_same_losses():
     update = jax.jit(tiny_setup().update, compiler_options=QUICK)

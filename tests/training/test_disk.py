@@ -165,6 +165,7 @@ def last_state(workdir):
         return checkpointer.restore((newest / "default").absolute())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_fills_the_disk_ends_with_one_sentence_and_later_with_the_same_bits(tmp_path):
     assert run("train", *options(tmp_path / "whole"))[0] == 0

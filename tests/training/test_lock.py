@@ -55,6 +55,8 @@ def run_in_this_process(workdir):
     return main([*ARGUMENTS, f"--workdir={workdir}"])
 
 
+@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_second_start_is_refused_and_a_killed_run_blocks_nothing(tmp_path, capsys, workers):
     workdir = tmp_path / "run"
