@@ -75,6 +75,19 @@ def run(program, *arguments, lacking=None, env=None, output=subprocess.DEVNULL):
     return done.returncode, done.stderr
 
 
+def start_training(*arguments, until):
+    """Starts a run in a process, and returns the process after it has printed a line that begins with `until`."""
+    command = [sys.executable, "-u", "-m", "mlpmixer_flax.train", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUICK_TO_COMPILE
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith(until):
+            break
+    return process
+
+
 if __name__ == "__main__":
     vars()[sys.argv[1]]()
     os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
