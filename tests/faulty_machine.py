@@ -56,9 +56,9 @@ def with_little_memory():
 
 
 def with_small_files():
-    """Limits the size of files that are written to 30 kB."""
+    """Limits the size of files that are written to 20 kB: fewer than the metadata of any checkpoint."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def run(program, *arguments, lacking=None, env=None, output=subprocess.DEVNULL):
