@@ -42,7 +42,6 @@ import argparse
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, publish, shown
-from mlpmixer_flax.text import printable
+from mlpmixer_flax.text import printable, wrap
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
 WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # the formats that hold weights only
@@ -189,11 +188,7 @@ def _run(arguments: argparse.Namespace) -> None:
             "these are not the weights that the run evaluated (its EMA): --checkpoint=ema exports the EMA"
         )
     for note in notes:
-        print(
-            textwrap.fill(
-                printable(note), 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-            )
-        )
+        print(wrap(printable(note)))
 
 
 if __name__ == "__main__":

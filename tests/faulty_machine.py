@@ -56,9 +56,9 @@ def with_little_memory():
 
 
 def with_small_files():
-    """Limits the size of files that are written to 30 kB."""
+    """Limits the size of files that are written to 20 kB: fewer than the metadata of any checkpoint."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def run(program, *arguments, lacking=None, env=None, output=subprocess.DEVNULL):
@@ -73,6 +73,19 @@ def run(program, *arguments, lacking=None, env=None, output=subprocess.DEVNULL):
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stderr
+
+
+def start_training(*arguments, until):
+    """Starts a run in a process, and returns the process after it has printed a line that begins with `until`."""
+    command = [sys.executable, "-u", "-m", "mlpmixer_flax.train", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUICK_TO_COMPILE
+    )
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith(until):
+            break
+    return process
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Real folders of small images for tests."""
+"""Real folders of small images for tests, and what the package finds in them."""
 
 from pathlib import Path
 
 import numpy as np
 from made_datasets import encode
+
+from mlpmixer_flax.data.folders import FolderRecords, read_folder, select_split
+from mlpmixer_flax.data.image_checks import open_folder
 
 
 def write(root, *files, data=None):
@@ -18,3 +21,15 @@ def write(root, *files, data=None):
 def names(folder, count, start=0):
     """Returns "folder/0.png" and so on."""
     return [f"{folder}/{i}.png" for i in range(start, start + count)]
+
+
+def files_of(path, split):
+    """Returns the images of a split, relative to the folder."""
+    return select_split(read_folder(str(path)), split).files
+
+
+def open_split(path, split, *, skip_bad_images=False, for_training=None):
+    """Returns the records of a split after the check of its images."""
+    source = open_folder(str(path), split, skip_bad_images=skip_bad_images, for_training=for_training)
+    assert isinstance(source.records, FolderRecords)
+    return source.records

@@ -11,7 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from faulty_machine import QUICK_TO_COMPILE, fill, run, small_disk, with_little_memory, without_rights
+from faulty_machine import (
+    fill,
+    run,
+    small_disk,
+    start_training,
+    with_little_memory,
+    without_rights,
+)
 from made_datasets import encode
 
 from mlpmixer_flax import UserError, fit, load, load_config
@@ -192,15 +199,8 @@ def test_an_evaluation_without_enough_memory_names_the_batch_size(digits_run, tm
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 def test_a_worker_that_the_system_kills_is_named_as_such(tmp_path):
     options = small(cache_bytes=0, num_workers=2, total_steps=10**6, log_every_steps=10, save_every_steps=20)
-    command = [sys.executable, "-u", "-m", "mlpmixer_flax.train", "--config=digits.py", *options]
-    command += [f"--workdir={tmp_path / 'run'}", "--config.eval_every_steps=1000000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUICK_TO_COMPILE
-    )
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("step 60/"):
-            break
+    options += [f"--workdir={tmp_path / 'run'}", "--config.eval_every_steps=1000000"]
+    process = start_training("--config=digits.py", *options, until="step 60/")
     for file in Path(f"/proc/{process.pid}/task").glob("*/children"):
         for child in file.read_text().split():
             if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():

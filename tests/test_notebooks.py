@@ -192,6 +192,7 @@ def no_index(tmp_path, *, repository):
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": "",
         "PIP_CONFIG_FILE": os.devnull,
+        "PIP_QUIET": "0",  # a test reads its messages
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{repository}.insteadOf",
         "GIT_CONFIG_VALUE_0": "https://github.com/mlpmixer-flax/mlpmixer-flax",

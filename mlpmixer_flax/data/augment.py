@@ -152,7 +152,10 @@ def resize(images: jax.Array, size_px: int, interpolation: str) -> jax.Array:
 
 
 def normalize(images: jax.Array, *, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Returns (images / 255 - mean) / std of images (n, h, w, c) in float32; mean and std have one value, or one per channel."""
+    """Returns (images / 255 - mean) / std in float32, of images (n, h, w, c).
+
+    `mean` and `std` have one value, or one per channel.
+    """
     return (images.astype(jnp.float32) / 255 - _per_channel(mean)) / _per_channel(std)
 
 

@@ -13,25 +13,13 @@ import unicodedata
 import numpy as np
 import pytest
 from made_datasets import encode
-from made_folders import names, write
+from made_folders import files_of, names, open_split, write
 from PIL import Image
 
 from mlpmixer_flax import UserError, get_dataset_info
-from mlpmixer_flax.data.folders import FolderRecords, read_folder, select_split
-from mlpmixer_flax.data.image_checks import open_folder
+from mlpmixer_flax.data.folders import read_folder, select_split
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
 from mlpmixer_flax.train import main
-
-
-def files_of(path, split):
-    return select_split(read_folder(str(path)), split).files
-
-
-def open_split(path, split, *, skip_bad_images=False, for_training=None):
-    source = open_folder(str(path), split, skip_bad_images=skip_bad_images, for_training=for_training)
-    assert isinstance(source.records, FolderRecords)
-    return source.records
-
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
 

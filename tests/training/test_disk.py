@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import chex
@@ -12,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from faulty_machine import QUICK_TO_COMPILE, fill, run, small_disk, with_small_files, without_rights
+from faulty_machine import (
+    fill,
+    run,
+    small_disk,
+    start_training,
+    with_small_files,
+    without_rights,
+)
 
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.advice import advising, why_cpu
@@ -202,14 +208,7 @@ def test_a_run_that_may_not_write_more_ends_with_one_sentence(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_deleted_ends_with_one_sentence(tmp_path):
     workdir = tmp_path / "run"
-    command = [sys.executable, "-u", "-m", "mlpmixer_flax.train", *options(workdir, total_steps=100_000)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=QUICK_TO_COMPILE
-    )
-    assert process.stdout
-    for line in process.stdout:
-        if line.startswith("step 20/"):
-            break
+    process = start_training(*options(workdir, total_steps=100_000), until="step 20/")
     while workdir.exists():
         shutil.rmtree(workdir, ignore_errors=True)
     *_, last = process.stdout
