@@ -49,7 +49,7 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import publish, shown
-from mlpmixer_flax.rundir import accuracy_of
+from mlpmixer_flax.run_weights import accuracy_of
 from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.keys import find_key

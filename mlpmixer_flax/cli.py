@@ -17,7 +17,8 @@ from mlpmixer_flax.faults import explain, start_devices
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.remote import copy_of
-from mlpmixer_flax.rundir import default_checkpoint, describe_weights, fetch_run
+from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
+from mlpmixer_flax.rundir import fetch_run
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.weights.source import named_run

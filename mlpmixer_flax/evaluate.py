@@ -64,7 +64,7 @@ from mlpmixer_flax.inference.scores import (
     score_images,
 )
 from mlpmixer_flax.remote import publish, shown
-from mlpmixer_flax.rundir import default_checkpoint
+from mlpmixer_flax.run_weights import default_checkpoint
 from mlpmixer_flax.text import pad, printable, shorten
 from mlpmixer_flax.training.evaluation import evaluate
 from mlpmixer_flax.training.launch import start

@@ -32,8 +32,14 @@ def test_config_builds_at_full_size(file):
     assert sum(p.size for p in jax.tree.leaves(shapes)) > 10_000
 
 
+# Configs that differ from another one only in size, weights or length: a small copy of them compiles the same program.
+SAME_RECIPE = ("b16_cifar10_384", "b16_cifar10_448", "b16_cifar10_quick", "l16_cifar10")
+SAME_RECIPE += ("b16_imagenet21k", "l16_imagenet21k")
+MARKED = [pytest.param(file, marks=[pytest.mark.long] * (file.stem in SAME_RECIPE)) for file in FILES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", MARKED, ids=lambda file: file.stem)
 def test_a_small_copy_of_the_config_takes_a_step(file):
     config = load_config(str(file))
     patch = config.model.patches["size"]

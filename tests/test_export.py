@@ -25,7 +25,7 @@ from mlpmixer_flax.data.images import RESAMPLING, read_square
 from mlpmixer_flax.export import PLATFORMS, export, main
 from mlpmixer_flax.export import __doc__ as help_text
 from mlpmixer_flax.inference.load import load, load_run
-from mlpmixer_flax.rundir import read_weights
+from mlpmixer_flax.run_weights import read_weights
 from mlpmixer_flax.weights.files import open_weights
 
 

@@ -12,7 +12,7 @@ import pytest
 from mlpmixer_flax.checksums import write_checksums
 from mlpmixer_flax.config import get_finetuning_config
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import open_run, read_weights
+from mlpmixer_flax.run_weights import open_run, read_weights
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz, write_safetensors

@@ -15,7 +15,7 @@ from written_events import events, scalars
 from mlpmixer_flax import predict, train
 from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import describe_weights, open_run
+from mlpmixer_flax.run_weights import describe_weights, open_run
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.weights.files import write_npz
 

@@ -15,7 +15,7 @@ import pytest
 from mlpmixer_flax import config
 from mlpmixer_flax.config import get_config
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import read_weights
+from mlpmixer_flax.run_weights import read_weights
 from mlpmixer_flax.summary import main
 from mlpmixer_flax.train import train
 from mlpmixer_flax.training.configfile import load_config

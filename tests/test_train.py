@@ -15,6 +15,7 @@ import chex
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from faulty_machine import QUICK_TO_COMPILE
 from made_datasets import encode, write_dataset
 from written_events import events, scalars
 
@@ -55,7 +56,7 @@ def start_process(workdir, *arguments, env_changes=None, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | (env_changes or {}),
+        env=QUICK_TO_COMPILE | (env_changes or {}),
         **options,
     )
 
@@ -152,15 +153,15 @@ def test_intervals_are_independent_and_everything_is_due_at_the_end(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
-    arguments = ["--config.total_steps=300", "--config.save_every_steps=7", "--config.eval_every_steps=90"]
+    arguments = ["--config.total_steps=120", "--config.save_every_steps=7", "--config.eval_every_steps=45"]
     whole = start_process(tmp_path / "whole", *arguments)
     out = whole.stdout.read()
     assert whole.wait() == 0, out
 
     rng = random.Random()
-    moments = sorted(rng.sample(range(20, 280, 10), 3))  # a line is printed every 10 steps
+    moments = sorted(rng.sample(range(20, 100, 10), 2))  # a line is printed every 10 steps
     print(f"killed while starting and after steps {moments}")
-    for pattern in ["of 64 images on", *(rf"^step {step}/300" for step in moments)]:
+    for pattern in ["of 64 images on", *(rf"^step {step}/120" for step in moments)]:
         process = start_process(tmp_path / "killed", *arguments)
         read_until(process, pattern)
         time.sleep(rng.uniform(0, 0.03))  # a step takes some milliseconds
@@ -180,7 +181,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_a_signal_makes_the_run_save_and_the_same_command_continues(tmp_path, number):
     workdir = tmp_path / "run"
     arguments = ["--config.total_steps=100000", "--config.save_every_steps=100000"]
@@ -247,7 +250,7 @@ STREAMED += ["--config.eval_every_steps=20", "--config.save_every_steps=100000"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT])
 def test_the_run_also_saves_if_its_workers_get_the_signal(tmp_path, number):
     """Ctrl-C in a terminal and a cluster's SIGTERM go to the whole process group."""
     process = start_process(tmp_path / "run", *STREAMED, start_new_session=True)
@@ -451,6 +454,8 @@ def test_default_run_directories_have_the_name_of_the_config_and_the_time(tmp_pa
     assert found == {begin: 1, f"{begin}-2": 2, f"{begin}-3": 3}
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_default_run_directories_of_processes_are_different(tmp_path):
     arguments = [sys.executable, "-m", "mlpmixer_flax.train", "--config=digits.py", *SMALL]
     arguments += ["--config.total_steps=1"]
@@ -499,5 +504,7 @@ def test_no_tensorflow_is_loaded(tmp_path):
         "sys.exit(f'{status} {loaded}' if status or loaded else 0)"
     )
     arguments = ["--config=digits.py", f"--workdir={tmp_path / 'run'}", *SMALL, "--config.total_steps=1"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=QUICK_TO_COMPILE
+    )
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from mlpmixer_flax import UserError
 from mlpmixer_flax.inference.drawing import WIDTH_INCHES, new_figure, percent, remove_blank_strips, short
 from mlpmixer_flax.inference.scores import calibration_error, confidence_bins
-from mlpmixer_flax.rundir import SCORED, accuracy_of
+from mlpmixer_flax.run_weights import SCORED, accuracy_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,8 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, shown
-from mlpmixer_flax.rundir import fetch_run, open_run
+from mlpmixer_flax.run_weights import open_run
+from mlpmixer_flax.rundir import fetch_run
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.weights import source as weight_source
 from mlpmixer_flax.weights.adapt import sizes_of

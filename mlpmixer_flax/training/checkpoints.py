@@ -18,7 +18,7 @@ from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.reading import read_json
-from mlpmixer_flax.rundir import Accuracy, accuracy_of
+from mlpmixer_flax.run_weights import Accuracy, accuracy_of
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlpmixer_flax.rundir import accuracy_of
+from mlpmixer_flax.run_weights import accuracy_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate
 from mlpmixer_flax.remote import shown
-from mlpmixer_flax.rundir import accuracy_of, read_config
+from mlpmixer_flax.run_weights import accuracy_of
+from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, sharding
 from mlpmixer_flax.training.advice import advising

@@ -11,14 +11,8 @@ from flax.traverse_util import flatten_dict
 from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.remote import NothingThere, copy_of, shown
-from mlpmixer_flax.rundir import (
-    default_checkpoint,
-    describe_weights,
-    fetch_run,
-    is_run,
-    open_run,
-    read_config,
-)
+from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open_run
+from mlpmixer_flax.rundir import fetch_run, is_run, read_config
 from mlpmixer_flax.weights import hub, suggestions, timm_config
 from mlpmixer_flax.weights.adapt import Params, adapt
 from mlpmixer_flax.weights.catalog import PUBLISHED, Published
@@ -34,7 +28,7 @@ class NamedRun(NamedTuple):
     """A run directory and which of its weights are meant, as "runs/b16@best" names them."""
 
     workdir: Path
-    checkpoint: str | None  # as for `rundir.open_run`
+    checkpoint: str | None  # as for `run_weights.open_run`
 
 
 def describe(source: str | Path) -> Mapping[str, Any]:

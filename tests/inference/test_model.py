@@ -19,7 +19,8 @@ from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.inference.classes import IMAGENET21K_NAMES, imagenet_names, in_words
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import read_weights, write_run
+from mlpmixer_flax.run_weights import read_weights
+from mlpmixer_flax.rundir import write_run
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 from mlpmixer_flax.training.configfile import load_config

@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlpmixer_flax import UserError, rundir
-from mlpmixer_flax.rundir import (
-    default_checkpoint,
-    describe_weights,
-    open_run,
-    read_class_names,
-    read_config,
-    read_weights,
-    write_run,
-)
+from mlpmixer_flax import UserError, run_weights
+from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open_run, read_weights
+from mlpmixer_flax.rundir import read_class_names, read_config, write_run
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 
@@ -217,7 +210,7 @@ def test_runs_of_both_names_of_scores_have_one_best(tmp_path):
 def test_a_checkpoint_that_training_removes_meanwhile_is_not_an_error(tmp_path, monkeypatch):
     as_run(tmp_path, 0.0)
     save(tmp_path, {1: 0.5, 2: 0.6})
-    find = rundir._find_step
+    find = run_weights._find_step
     found = []
 
     def find_and_lose(workdir, which):
@@ -226,7 +219,7 @@ def test_a_checkpoint_that_training_removes_meanwhile_is_not_an_error(tmp_path, 
             shutil.rmtree(workdir / "checkpoints" / str(found[0]))
         return found[-1]
 
-    monkeypatch.setattr(rundir, "_find_step", find_and_lose)
+    monkeypatch.setattr(run_weights, "_find_step", find_and_lose)
     assert read_weights(tmp_path, "best")[0] == 1 and found == [2, 1]
 
 

@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, flatten, get_config, resolve
-from mlpmixer_flax.rundir import read_config, read_weights, write_run
+from mlpmixer_flax.run_weights import read_weights
+from mlpmixer_flax.rundir import read_config, write_run
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.continuing import (
     check_class_names,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_processes import arguments, finish, rows, start_all, state_at
 
-from mlpmixer_flax.rundir import read_weights
+from mlpmixer_flax.run_weights import read_weights
 
 pytestmark = pytest.mark.slow
 

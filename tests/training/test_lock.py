@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import open_run, saved_steps
+from mlpmixer_flax.run_weights import open_run
+from mlpmixer_flax.rundir import saved_steps
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.lock import RunLock
 

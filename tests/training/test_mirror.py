@@ -17,7 +17,8 @@ import pytest
 
 from mlpmixer_flax import UserError, fit, load, load_config
 from mlpmixer_flax.remote import WORKING_COPIES, connect, copy_of, list_files
-from mlpmixer_flax.rundir import MARKER, files_of_run, open_run, saved_steps
+from mlpmixer_flax.run_weights import open_run
+from mlpmixer_flax.rundir import MARKER, files_of_run, saved_steps
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training import mirror, remote_lock
 from mlpmixer_flax.training.mirror import mirrored

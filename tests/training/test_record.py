@@ -9,7 +9,8 @@ import pytest
 from made_datasets import encode, write_dataset
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.rundir import read_config, read_weights
+from mlpmixer_flax.run_weights import read_weights
+from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training import record
 

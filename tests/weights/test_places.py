@@ -15,7 +15,8 @@ import mlpmixer_flax as mf
 from mlpmixer_flax import UserError, export, pretrained
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.rundir import read_weights, write_run
+from mlpmixer_flax.run_weights import read_weights
+from mlpmixer_flax.rundir import write_run
 from mlpmixer_flax.training.checkpoints import Checkpoints
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.step import TrainState

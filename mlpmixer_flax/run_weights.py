@@ -1,0 +1,199 @@
+"""Reads the weights of a run: of its newest or best checkpoint, or of any other, and their accuracy."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.checksums import check_files, without_checksums
+from mlpmixer_flax.faults import check_readable, pass_on, start_devices
+from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.remote import fetch
+from mlpmixer_flax.rundir import read_class_names, read_config_of_run, saved_steps
+
+CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
+SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
+
+
+class Accuracy(NamedTuple):
+    """The accuracy of an evaluation during training."""
+
+    value: float  # in [0, 1]
+    scored: str  # one of SCORED
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as read from its directory."""
+
+    config: dict[str, Any]  # as plain data
+    class_names: list[str]  # in the order of the head's outputs
+    step: int  # of the checkpoint that has the weights
+    params: dict[str, Any]  # a tree of float32 numpy arrays
+
+
+def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
+    """Reads a run and one set of its weights; changes nothing, and works while the run is in training.
+
+    Args:
+      workdir: the run directory.
+      checkpoint: "best": the weights with the best validation accuracy, or test accuracy if the run was
+        evaluated on a test split; they are an EMA if the run keeps one. "last": the parameters of the newest
+        checkpoint. "ema": their moving average, if the run keeps one. The number of a saved step, "300": its
+        weights; they are an EMA if the run keeps one. None: as `default_checkpoint` says.
+
+    Raises:
+      UserError: the directory is not a run directory, or the weights do not exist or cannot be read.
+    """
+    config = read_config_of_run(workdir)
+    step, params = read_weights(workdir, checkpoint or default_checkpoint(workdir))
+    return Run(config, read_class_names(workdir), step, params)
+
+
+def default_checkpoint(workdir: Path) -> str:
+    """Returns which weights to use unless told otherwise: "best", if a checkpoint has a score.
+
+    Otherwise they are those that would be evaluated: "ema" if the run keeps an EMA, else "last".
+
+    Raises:
+      UserError: the directory is not a run directory.
+    """
+    config = read_config_of_run(workdir)
+    return "best" if _accuracies(workdir) else "ema" if config["ema_decay"] else "last"
+
+
+def describe_weights(workdir: Path, checkpoint: str, *, step: int) -> str:
+    """Returns which weights were read, for a message: "step 300, the best checkpoint (test accuracy 95.20%)".
+
+    Args:
+      checkpoint: as for `open_run`, but not None.
+      step: of the weights.
+    """
+    accuracy, has_ema = _accuracies(workdir).get(step), read_config_of_run(workdir)["ema_decay"]
+    kinds = {"best": "the best checkpoint", "last": "the newest checkpoint", "ema": "the newest checkpoint"}
+    parts = [f"step {step:,}"] + ([kinds[checkpoint]] if checkpoint in kinds else [])
+    if accuracy and (checkpoint != "last" or not has_ema):  # otherwise the accuracy is that of the EMA
+        parts[-1] += f" ({accuracy.scored} accuracy {accuracy.value:.2%})"
+    if has_ema:
+        parts.append("without EMA" if checkpoint == "last" else "EMA weights")
+    return ", ".join(parts)
+
+
+def accuracy_of(scores: Any) -> Accuracy | None:
+    """Returns the accuracy in scores by name, such as a row of metrics.jsonl; None if there is none."""
+    for scored in SCORED:
+        value = scores.get(f"{scored}/accuracy") if isinstance(scores, Mapping) else None
+        if isinstance(value, (int, float)):
+            return Accuracy(value, scored)
+    return None
+
+
+def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
+    """Returns (step, tree of float32 numpy arrays) of the weights that `which` names.
+
+    `which` is one of CHECKPOINTS or the number of a saved step; see `open_run`.
+
+    Raises:
+      UserError: the run has no such weights, or they cannot be read.
+    """
+    start_devices()  # Orbax does it otherwise, and its error would be taken for a damaged checkpoint
+    for _ in range(3):
+        step = _find_step(workdir, which)
+        try:
+            folder = fetch((workdir / "checkpoints" / str(step) / "default").absolute())
+            checked = check_files(folder.parent, "default")
+            params = _restore(folder, which, name=str(workdir))
+        except UserError:
+            raise
+        except Exception as error:  # of any class: from Orbax, TensorStore or JSON
+            folder = workdir / "checkpoints" / str(step)
+            pass_on(error, folder)
+            check_readable(folder)
+            reason = " ".join(str(error).split())[:150]
+        else:
+            if not checked:
+                print(without_checksums(step), file=sys.stderr)
+            _check_finite(params, f"{workdir}, step {step}")
+            return step, params
+        # A run in training removes a checkpoint when a newer or better one is saved: then that one is read.
+        if step in saved_steps(workdir):
+            break
+    raise UserError(f"checkpoint {step} in {workdir} cannot be read ({reason}): choose another")
+
+
+def _check_finite(params: dict[str, Any], name: str) -> None:
+    bad = next((array for array in jax.tree.leaves(params) if not np.isfinite(array).all()), None)
+    if bad is not None:
+        raise UserError(
+            f"the weights of {name} have values that are not finite, so training had diverged: choose an earlier step"
+        )
+
+
+def _find_step(workdir: Path, which: str) -> int:
+    steps = saved_steps(workdir)
+    if which == "best":
+        accuracies = _accuracies(workdir)
+        steps = sorted(accuracies, key=lambda step: (accuracies[step].value, step))
+    elif which not in CHECKPOINTS:
+        steps = [_saved_step(workdir, which)]
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint{' with an accuracy' * (which == 'best')}: train first")
+    return steps[-1]
+
+
+def _restore(folder: Path, which: str, *, name: str) -> dict[str, Any]:
+    with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        if which == "ema" and stored["ema"] is None:
+            raise UserError(f"the run in {name} keeps no EMA of its weights: choose last or best")
+        tree = "params" if which == "last" or stored["ema"] is None else "ema"
+        wanted = {tree: stored[tree]}  # without the optimizer's state
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
+        return checkpointer.restore(folder, args=restore)[tree]
+
+
+def _saved_step(workdir: Path, which: str) -> int:
+    """Returns the number of a step; raises UserError if the run has no checkpoint of it."""
+    steps = [str(step) for step in saved_steps(workdir)]
+    if which not in steps:
+        earlier = "…, " if len(steps) > 10 else ""
+        raise UserError(
+            f"{workdir} has no weights {which!r:.40}: choose one of {', '.join(CHECKPOINTS)}, or a step it has saved "
+            f"({earlier}{', '.join(steps[-10:]) or 'none yet'})"
+        )
+    return int(which)
+
+
+def _accuracies(workdir: Path) -> dict[int, Accuracy]:
+    """Returns step -> accuracy of the checkpoints that have one."""
+    accuracies = {}
+    for step in saved_steps(workdir):
+        file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
+        try:
+            check_files(workdir / "checkpoints" / str(step), "metrics")
+            if accuracy := accuracy_of(read_json(file)):
+                accuracies[step] = accuracy
+        except (OSError, ValueError) as error:  # does not exist, or is damaged
+            pass_on(error, file)
+    return accuracies
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides Orbax's warning about missing metadata, which it did not write in the first place."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
