@@ -8,6 +8,7 @@ from typing import Any
 
 from mlpmixer_flax import UserError
 
+_DEEPEST = 100  # levels of nested lists and objects in a JSON file; ours have four
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -37,6 +38,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     with open_file(path) as file:
         try:
-            return json.loads(file.read().decode("utf-8"))
+            content = json.loads(file.read().decode("utf-8"))
         except RecursionError:
             raise ValueError("it is nested too deep") from None
+    level = [content]
+    for _ in range(_DEEPEST):
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        level = [each for item in nested for each in (item.values() if isinstance(item, dict) else item)]
+    if level:
+        raise ValueError("it is nested too deep")
+    return content

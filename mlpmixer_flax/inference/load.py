@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import get_config, resolve
@@ -20,7 +21,9 @@ from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, shown
 from mlpmixer_flax.run_weights import open_run
 from mlpmixer_flax.rundir import fetch_run
+from mlpmixer_flax.text import listed
 from mlpmixer_flax.training.losses import LOSSES
+from mlpmixer_flax.training.validate import complete
 from mlpmixer_flax.weights import source as weight_source
 from mlpmixer_flax.weights.adapt import sizes_of
 from mlpmixer_flax.weights.files import Weights
@@ -59,16 +62,41 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
     """Returns the model of a run directory; arguments and errors are those of `load`."""
     workdir = fetch_run(copy_of(workdir) or Path(os.path.expanduser(workdir)))
     run = open_run(workdir, checkpoint)
+    config = complete(run.config, name=f"{shown(workdir)}/config.json")
+    module = MlpMixer(num_classes=len(run.class_names), **config["model"])
+    _check_fit(run.params, module, config["preprocess"]["image_size_px"], name=shown(workdir))
     return Model(
         name=shown(workdir),
-        module=MlpMixer(num_classes=len(run.class_names), **run.config["model"]),
+        module=module,
         params=run.params,
-        preprocess=run.config["preprocess"],
+        preprocess=config["preprocess"],
         class_names=tuple(run.class_names),
-        loss=run.config["loss"],
-        config=run.config,
+        loss=config["loss"],
+        config=config,
         step=run.step,
     )
+
+
+def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, name: str) -> None:
+    """Raises UserError if weights are not those of a module: one file of a run directory is of another run."""
+    found = {key: array.shape for key, array in flatten_dict(dict(params), sep="/").items()}
+    sizes = sizes_of(found)
+    stated = {"classes": module.num_classes, "patches.size": tuple(module.patches["size"])}
+    stated |= {
+        key: getattr(module, key)
+        for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+    }
+    wrong = [key for key, value in stated.items() if sizes.get(key) != value]
+    if not wrong:  # only then, because a damaged config may state any number of blocks
+        images = jax.ShapeDtypeStruct((1, side_px, side_px, sizes["channels"]), jnp.float32)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+        wanted = {key: leaf.shape for key, leaf in flatten_dict(shapes, sep="/").items()}
+        wrong = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if wrong:
+        raise UserError(
+            f"{name} contradicts itself: config.json and class_names.json are of another model than the weights "
+            f"({listed(wrong, 3)}): restore the files, or choose another run"
+        )
 
 
 def _load_weights(source: str) -> Model:

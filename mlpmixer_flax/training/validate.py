@@ -1,11 +1,17 @@
-"""Checks a config before it is used."""
+"""Checks the values of a config: of a new one before it is used, and of one that a run directory has."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, resolve
+from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, mixer_digits_config, resolve
 from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
+from mlpmixer_flax.text import listed
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
 
@@ -21,6 +27,11 @@ CHOICES = {
     "preprocess.fit": FITS,
     "preprocess.interpolation": tuple(RESAMPLING),
 }
+_SIZES = (
+    *(f"model.{size}" for size in mixer_digits_config if size != "patches"),
+    "model.patches.size",
+    "preprocess.image_size_px",
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -32,20 +43,61 @@ def validate(config: ConfigDict) -> None:
       UserError: a value cannot be used; the message has the key, the value and what to do.
     """
     config = resolve(config, {})
-    flat, base = flatten(config), flatten(resolve(get_config(), {}))
-    for key, value in flat.items():
-        if not _is_like(value, base[key]):
-            raise UserError(f"{key}={show(value)} has the wrong type: give a value such as {base[key]!r}")
+    usual = flatten(resolve(get_config(), {}))
+    for key, value in flatten(config).items():
+        _check_type(key, value, usual[key])
         try:
             check_limits(key, value)
         except UserError as error:
             raise UserError(f"{error}: change --config.{key}") from None
-    for key, names in CHOICES.items():
-        if flat[key] not in names:
-            raise UserError(f"unknown {key} {flat[key]!r}: choose one of {', '.join(names)}")
+        _check_choice(key, value)
     if config.augment.randaugment_layers or config.augment.randaugment_ops:
         check_ops(config.augment.randaugment_ops)
     _validate_combinations(config)
+
+
+def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
+    """Returns the config of a run directory with all keys of the base config and no others, as JSON has it.
+
+    A run of an earlier version lacks keys; they get their values from the base config. Keys of a later version are
+    left out, and printed.
+
+    Args:
+      stored: as read from the file, which may be damaged.
+      name: of the file, for messages.
+
+    Raises:
+      UserError: a value has the wrong type or is out of its range, or a size of the model is missing.
+    """
+    base, given = flatten(resolve(get_config(), {})), flatten_dict(dict(stored), sep=".")
+    if missing := [key for key in _SIZES if key not in given]:
+        raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
+    if unknown := sorted(given.keys() - base.keys()):
+        print(
+            f"{name}: not known to this version, and not used: {listed([f'{key:.40}' for key in unknown], 5)}"
+        )
+    values = dict(base)
+    for key in base.keys() & given.keys():
+        value = tuple(given[key]) if isinstance(given[key], list) else given[key]
+        try:
+            _check_type(key, value, base[key])
+            check_limits(key, value)
+            _check_choice(key, value)
+        except UserError as error:
+            raise UserError(f"{name} is damaged ({error}): restore the file, or choose another run") from None
+        values[key] = value
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return unflatten_dict(plain, sep=".")
+
+
+def _check_type(key: str, value: object, usual: object) -> None:
+    if not _is_like(value, usual):
+        raise UserError(f"{key}={show(value)} has the wrong type: give a value such as {usual!r}")
+
+
+def _check_choice(key: str, value: object) -> None:
+    if key in CHOICES and value not in CHOICES[key]:
+        raise UserError(f"unknown {key} {show(value)}: choose one of {', '.join(CHOICES[key])}")
 
 
 def _is_like(value: object, base: object) -> bool:
