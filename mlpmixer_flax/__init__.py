@@ -8,7 +8,10 @@
 Importing the package does not import JAX: each public name is imported when it is first used.
 """
 
+import contextlib
 import importlib
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +60,16 @@ class UserError(ValueError):
     """
 
 
+def quiet_ctrl_c() -> None:
+    """Makes Ctrl-C end the process without a traceback while a program imports what it needs, for a second or two.
+
+    `cli.exit_status` makes it a KeyboardInterrupt again. Where it is ignored or handled already, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # in another than the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
@@ -65,3 +78,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv):
+    quiet_ctrl_c()  # this import is the first step of `python -m mlpmixer_flax.train`

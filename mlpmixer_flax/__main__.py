@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from mlpmixer_flax import quiet_ctrl_c
+
 PROGRAMS = {
     "train": "train a Mixer, or fine-tune published weights",
     "predict": "print the most probable classes of images",
@@ -21,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program that the first argument names; without arguments, prints the list of programs."""
     name, *arguments = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
     if name in PROGRAMS:
+        quiet_ctrl_c()
         return importlib.import_module(f"mlpmixer_flax.{name}").main(arguments)
     if name in ("--help", "-h"):
         print(_help())

@@ -22,7 +22,6 @@ trains three models.
 import argparse
 import difflib
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from mlpmixer_flax.cli import (
     add_dataset,
     add_model,
     exit_status,
+    leave,
     load_model,
     make_parser,
     named_dataset,
@@ -275,4 +275,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

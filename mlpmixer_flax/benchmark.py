@@ -19,7 +19,6 @@ config; with --model, it has no augmentation, and AdamW.
 import argparse
 import json
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,7 +30,7 @@ import jax
 import mlpmixer_flax.config as sizes
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
-from mlpmixer_flax.cli import exit_status, make_parser, path
+from mlpmixer_flax.cli import exit_status, leave, make_parser, path
 from mlpmixer_flax.config import ConfigDict, get_config, resolve
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.training.configfile import load_config
@@ -192,4 +191,4 @@ def _kinds(arguments: argparse.Namespace) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1,15 +1,21 @@
 """Shared by all programs: options that name a model or a dataset, and the exit status."""
 
+import _thread
 import argparse
+import contextlib
 import io
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NoReturn
+
+import jax
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import check_no_url
@@ -178,6 +184,11 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
     the environment is at fault (memory, disk, driver); 2 for a UserError or a missing permission; 130 for Ctrl-C,
     after printing `interrupted`. Any other exception is a bug and keeps its traceback.
     """
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        and threading.current_thread() is threading.main_thread()
+    ):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see `quiet_ctrl_c`
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     sys.unraisablehook = _report_unraisable
@@ -210,6 +221,20 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         return 2 if isinstance(error, PermissionError) else 1
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process with an exit status; the last call of every program.
+
+    After Ctrl-C it leaves out Python's own end, which can crash if XLA was compiling. Of several processes, none may
+    leave before the others have heard of it, which is a part of that end.
+    """
+    if status == 128 + signal.SIGINT and not jax.distributed.is_initialized():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def _print_error(text: str) -> None:
     """Prints an error, whose lines may have characters of file names that control the terminal."""
     if not is_lead():  # of several processes
@@ -223,7 +248,11 @@ def _print_error(text: str) -> None:
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Reports an exception that nothing can catch, except those of the rest of a save that has failed already."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if isinstance(
+        unraisable.exc_value, KeyboardInterrupt
+    ):  # Ctrl-C was pressed during such a call: once more
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

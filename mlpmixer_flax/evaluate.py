@@ -30,7 +30,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from mlpmixer_flax.cli import (
     add_model,
     check_dataset,
     exit_status,
+    leave,
     load_model,
     make_parser,
     named_dataset,
@@ -276,4 +276,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

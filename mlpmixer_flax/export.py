@@ -41,7 +41,6 @@ Keep the run or an npz file, which do not age, so that you can export again.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ from tqdm import tqdm
 
 from mlpmixer_flax import UserError, __version__
 from mlpmixer_flax.atomic import make_folder, replacing
-from mlpmixer_flax.cli import add_model, exit_status, load_model, make_parser, path
+from mlpmixer_flax.cli import add_model, exit_status, leave, load_model, make_parser, path
 from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import MlpMixer
@@ -192,4 +191,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

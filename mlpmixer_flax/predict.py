@@ -30,7 +30,7 @@ from rich.cells import cell_len
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import add_model, exit_status, load_model, make_parser
+from mlpmixer_flax.cli import add_model, exit_status, leave, load_model, make_parser
 from mlpmixer_flax.data.files import advice, files_below, images_below, is_archive, local_path, suffix_of
 from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.inference.classes import in_words
@@ -202,4 +202,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

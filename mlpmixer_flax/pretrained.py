@@ -19,11 +19,10 @@ Names of weights are the same here, in --weights= and in --config.init_from=:
 """
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Sequence
 
-from mlpmixer_flax.cli import exit_status, make_parser
+from mlpmixer_flax.cli import exit_status, leave, make_parser
 from mlpmixer_flax.weights.catalog import PUBLISHED
 from mlpmixer_flax.weights.source import describe, find, load
 
@@ -78,4 +77,4 @@ def _run(sources: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,7 +10,6 @@ The model does not run, and published weights are not downloaded.
 
 import argparse
 import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import add_names, exit_status, make_parser
+from mlpmixer_flax.cli import add_names, exit_status, leave, make_parser
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.inference.forward import check_positive
@@ -148,4 +147,4 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import add_distributed, exit_status, make_parser, path
+from mlpmixer_flax.cli import add_distributed, exit_status, leave, make_parser, path
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.remote import NothingThere, shown
@@ -170,4 +170,4 @@ def _new_workdir(name: str) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
