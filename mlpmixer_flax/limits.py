@@ -91,5 +91,9 @@ def show(value: Any) -> str:
     """Returns a value for a message; long ones are cut, because a number may have 100,000 digits."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length():,} bits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return cut(repr(value), 60)
+
+
+def cut(text: str, length: int = 120) -> str:
+    """Returns a text, or its first characters and "…"."""
+    return text if len(text) <= length else f"{text[:length]}…"
