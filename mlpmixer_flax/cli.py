@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -236,14 +237,15 @@ def leave(status: int) -> NoReturn:
 
 
 def _print_error(text: str) -> None:
-    """Prints an error, whose lines may have characters of file names that control the terminal."""
+    """Prints an error. Names of files in it may be very long, and have characters that control the terminal."""
     if not is_lead():  # of several processes
         return
     try:
         sys.stdout.flush()  # first what was printed before, also if both go into one file
     except OSError:
         _drop_output()
-    print("error:", "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    lines = [printable(re.sub(r"(\S{300})\S{500,}(\S{300})", r"\1…\2", line)) for line in text.split("\n")]
+    print("error:", "\n".join(lines), file=sys.stderr)
 
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:

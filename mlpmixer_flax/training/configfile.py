@@ -164,7 +164,9 @@ def _change(
     """
     if key not in values:
         raise UserError(f"the config has no key {cut(key)!r}: {suggest_key(key, list(values))}")
-    wrong_type = UserError(f"{printable(cut(given))} has the wrong type: give {_example(values[key], words=words)}")
+    wrong_type = UserError(
+        f"{printable(cut(given))} has the wrong type: give {_example(values[key], words=words)}"
+    )
     if value is None or isinstance(value, bool) != isinstance(values[key], bool):  # True would become 1.0
         raise wrong_type
     try:

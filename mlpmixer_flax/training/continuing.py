@@ -12,7 +12,9 @@ from flax.traverse_util import flatten_dict
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, ConfigDict, get_config, in_steps, resolve
 from mlpmixer_flax.data.files import check_no_url
+from mlpmixer_flax.limits import cut, show
 from mlpmixer_flax.rundir import read_class_names, saved_steps
+from mlpmixer_flax.text import listed
 from mlpmixer_flax.training.optimizer import make_schedule
 
 
@@ -38,7 +40,7 @@ def usable_workdir(workdir: str | Path) -> Path:
     try:
         workdir = Path(workdir).expanduser()
         existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~ has no home directory
+    except (OSError, RuntimeError, ValueError) as error:  # ~ has no home directory; a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot use workdir {workdir} ({reason}): choose another") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -86,15 +88,18 @@ def compare_configs(workdir: Path, stored: Mapping[str, Any], config: Mapping[st
 
 def another_config(workdir: Path, changes: Sequence[Change]) -> str:
     """Returns the first half of an error: that the run has another config, and the keys."""
-    listed = ", ".join(f"{key} was {before!r}, is {now!r}" for key, before, now in changes)
-    return f"{workdir} holds a run with another config ({listed})"
+    texts = [f"{cut(key, 40)} was {show(before)}, is {show(now)}" for key, before, now in changes]
+    return f"{workdir} holds a run with another config ({listed(texts)})"
 
 
 def describe_changes(changes: Sequence[Change]) -> str:
     """Returns a line that says with which other values a run continues."""
-    listed = ", ".join(f"{key}={now} (was {before})" for key, before, now in changes)
+    texts = [f"{key}={now} (was {before})" for key, before, now in changes]
     rounding = any(key in ("accumulation_steps", "mesh.fsdp", "model.remat") for key, _, _ in changes)
-    return f"continuing with {listed}" + "; updates stay the same, except for rounding" * rounding
+    return (
+        f"continuing with {listed(texts, len(texts))}"
+        + "; updates stay the same, except for rounding" * rounding
+    )
 
 
 def check_class_names(workdir: Path, class_names: list[str]) -> None:

@@ -12,6 +12,7 @@ from mlpmixer_flax.data.folders import FolderRecords
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.limits import cut
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.training.continuing import Change, another_config
 
@@ -60,7 +61,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
     file = workdir / FILE
     try:
         record = read_json(file)
-        if isinstance(record, dict):
+        if isinstance(record, dict) and all(_is_split(record.get(split)) for split in ("train", "test")):
             return record
     except FileNotFoundError:
         return {}
@@ -68,6 +69,16 @@ def read_record(workdir: Path) -> dict[str, Any]:
         pass_on(error, file)
     print(f"{file} is damaged and is written again: whether the data has changed is not known")
     return {}
+
+
+def _is_split(record: Any) -> bool:
+    """Returns whether this is a record of a split, as `_describe` returns it."""
+    return (
+        isinstance(record, dict)
+        and type(record.get("examples")) is int
+        and isinstance(files := record.get("files", {}), dict)
+        and all(type(size) is int for size in files.values())
+    )
 
 
 def check_data(
@@ -103,19 +114,15 @@ def check_data(
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns what differs between two records, in words."""
     if before.get("dataset") != now["dataset"]:
-        return [f"it was {before.get('dataset')}, is {now['dataset']}"]
+        return [f"it was {cut(str(before.get('dataset')))}, is {now['dataset']}"]
     differences = []
     for split in ("train", "test"):
-        theirs, ours = before.get(split), now[split]
+        theirs, ours = before[split], now[split]
         if theirs == ours:
             continue
         name = {"train": "training", "test": "evaluation"}[split]
-        if not isinstance(theirs, dict) or "files" not in theirs or "files" not in ours:
-            counts = [each.get("examples") if isinstance(each, dict) else None for each in (theirs, ours)]
-            words = (
-                f"{counts[0]:,} images, now {counts[1]:,}" if isinstance(counts[0], int) else "other images"
-            )
-            differences.append(f"{name}: {words}")
+        if "files" not in theirs or "files" not in ours:
+            differences.append(f"{name}: {theirs['examples']:,} images, now {ours['examples']:,}")
         else:
             differences.append(f"{name}: {_compare_files(theirs['files'], ours['files'])}")
     return differences

@@ -9,9 +9,9 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, mixer_digits_config, resolve
 from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
-from mlpmixer_flax.limits import check_limits, show
+from mlpmixer_flax.limits import check_limits, cut, show
 from mlpmixer_flax.models import GELU, check_patch
-from mlpmixer_flax.text import listed
+from mlpmixer_flax.text import listed, printable
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
 
@@ -73,9 +73,8 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     if missing := [key for key in _SIZES if key not in given]:
         raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
     if unknown := sorted(given.keys() - base.keys()):
-        print(
-            f"{name}: not known to this version, and not used: {listed([f'{key:.40}' for key in unknown], 5)}"
-        )
+        names = [printable(cut(key, 40)) for key in unknown]
+        print(f"{name}: not known to this version, and not used: {listed(names, 5)}")
     values = dict(base)
     for key in base.keys() & given.keys():
         value = tuple(given[key]) if isinstance(given[key], list) else given[key]
