@@ -87,11 +87,11 @@ def check_limits(key: str, value: Any) -> None:
         raise UserError(f"{key}={show(value)} must be {limit}")
 
 
-def show(value: Any) -> str:
+def show(value: Any, length: int = 60) -> str:
     """Returns a value for a message; long ones are cut, because a number may have 100,000 digits."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length():,} bits"
-    return cut(repr(value), 60)
+    return cut(repr(value), length)
 
 
 def cut(text: str, length: int = 120) -> str:

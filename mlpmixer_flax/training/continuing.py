@@ -88,7 +88,7 @@ def compare_configs(workdir: Path, stored: Mapping[str, Any], config: Mapping[st
 
 def another_config(workdir: Path, changes: Sequence[Change]) -> str:
     """Returns the first half of an error: that the run has another config, and the keys."""
-    texts = [f"{cut(key, 40)} was {show(before)}, is {show(now)}" for key, before, now in changes]
+    texts = [f"{cut(key, 40)} was {show(before, 300)}, is {show(now, 300)}" for key, before, now in changes]
     return f"{workdir} holds a run with another config ({listed(texts)})"
 
 
