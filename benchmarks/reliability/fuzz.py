@@ -133,7 +133,7 @@ def read_weights(name: str) -> Callable[[Path, bytes], None]:
         weights = find(folder / name)
         for key in weights.shapes:
             weights.read(key)
-        if random.random() < 0.02:  # compiling nothing, this still takes most of the time
+        if random.random() < 0.002:  # it takes far longer than all the rest
             load(folder / name)
 
     return read

@@ -23,6 +23,7 @@ from mlpmixer_flax.run_weights import open_run
 from mlpmixer_flax.rundir import fetch_run
 from mlpmixer_flax.text import listed
 from mlpmixer_flax.training.losses import LOSSES
+from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.validate import complete
 from mlpmixer_flax.weights import source as weight_source
 from mlpmixer_flax.weights.adapt import sizes_of
@@ -88,8 +89,7 @@ def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, nam
     }
     wrong = [key for key, value in stated.items() if sizes.get(key) != value]
     if not wrong:  # only then, because a damaged config may state any number of blocks
-        images = jax.ShapeDtypeStruct((1, side_px, side_px, sizes["channels"]), jnp.float32)
-        shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+        shapes = _shapes_of(module, (side_px, side_px, sizes["channels"]))
         wanted = {key: leaf.shape for key, leaf in flatten_dict(shapes, sep="/").items()}
         wrong = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if wrong:
@@ -97,6 +97,14 @@ def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, nam
             f"{name} contradicts itself: config.json and class_names.json are of another model than the weights "
             f"({listed(wrong, 3)}): restore the files, or choose another run"
         )
+
+
+def _shapes_of(module: MlpMixer, image_shape: tuple[int, int, int]) -> Params:
+    """Returns the parameters of a module as jax.ShapeDtypeStruct, for images (height, width, channels)."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    # All blocks have the same shapes, and tracing a thousand of them takes seconds.
+    shapes = jax.eval_shape(module.clone(num_blocks=1).init, jax.random.key(0), images)["params"]
+    return {**shapes, **{f"MixerBlock_{i}": shapes["MixerBlock_0"] for i in range(module.num_blocks)}}
 
 
 def _load_weights(source: str) -> Model:
@@ -112,9 +120,7 @@ def _load_weights(source: str) -> Model:
     if not class_names:  # a file of ours that has no room for the names says how many there are
         numbered = "num_classes" in origin
         class_names = numbers(module.num_classes) if numbered else imagenet_names(module.num_classes)
-    like = jax.eval_shape(
-        module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    )["params"]
+    like = _shapes_of(module, image_shape)
     return Model(
         name=source,
         module=module,

@@ -27,11 +27,8 @@ CHOICES = {
     "preprocess.fit": FITS,
     "preprocess.interpolation": tuple(RESAMPLING),
 }
-_SIZES = (
-    *(f"model.{size}" for size in mixer_digits_config if size != "patches"),
-    "model.patches.size",
-    "preprocess.image_size_px",
-)
+# Keys without which nothing is known of a model
+_SIZES = (*(f"model.{key}" for key in flatten(mixer_digits_config)), "preprocess.image_size_px")
 
 
 def validate(config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import time
 from pathlib import Path
 
 import chex
@@ -248,3 +249,45 @@ def test_names_of_imagenet_21k_are_downloaded_and_are_numbers_without_a_network(
     file.write_text("\n".join(names[1:]))
     assert imagenet_names(21843) == numbers
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_claims_a_thousand_blocks_is_refused_at_once(tmp_path):
+    arrays = {
+        "stem/kernel": np.zeros((2, 2, 3, 4), np.float32),
+        "head/kernel": np.zeros((4, 3), np.float32),
+        "MixerBlock_0/token_mixing/Dense_0/kernel": np.zeros((4, 3), np.float32),
+        "MixerBlock_0/channel_mixing/Dense_0/kernel": np.zeros((4, 5), np.float32),
+    }
+    arrays |= {f"MixerBlock_{i}/LayerNorm_0/scale": np.zeros(4, np.float32) for i in range(1, 1000)}
+    np.savez(tmp_path / "w.npz", **arrays)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot be adapted to the model:\n.*missing in the weights"):
+        load(tmp_path / "w.npz")
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "hinge"}, "config.json is damaged .unknown loss 'hinge': choose one of"),
+        ({"dataset": 5}, "config.json is damaged .dataset=5 has the wrong type"),
+        ({"model": 5}, "config.json has no model.channels_mlp_dim: restore the file, or choose another run"),
+        ({"preprocess": {"image_size_px": 10**9}}, "image_size_px=1000000000 must be at most 16384, because"),
+        ({"preprocess": {"image_size_px": 16}}, "contradicts itself.*token_mixing/Dense_0/kernel"),
+        (
+            {"num_blocks": 3},
+            "contradicts itself: config.json and class_names.json are of another model .*num_bl",
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_whose_config_is_damaged_is_refused(run, tmp_path, changes, message):
+    if "num_blocks" in changes:
+        changes = {"model": json.loads((run / "config.json").read_text())["model"] | changes}
+    with pytest.raises(UserError, match=message):
+        load(copy_with(run, tmp_path / "copy", **changes))
+
+
+def test_keys_of_a_later_version_are_named_and_not_used(run, tmp_path, capsys):
+    load(copy_with(run, tmp_path / "copy", **{"new\x1b[31m": 1}))
+    assert "config.json: not known to this version, and not used: new\\x1b[31m\n" in capsys.readouterr().out
