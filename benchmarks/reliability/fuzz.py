@@ -392,6 +392,8 @@ def fuzz(name: str, count: int, first_seed: int, faults: Path) -> bool:
         def one(data: bytes) -> None:
             nonlocal slowest
             fault, seconds = try_one(read, data)
+            if fault.endswith("seconds"):  # once more, because another program may have kept the processor
+                fault, seconds = try_one(read, data)
             slowest = max(slowest, seconds)
             if fault:
                 found.setdefault(fault.splitlines()[-1][:160], (data, fault))
