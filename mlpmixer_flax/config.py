@@ -107,9 +107,11 @@ def get_config() -> ConfigDict:
     config.seed = 0  # for the initial weights, the order of the data, augmentation and dropout
 
     # Data
-    config.dataset = "digits"  # "digits" (included), "folder:PATH", or a TFDS name: "mnist", "cifar10:3.0.2"
+    config.dataset = (
+        "digits"  # "digits" (included), "folder:PATH", or a TFDS name: "mnist"; PATH may be remote
+    )
     config.skip_bad_images = False  # leave out unusable images, and count them; False = stop with an error
-    config.data_dir = ""  # TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    config.data_dir = ""  # TFDS directory, may be remote; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
     config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
     config.batch_size = 64  # images per update, over all devices

@@ -65,7 +65,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_distributed(parser)
     parser.add_argument(
-        "--workdir", type=path, metavar="RUN", help="run directory (default: runs/CONFIG-TIME)"
+        "--workdir",
+        type=path,
+        metavar="RUN",
+        help="run directory, which may be remote, as s3://bucket/run (default: runs/CONFIG-TIME)",
     )
     words = sys.argv[1:] if argv is None else argv
     # Apart from the others, because argparse takes a word that has a space, as in "a, b", for a FOLDER.
