@@ -80,7 +80,8 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
 
 def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, name: str) -> None:
     """Raises UserError if weights are not those of a module: one file of a run directory is of another run."""
-    found = {key: array.shape for key, array in flatten_dict(dict(params), sep="/").items()}
+    arrays: dict[str, Any] = flatten_dict(dict(params), sep="/")
+    found = {key: array.shape for key, array in arrays.items()}
     sizes = sizes_of(found)
     stated = {"classes": module.num_classes, "patches.size": tuple(module.patches["size"])}
     stated |= {
@@ -90,7 +91,8 @@ def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, nam
     wrong = [key for key, value in stated.items() if sizes.get(key) != value]
     if not wrong:  # only then, because a damaged config may state any number of blocks
         shapes = _shapes_of(module, (side_px, side_px, sizes["channels"]))
-        wanted = {key: leaf.shape for key, leaf in flatten_dict(shapes, sep="/").items()}
+        like: dict[str, Any] = flatten_dict(dict(shapes), sep="/")
+        wanted = {key: leaf.shape for key, leaf in like.items()}
         wrong = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if wrong:
         raise UserError(

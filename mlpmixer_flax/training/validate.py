@@ -66,7 +66,8 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     Raises:
       UserError: a value has the wrong type or is out of its range, or a size of the model is missing.
     """
-    base, given = flatten(resolve(get_config(), {})), flatten_dict(dict(stored), sep=".")
+    base = flatten(resolve(get_config(), {}))
+    given: dict[str, Any] = flatten_dict(dict(stored), sep=".")
     if missing := [key for key in _SIZES if key not in given]:
         raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
     if unknown := sorted(given.keys() - base.keys()):
