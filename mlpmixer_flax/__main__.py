@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 from mlpmixer_flax import quiet_ctrl_c
 
@@ -34,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def start() -> NoReturn:
+    """Runs `main` and ends the process: the `mlpmixer` command."""
+    status = main()
+    if "mlpmixer_flax.cli" in sys.modules:  # a program has run; importing it for a --help would take a second
+        importlib.import_module("mlpmixer_flax.cli").leave(status)
+    sys.exit(status)
+
+
 def _help() -> str:
     lines = [f"  mlpmixer {name:<12}{text}" for name, text in PROGRAMS.items()]
     return "\n".join(
@@ -50,4 +59,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

@@ -51,7 +51,7 @@ def test_while_a_program_is_imported(program, seconds):
 
 @pytest.mark.slow
 def test_while_training_is_compiled(tmp_path):
-    process = start("mlpmixer_flax.train", "--config=digits.py", f"--workdir={tmp_path}/run")
+    process = start("mlpmixer_flax", "train", "--config=digits.py", f"--workdir={tmp_path}/run")
     for line in process.stdout:
         if "steps (" in line:
             break
