@@ -175,6 +175,7 @@ _LOG_LEVELS = {
     "asyncio": logging.CRITICAL,  # reports each file of a save that has failed
     "huggingface_hub": logging.ERROR,  # warns about every retry
     "matplotlib.font_manager": logging.ERROR,  # warns about weights of fonts
+    "PIL": logging.CRITICAL,  # logs some of the errors that it also raises, without the name of the file
 }
 
 
@@ -225,8 +226,8 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
 def leave(status: int) -> NoReturn:
     """Ends the process with an exit status; the last call of every program.
 
-    After Ctrl-C it leaves out Python's own end, which can crash if XLA was compiling. Of several processes, none may
-    leave before the others have heard of it, which is a part of that end.
+    After Ctrl-C it skips Python's normal shutdown, which can crash while XLA compiles. With several processes it does
+    not skip it, because that shutdown tells the other processes.
     """
     if status == 128 + signal.SIGINT and not jax.distributed.is_initialized():
         with contextlib.suppress(OSError):
@@ -252,7 +253,7 @@ def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Reports an exception that nothing can catch, except those of the rest of a save that has failed already."""
     if isinstance(
         unraisable.exc_value, KeyboardInterrupt
-    ):  # Ctrl-C was pressed during such a call: once more
+    ):  # Ctrl-C arrived inside such a call and was lost: send it again
         threading.Timer(0.05, _thread.interrupt_main).start()
     elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

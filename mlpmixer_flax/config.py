@@ -255,7 +255,7 @@ def resolve(config: ConfigDict, origin: Mapping[str, Any]) -> ConfigDict:
             value = origin.get(key, default)
             try:
                 config.update_from_flattened_dict({key: value})
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise UserError(
                     f"the weights say {key}={value!r}, which has the wrong type: set --config.{key}"
                 ) from None

@@ -91,7 +91,7 @@ def accuracy_of(scores: Any) -> Accuracy | None:
     """Returns the accuracy in scores by name, such as a row of metrics.jsonl; None if there is none."""
     for scored in SCORED:
         value = scores.get(f"{scored}/accuracy") if isinstance(scores, Mapping) else None
-        if isinstance(value, (int, float)):
+        if type(value) in (int, float) and 0 <= value <= 1:
             return Accuracy(value, scored)
     return None
 
@@ -178,12 +178,18 @@ def _accuracies(workdir: Path) -> dict[int, Accuracy]:
     accuracies = {}
     for step in saved_steps(workdir):
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
+        if not file.exists():
+            continue
+        accuracy = None
         try:
             check_files(workdir / "checkpoints" / str(step), "metrics")
-            if accuracy := accuracy_of(read_json(file)):
-                accuracies[step] = accuracy
-        except (OSError, ValueError) as error:  # does not exist, or is damaged
+            accuracy = accuracy_of(read_json(file))
+        except (OSError, ValueError) as error:
             pass_on(error, file)
+        if accuracy:
+            accuracies[step] = accuracy
+        elif file.exists():  # a run in training may have removed it
+            print(f"the scores of checkpoint {step} are damaged and are not used", file=sys.stderr)
     return accuracies
 
 

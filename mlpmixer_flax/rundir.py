@@ -62,7 +62,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
         return {}
     try:
         config = read_json(file)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         pass_on(error, file)
         raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
     if not isinstance(config, dict):

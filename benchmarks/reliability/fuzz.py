@@ -5,7 +5,7 @@
     python benchmarks/reliability/fuzz.py --count=1000 npz images
 
 A reader may return, or refuse the input with an error of one sentence, as programs print it. Anything else is a fault,
-and so are a control character in what is printed, more than 3,000 characters, and more than 5 seconds. Faulty inputs are written to the folder of --faults,
+and so are a control character in what is printed, more than 3,000 characters, and more than 10 seconds. Faulty inputs are written to the folder of --faults,
 and the exit status is 1. Results: docs/reliability.md
 """
 
@@ -14,13 +14,13 @@ import contextlib
 import io
 import json
 import os
-import random
 import resource
 import shutil
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ from mlpmixer_flax.data.images import open_image
 from mlpmixer_flax.data.splits import read_split
 from mlpmixer_flax.inference.load import load
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.run_weights import default_checkpoint
+from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
 from mlpmixer_flax.rundir import read_class_names, read_config_of_run
 from mlpmixer_flax.training.continuing import check_class_names, compare_configs, usable_workdir
 from mlpmixer_flax.training.record import check_data, read_record
@@ -133,7 +133,7 @@ def read_weights(name: str) -> Callable[[Path, bytes], None]:
         weights = find(folder / name)
         for key in weights.shapes:
             weights.read(key)
-        if random.random() < 0.002:  # it takes far longer than all the rest
+        if zlib.crc32(data) % 500 == 0:  # it takes far longer than all the rest
             load(folder / name)
 
     return read
@@ -163,7 +163,7 @@ def read_scores(folder: Path, data: bytes) -> None:
     scores = folder / "checkpoints" / "5" / "metrics"
     scores.mkdir(parents=True)
     (scores / "metrics").write_bytes(data)
-    default_checkpoint(folder)
+    describe_weights(folder, default_checkpoint(folder), step=5)
 
 
 def read_data_record(folder: Path, data: bytes) -> None:
@@ -194,8 +194,7 @@ def read_hub_model(folder: Path, data: bytes) -> None:
 
 def read_image(folder: Path, data: bytes) -> None:
     (folder / "image").write_bytes(data)
-    for mode in ("L", "RGB", "RGBA"):
-        open_image(str(folder / "image"), mode)
+    open_image(str(folder / "image"), ("L", "RGB", "RGBA")[zlib.crc32(data) % 3])
 
 
 def read_folder_names(folder: Path, data: bytes) -> None:
@@ -369,7 +368,7 @@ def try_one(read: Callable[[Path, bytes], None], data: bytes) -> tuple[str, floa
     problems = {
         f"control characters in {text[:300]!r}": not text.replace("\n", "").isprintable(),
         f"a text of {len(text):,} characters": len(text) > 3000,
-        f"{seconds:.1f} seconds": seconds > 5,
+        f"{seconds:.1f} seconds": seconds > 10,
     }
     return fault or next((problem for problem, found in problems.items() if found), ""), seconds
 

@@ -81,7 +81,7 @@ def main() -> int:
             process.wait()
             saved = (
                 [name for name in os.listdir(workdir / "checkpoints") if name.isdecimal()]
-                if workdir.exists()
+                if (workdir / "checkpoints").exists()
                 else []
             )
             begun += bool(saved)

@@ -95,7 +95,7 @@ def judge(name: str, rows: list[tuple[float, int, int, int]], *, growing: float 
                 "MiB of memory",
                 statistics.median,
                 1.02,
-                growing * 0.7,
+                growing * 0.6,
             ),  # from the middle of one part to that of the other
             ("open files", max, 1.0, 2),
             ("threads", max, 1.0, 2),

@@ -79,7 +79,7 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
 
 
 def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, name: str) -> None:
-    """Raises UserError if weights are not those of a module: one file of a run directory is of another run."""
+    """Raises UserError if weights are not those of a module: probably a file was copied from another run."""
     arrays: dict[str, Any] = flatten_dict(dict(params), sep="/")
     found = {key: array.shape for key, array in arrays.items()}
     sizes = sizes_of(found)

@@ -100,6 +100,10 @@ class Checkpoints:
                 check_files(file.parent.parent, "metrics")
                 accuracy = accuracy_of(read_json(file))
             if accuracy is None:
+                print(
+                    f"the scores of checkpoint {file.parent.parent.name} are damaged and are removed",
+                    flush=True,
+                )
                 shutil.rmtree(file.parent)
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:

@@ -171,7 +171,7 @@ def _change(
         raise wrong_type
     try:
         config.update_from_flattened_dict({key: value})
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # OverflowError: an integer that no float can be
         raise wrong_type from None
 
 

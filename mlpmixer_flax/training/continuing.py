@@ -96,10 +96,7 @@ def describe_changes(changes: Sequence[Change]) -> str:
     """Returns a line that says with which other values a run continues."""
     texts = [f"{key}={now} (was {before})" for key, before, now in changes]
     rounding = any(key in ("accumulation_steps", "mesh.fsdp", "model.remat") for key, _, _ in changes)
-    return (
-        f"continuing with {listed(texts, len(texts))}"
-        + "; updates stay the same, except for rounding" * rounding
-    )
+    return f"continuing with {', '.join(texts)}" + "; updates stay the same, except for rounding" * rounding
 
 
 def check_class_names(workdir: Path, class_names: list[str]) -> None:

@@ -122,7 +122,9 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         name = {"train": "training", "test": "evaluation"}[split]
         if "files" not in theirs or "files" not in ours:
-            differences.append(f"{name}: {theirs['examples']:,} images, now {ours['examples']:,}")
+            counts = f"{theirs['examples']:,} images, now {ours['examples']:,}"
+            same = theirs["examples"] == ours["examples"]
+            differences.append(f"{name}: {'other images, or in another order' if same else counts}")
         else:
             differences.append(f"{name}: {_compare_files(theirs['files'], ours['files'])}")
     return differences

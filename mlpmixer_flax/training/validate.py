@@ -27,7 +27,7 @@ CHOICES = {
     "preprocess.fit": FITS,
     "preprocess.interpolation": tuple(RESAMPLING),
 }
-# Keys without which nothing is known of a model
+# Keys that a stored config must have
 _SIZES = (*(f"model.{key}" for key in flatten(mixer_digits_config)), "preprocess.image_size_px")
 
 
@@ -54,17 +54,18 @@ def validate(config: ConfigDict) -> None:
 
 
 def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
-    """Returns the config of a run directory with all keys of the base config and no others, as JSON has it.
+    """Returns the config of a run directory with all keys of the base config and no others; lists replace tuples.
 
     A run of an earlier version lacks keys; they get their values from the base config. Keys of a later version are
-    left out, and printed.
+    left out, and printed, unless they may change what the model computes.
 
     Args:
       stored: as read from the file, which may be damaged.
       name: of the file, for messages.
 
     Raises:
-      UserError: a value has the wrong type or is out of its range, or a size of the model is missing.
+      UserError: a value has the wrong type or is out of its range, a size of the model is missing, or the model has
+        an unknown key.
     """
     base = flatten(resolve(get_config(), {}))
     given: dict[str, Any] = flatten_dict(dict(stored), sep=".")
@@ -72,9 +73,15 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
         raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
     if unknown := sorted(given.keys() - base.keys()):
         names = [printable(cut(key, 40)) for key in unknown]
+        if any(key.startswith(("model.", "preprocess.")) for key in unknown):
+            raise UserError(
+                f"{name} has keys that are not known to this version ({listed(names, 5)}): update the package"
+            )
         print(f"{name}: not known to this version, and not used: {listed(names, 5)}")
     values = dict(base)
-    for key in base.keys() & given.keys():
+    for key in base:
+        if key not in given:
+            continue
         value = tuple(given[key]) if isinstance(given[key], list) else given[key]
         try:
             _check_type(key, value, base[key])
@@ -83,6 +90,14 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"{name} is damaged ({error}): restore the file, or choose another run") from None
         values[key] = value
+    side_px = values["preprocess.image_size_px"]
+    try:
+        check_patch(values["model.patches.size"], (side_px, side_px))
+    except (UserError, ValueError):  # ValueError: not two numbers
+        raise UserError(
+            f"{name} is damaged (patches of {show(values['model.patches.size'])} px do not divide images of {side_px} px): "
+            "restore the file, or choose another run"
+        ) from None
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return unflatten_dict(plain, sep=".")
 

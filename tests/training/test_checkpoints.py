@@ -1,5 +1,6 @@
 """Tests what a run keeps on disk, restores exactly, refuses, and survives if files are damaged."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlpmixer_flax import UserError, run_weights
+from mlpmixer_flax.checksums import check_files
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open_run, read_weights
 from mlpmixer_flax.rundir import read_class_names, read_config, write_run
 from mlpmixer_flax.training import sharding
@@ -296,3 +298,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     checkpoints.close()
     with pytest.raises(UserError, match="step 1 have values that are not finite"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("accuracy", [10**400, True, float("nan"), -0.5, "0.5", None])
+def test_what_is_no_share_of_images_is_no_accuracy(accuracy):
+    assert run_weights.accuracy_of({"test/accuracy": accuracy}) is None
+
+
+def test_names_that_no_file_can_have_are_missing_files(tmp_path):
+    (tmp_path / "sha256.json").write_text(json.dumps({"default/" + "x" * 3000: "ab"}))
+    with pytest.raises(ValueError, match="is not as it was saved"):
+        check_files(tmp_path, "default")
