@@ -195,6 +195,7 @@ def test_an_evaluation_without_enough_memory_names_the_batch_size(digits_run, tm
     assert re.fullmatch(r"error: not enough memory \(.*\): .*; a smaller batch_size needs less\n", err)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 def test_a_worker_that_the_system_kills_is_named_as_such(tmp_path):

@@ -151,6 +151,7 @@ def test_grayscale_images_follow_weights_with_the_same_mean_for_all_channels(tmp
     assert config["preprocess"]["mean"] == [0.4] and config["preprocess"]["std"] == [0.3]
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_ema_of_another_with_a_new_head(tmp_path, capsys):
     first = [*SMALL, "--config.ema_decay=0.9", f"--workdir={tmp_path}/first"]
     assert main(first) == 0

@@ -205,6 +205,7 @@ def test_a_run_that_may_not_write_more_ends_with_one_sentence(tmp_path):
     assert names(workdir) == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_is_deleted_ends_with_one_sentence(tmp_path):
     workdir = tmp_path / "run"

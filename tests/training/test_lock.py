@@ -99,6 +99,7 @@ def test_the_second_start_is_refused_and_a_killed_run_blocks_nothing(tmp_path, c
     assert not (workdir / "in_use.json").exists()
 
 
+@pytest.mark.long
 def test_two_starts_at_the_same_time_leave_one(tmp_path):
     both = [start(tmp_path / "run") for _ in range(2)]
     try:

@@ -491,6 +491,7 @@ print(1024 * (kib("VmHWM") - before))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(

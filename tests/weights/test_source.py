@@ -215,6 +215,7 @@ print(1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_loading_large_weights_needs_little_more_memory_than_they_have(tmp_path):
     model = MlpMixer(num_classes=21843, **mixer_l16_config)
