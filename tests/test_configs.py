@@ -32,10 +32,18 @@ def test_config_builds_at_full_size(file):
     assert sum(p.size for p in jax.tree.leaves(shapes)) > 10_000
 
 
-# Configs that differ from another one only in size, weights or length: a small copy of them compiles the same program.
-SAME_RECIPE = ("b16_cifar10_384", "b16_cifar10_448", "b16_cifar10_quick", "l16_cifar10")
-SAME_RECIPE += ("b16_imagenet21k", "l16_imagenet21k")
-MARKED = [pytest.param(file, marks=[pytest.mark.long] * (file.stem in SAME_RECIPE)) for file in FILES]
+# Configs whose small copies compile nearly the program of another one
+LIKE_ANOTHER = {
+    "b16_cifar10": "finetune_folder",
+    "b16_cifar10_384": "finetune_folder",
+    "b16_cifar10_448": "finetune_folder",
+    "b16_cifar10_quick": "finetune_folder",
+    "b16_imagenet21k": "b16_imagenet",
+    "cifar10": "b16_imagenet",
+    "l16_cifar10": "finetune_folder",
+    "l16_imagenet21k": "b16_imagenet",
+}
+MARKED = [pytest.param(file, marks=[pytest.mark.long] * (file.stem in LIKE_ANOTHER)) for file in FILES]
 
 
 @pytest.mark.slow

@@ -53,15 +53,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [file.stem for file in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", default=names, help=f"of {', '.join(names)} (default: all)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=NOTEBOOKS,
         help="directory for the results (default: the notebooks are replaced)",
     )
-    output = parser.parse_args().output
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        run(notebook, output / notebook.name)
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in names]:
+        parser.error(f"no notebook {unknown[0]!r}: choose from {', '.join(names)}")
+    for name in options.names:
+        run(NOTEBOOKS / f"{name}.ipynb", options.output / f"{name}.ipynb")
 
 
 if __name__ == "__main__":
