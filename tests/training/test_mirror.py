@@ -355,7 +355,9 @@ def test_a_run_goes_on_without_the_network_and_says_so_once(bucket, tmp_path, s3
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}",
         "AWS_MAX_ATTEMPTS": "1",
     }
-    command = [sys.executable, "-u", "-c", TRAIN, "0.2", *arguments(url, total_steps=1_000_000)]
+    # A checkpoint every two seconds: they are removed before they are uploaded if they come faster than the upload is.
+    length = {"total_steps": 1_000_000, "save_every_steps": 400, "eval_every_steps": 400}
+    command = [sys.executable, "-u", "-c", TRAIN, "0.2", *arguments(url, **length)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
