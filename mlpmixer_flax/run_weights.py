@@ -91,7 +91,7 @@ def accuracy_of(scores: Any) -> Accuracy | None:
     """Returns the accuracy in scores by name, such as a row of metrics.jsonl; None if there is none."""
     for scored in SCORED:
         value = scores.get(f"{scored}/accuracy") if isinstance(scores, Mapping) else None
-        if type(value) in (int, float) and 0 <= value <= 1:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
             return Accuracy(value, scored)
     return None
 
