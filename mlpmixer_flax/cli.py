@@ -251,9 +251,8 @@ def _print_error(text: str) -> None:
 
 def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Reports an exception that nothing can catch, except those of the rest of a save that has failed already."""
-    if isinstance(
-        unraisable.exc_value, KeyboardInterrupt
-    ):  # Ctrl-C arrived inside such a call and was lost: send it again
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Ctrl-C arrived inside such a call and was lost: send it again.
         threading.Timer(0.05, _thread.interrupt_main).start()
     elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

@@ -107,9 +107,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # for the initial weights, the order of the data, augmentation and dropout
 
     # Data
-    config.dataset = (
-        "digits"  # "digits" (included), "folder:PATH", or a TFDS name: "mnist"; PATH may be remote
-    )
+    config.dataset = "digits"  # "digits" (included), "folder:PATH" (may be remote), or a TFDS name: "mnist"
     config.skip_bad_images = False  # leave out unusable images, and count them; False = stop with an error
     config.data_dir = ""  # TFDS directory, may be remote; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.text import shorten
 
 _COUNT = "steps are counted with 32 bits"
 _EPOCHS = "no run has so many epochs"
@@ -91,9 +92,4 @@ def show(value: Any, length: int = 60) -> str:
     """Returns a value for a message; long ones are cut, because a number may have 100,000 digits."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length():,} bits"
-    return cut(repr(value), length)
-
-
-def cut(text: str, length: int = 120) -> str:
-    """Returns a text, or its first characters and "…"."""
-    return text if len(text) <= length else f"{text[:length]}…"
+    return shorten(repr(value), length)

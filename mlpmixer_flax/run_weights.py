@@ -173,6 +173,18 @@ def _saved_step(workdir: Path, which: str) -> int:
     return int(which)
 
 
+def read_accuracy(checkpoint: Path) -> Accuracy | None:
+    """Returns the accuracy in the scores of a checkpoint; None if they are damaged.
+
+    Raises:
+      OSError: they cannot be read.
+    """
+    with contextlib.suppress(ValueError):
+        check_files(checkpoint, "metrics")
+        return accuracy_of(read_json(checkpoint / "metrics" / "metrics"))
+    return None
+
+
 def _accuracies(workdir: Path) -> dict[int, Accuracy]:
     """Returns step -> accuracy of the checkpoints that have one."""
     accuracies = {}
@@ -182,9 +194,8 @@ def _accuracies(workdir: Path) -> dict[int, Accuracy]:
             continue
         accuracy = None
         try:
-            check_files(workdir / "checkpoints" / str(step), "metrics")
-            accuracy = accuracy_of(read_json(file))
-        except (OSError, ValueError) as error:
+            accuracy = read_accuracy(workdir / "checkpoints" / str(step))
+        except OSError as error:
             pass_on(error, file)
         if accuracy:
             accuracies[step] = accuracy

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty_machine import QUICK_TO_COMPILE
+from faulty_machine import QUICK_TO_COMPILE, start_training
 
 # Training of a model whose state takes half a second to save.
 LARGE = ["--config=digits.py", "--config.model.hidden_dim=768", "--config.model.channels_mlp_dim=3072"]
@@ -45,9 +45,8 @@ def end_of(process):
 )
 def test_while_a_program_is_imported(program):
     process = start(*program)
-    while (
-        "numpy" not in Path(f"/proc/{process.pid}/maps").read_text()
-    ):  # one of the first packages of a second or two
+    # NumPy is one of the first packages of a second or two.
+    while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     assert end_of(process)[:2] == (130, "")
 
@@ -78,18 +77,15 @@ def test_where_it_is_ignored_it_stays_so():
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3, 0.6, 1.0])
 def test_a_second_time_while_the_run_is_saved(tmp_path, seconds):
-    arguments = ["mlpmixer_flax.train", *LARGE, f"--workdir={tmp_path}/run"]
-    process = start(*arguments)
-    for line in process.stdout:
-        if line.startswith("step 4/"):
-            break
+    arguments = [*LARGE, f"--workdir={tmp_path}/run"]
+    process = start_training(*arguments, until="step 4/")
     process.send_signal(signal.SIGINT)
     time.sleep(seconds)
     status, out, took = end_of(process)
     assert status == 130 and "Traceback" not in out and "ignored" not in out, out
     assert took < 10
     saved = max(map(int, filter(str.isdigit, os.listdir(tmp_path / "run" / "checkpoints"))))
-    process = start(*arguments)
+    process = start("mlpmixer_flax.train", *arguments)
     for line in process.stdout:
         if found := re.search(r"continuing from step (\d+)", line):
             break

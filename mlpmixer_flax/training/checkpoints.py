@@ -17,8 +17,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
-from mlpmixer_flax.reading import read_json
-from mlpmixer_flax.run_weights import Accuracy, accuracy_of
+from mlpmixer_flax.run_weights import Accuracy, accuracy_of, read_accuracy
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
 
@@ -95,11 +94,7 @@ class Checkpoints:
         The checkpoint beside such a file can still be restored, but can never be the best.
         """
         for file in self.folder.glob("*/metrics/metrics"):
-            accuracy = None
-            with contextlib.suppress(ValueError):
-                check_files(file.parent.parent, "metrics")
-                accuracy = accuracy_of(read_json(file))
-            if accuracy is None:
+            if read_accuracy(file.parent.parent) is None:
                 print(
                     f"the scores of checkpoint {file.parent.parent.name} are damaged and are removed",
                     flush=True,

@@ -15,8 +15,8 @@ import mlpmixer_flax
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten, get_config, resolve
 from mlpmixer_flax.faults import check_reachable
-from mlpmixer_flax.limits import cut, show
-from mlpmixer_flax.text import printable
+from mlpmixer_flax.limits import show
+from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.keys import suggest_key, suggest_option
 from mlpmixer_flax.training.validate import validate
 
@@ -116,7 +116,7 @@ def _explain(error: BaseException) -> str:
         return "a value of the config cannot be changed in this way: write config.KEY = VALUE"
     key = _path_to(section) + key
     if key not in values:
-        return f"the config has no key {cut(key)!r}: {suggest_key(key, list(values))}"
+        return f"the config has no key {show(key, 120)}: {suggest_key(key, list(values))}"
     if "value" not in inside.f_locals:
         return f"key {key!r} cannot be removed: give it a value, such as {values[key]!r}"
     value = inside.f_locals["value"]
@@ -140,7 +140,7 @@ def _parse_argument(argument: str, values: Mapping[str, Any]) -> tuple[str, Any]
     name, equals, text = argument.partition("=")
     key = name.removeprefix("--config.")
     if key == name or not equals:
-        raise UserError(f"cannot use {cut(argument)!r}: {suggest_option(argument, list(values))}")
+        raise UserError(f"cannot use {show(argument, 120)}: {suggest_option(argument, list(values))}")
     try:
         return key, _parse(text, like=values.get(key, ""))
     except (KeyError, TypeError, ValueError, SyntaxError):
@@ -163,9 +163,9 @@ def _change(
       given, words: for the message: the change, and what true and false are called where it is written.
     """
     if key not in values:
-        raise UserError(f"the config has no key {cut(key)!r}: {suggest_key(key, list(values))}")
+        raise UserError(f"the config has no key {show(key, 120)}: {suggest_key(key, list(values))}")
     wrong_type = UserError(
-        f"{printable(cut(given))} has the wrong type: give {_example(values[key], words=words)}"
+        f"{shorten(given, 120)} has the wrong type: give {_example(values[key], words=words)}"
     )
     if value is None or isinstance(value, bool) != isinstance(values[key], bool):  # True would become 1.0
         raise wrong_type

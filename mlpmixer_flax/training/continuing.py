@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, ConfigDict, get_config, in_steps, resolve
 from mlpmixer_flax.data.files import check_no_url
-from mlpmixer_flax.limits import cut, show
+from mlpmixer_flax.limits import show
 from mlpmixer_flax.rundir import read_class_names, saved_steps
-from mlpmixer_flax.text import listed
+from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.optimizer import make_schedule
 
 
@@ -88,7 +88,9 @@ def compare_configs(workdir: Path, stored: Mapping[str, Any], config: Mapping[st
 
 def another_config(workdir: Path, changes: Sequence[Change]) -> str:
     """Returns the first half of an error: that the run has another config, and the keys."""
-    texts = [f"{cut(key, 40)} was {show(before, 300)}, is {show(now, 300)}" for key, before, now in changes]
+    texts = [
+        f"{shorten(key, 40)} was {show(before, 300)}, is {show(now, 300)}" for key, before, now in changes
+    ]
     return f"{workdir} holds a run with another config ({listed(texts)})"
 
 

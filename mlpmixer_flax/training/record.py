@@ -12,8 +12,8 @@ from mlpmixer_flax.data.folders import FolderRecords
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
-from mlpmixer_flax.limits import cut
 from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.continuing import Change, another_config
 
 FILE = "data.json"  # in the run directory
@@ -114,7 +114,7 @@ def check_data(
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns what differs between two records, in words."""
     if before.get("dataset") != now["dataset"]:
-        return [f"it was {cut(str(before.get('dataset')))}, is {now['dataset']}"]
+        return [f"it was {shorten(str(before.get('dataset')), 120)}, is {now['dataset']}"]
     differences = []
     for split in ("train", "test"):
         theirs, ours = before[split], now[split]

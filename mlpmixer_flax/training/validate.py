@@ -9,9 +9,9 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.config import INIT_HEADS, ConfigDict, flatten, get_config, mixer_digits_config, resolve
 from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
-from mlpmixer_flax.limits import check_limits, cut, show
+from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
-from mlpmixer_flax.text import listed, printable
+from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
 
@@ -72,7 +72,7 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     if missing := [key for key in _SIZES if key not in given]:
         raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
     if unknown := sorted(given.keys() - base.keys()):
-        names = [printable(cut(key, 40)) for key in unknown]
+        names = [shorten(key, 40) for key in unknown]
         if any(key.startswith(("model.", "preprocess.")) for key in unknown):
             raise UserError(
                 f"{name} has keys that are not known to this version ({listed(names, 5)}): update the package"
