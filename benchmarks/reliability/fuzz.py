@@ -4,9 +4,9 @@
     python benchmarks/reliability/fuzz.py                          # 100,000 inputs of each kind, some hours
     python benchmarks/reliability/fuzz.py --count=1000 npz images
 
-A reader may return, or refuse the input with an error of one sentence, as programs print it. Anything else is a fault,
-and so are a control character in what is printed, more than 3,000 characters, and more than 10 seconds. Faulty inputs are written to the folder of --faults,
-and the exit status is 1. Results: docs/reliability.md
+A reader may return, or refuse the input with an error, as programs print it. Anything else is a fault, and so are a
+control character in what is printed, more than 3,000 characters, and more than 10 seconds. Faulty inputs are written to
+the folder of --faults, and the exit status is 1. Results: docs/reliability.md
 """
 
 import argparse
@@ -21,14 +21,14 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
+from damage import inputs
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from mlpmixer_flax import UserError
@@ -227,9 +227,8 @@ def read_path(folder: Path, data: bytes) -> None:
 
 
 SAFETENSORS = weight_files(write_safetensors, ".safetensors")[1]
-NPZ = [*weight_files(write_npz, ".npz")]
 READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], None]]] = {
-    "npz": (NPZ, read_weights("a.npz")),
+    "npz": (weight_files(write_npz, ".npz"), read_weights("a.npz")),
     "safetensors": (weight_files(write_safetensors, ".safetensors"), read_weights("a.safetensors")),
     "config.json of a run": (as_json(CONFIG), read_run_config),
     "class_names.json": (as_json(["a", "b"]), read_names),
@@ -250,105 +249,6 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], None]]] = {
         read_path,
     ),
 }
-
-# --- damage
-
-VALUES = [
-    b"NaN",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"1e-320",
-    b"99999999999999999999",
-    b"null",
-    b"[]",
-    b"{}",
-    b'""',
-    b"[[",
-    b"true",
-]
-VALUES += [
-    b"\x00",
-    b"\xff\xff\xff\xff",
-    b"\x1b[31m",
-    b"\\ud800",
-    b'"\\u0000"',
-    b"[" * 500,
-    b"9" * 5000,
-    b"\n",
-    b"/",
-    b"x" * 3000,
-]
-
-
-@st.composite
-def damaged(draw, originals: list[bytes]) -> bytes:
-    """Returns a file with one to four changes: bits, bytes, parts that are removed, doubled or replaced."""
-    data = bytearray(draw(st.sampled_from(originals)))
-    for kind in draw(
-        st.lists(st.sampled_from("flip byte cut end double value text".split()), min_size=1, max_size=4)
-    ):
-        at = draw(st.integers(0, max(len(data) - 1, 0)))
-        length = draw(st.integers(1, 40))
-        if kind == "flip" and data:
-            data[at] ^= 1 << (length % 8)
-        elif kind == "byte" and data:
-            data[at] = draw(st.integers(0, 255))
-        elif kind == "cut":
-            del data[at : at + length]
-        elif kind == "end":
-            del data[at:]
-        elif kind == "double":
-            data[at:at] = data[at : at + length]
-        elif kind == "value":
-            data[at : at + draw(st.sampled_from([0, 0, 1, 3, 6]))] = draw(st.sampled_from(VALUES))
-        elif kind == "text":
-            data[at:at] = draw(st.text(max_size=8)).encode("utf-8", "surrogatepass")
-    return bytes(data)
-
-
-JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-
-
-@st.composite
-def changed_json(draw, originals: list[bytes]) -> bytes:
-    """Returns valid JSON in which one to three values are replaced, removed or renamed."""
-    content = json.loads(draw(st.sampled_from(originals)))
-    for _ in range(draw(st.integers(1, 3))):
-        place, steps = content, draw(st.integers(0, 2))
-        while isinstance(place, (dict, list)) and place:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            key = draw(st.sampled_from(keys))
-            if steps and isinstance(place[key], (dict, list)) and place[key]:
-                place, steps = place[key], steps - 1
-                continue
-            how = draw(st.sampled_from(["replace", "replace", "remove", "rename"]))
-            if how == "replace" or isinstance(place, list):
-                place[key] = draw(JSON)
-            elif how == "remove":
-                del place[key]
-            else:
-                place[draw(st.text(max_size=8))] = place.pop(key)
-            break
-        else:
-            content = draw(JSON)
-    return json.dumps(content).encode()
-
-
-def inputs(originals: list[bytes]) -> st.SearchStrategy[bytes]:
-    try:
-        for original in originals:
-            json.loads(original)
-    except ValueError:
-        return damaged(originals)
-    return st.one_of(damaged(originals), changed_json(originals))
-
 
 # --- the run
 
@@ -380,9 +280,8 @@ def fuzz(name: str, count: int, first_seed: int, faults: Path) -> bool:
         if (fault := try_one(read, original)[0]) and name != "path":
             raise SystemExit(f"{name} refuses an undamaged file: {fault}")
     found, slowest, started = {}, 0.0, time.monotonic()
-    for number, begin in enumerate(
-        range(0, count, 2000)
-    ):  # hypothesis keeps all examples of one call in memory
+    # Hypothesis keeps all examples of one call in memory.
+    for number, begin in enumerate(range(0, count, 2000)):
 
         @seed(first_seed * 10_000 + number)
         @settings(max_examples=min(2000, count - begin), deadline=None, database=None, phases=[Phase.generate],
@@ -411,7 +310,7 @@ def fuzz(name: str, count: int, first_seed: int, faults: Path) -> bool:
     return not found
 
 
-def main(argv: Iterable[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -421,7 +320,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "--faults", type=Path, default=Path("faults"), help="folder for faulty inputs (default: faults)"
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     if unknown := [kind for kind in options.kinds if kind not in READERS]:
         parser.error(f"unknown kind {unknown[0]!r}: choose from {', '.join(READERS)}")
     print(
