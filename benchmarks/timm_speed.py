@@ -14,9 +14,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = (
     "cpu"  # JAX only counts operations here, and must leave the GPU's memory to PyTorch
@@ -94,6 +95,19 @@ def inference(model: torch.nn.Module, images: torch.Tensor) -> Callable[[int], N
     return run
 
 
+def make_mixer(architecture: Mapping[str, Any], size_px: int) -> torch.nn.Module:
+    """Returns timm's Mixer of an architecture of `mlpmixer_flax.config`."""
+    width = architecture["hidden_dim"]
+    return timm.models.mlp_mixer.MlpMixer(
+        num_classes=CLASSES,
+        img_size=size_px,
+        patch_size=architecture["patches"]["size"][0],
+        num_blocks=architecture["num_blocks"],
+        embed_dim=width,
+        mlp_ratio=(architecture["tokens_mlp_dim"] / width, architecture["channels_mlp_dim"] / width),
+    )
+
+
 def measure(
     name: str, kind: str, batch_size: int, *, compiled: bool, product_tflops: float, seconds: float
 ) -> Row:
@@ -103,15 +117,10 @@ def measure(
     shape = (size_px, size_px, 3)
     params = jax.eval_shape(ours.init, jax.random.key(0), np.zeros((1, *shape), np.float32))["params"]
     label = f"{name} {'compiled' if compiled else 'eager'}"
-    layout = torch.channels_last if DEVICE == "cuda" else torch.contiguous_format
     try:
-        model = timm.create_model(f"mixer_{name}_{size_px}", num_classes=CLASSES)
-        model = model.to(device=DEVICE, memory_format=layout)
-        images = torch.randn((batch_size, 3, size_px, size_px), device=DEVICE).to(memory_format=layout)
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        make_run = {"training": training, "inference": inference}[kind]
-        run = make_run(torch.compile(model) if compiled else model, images)
+        run = prepare(name, kind, batch_size, compiled=compiled)
         started = time.perf_counter()
         run(1)
         compile_seconds = time.perf_counter() - started
@@ -131,11 +140,21 @@ def measure(
     )
 
 
+def prepare(name: str, kind: str, batch_size: int, *, compiled: bool) -> Callable[[int], None]:
+    """Returns a function that runs n updates or forward passes of a model."""
+    architecture, size_px = MODELS[name]
+    layout = torch.channels_last if DEVICE == "cuda" else torch.contiguous_format
+    model = make_mixer(architecture, size_px).to(device=DEVICE, memory_format=layout)
+    images = torch.randn((batch_size, 3, size_px, size_px), device=DEVICE).to(memory_format=layout)
+    make_run = {"training": training, "inference": inference}[kind]
+    return make_run(torch.compile(model) if compiled else model, images)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="b16", metavar="NAMES", help="s16, b16, l16, with commas between")
+    parser.add_argument("--model", default="b16", metavar="NAMES", help="names of mlpmixer_flax.benchmark, with commas between")
     parser.add_argument("--batch_size", default="8", metavar="N,...")
     parser.add_argument("--kind", choices=KINDS, help="measure only this kind (default: both)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.devices import check_devices
-from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
+from mlpmixer_flax.training.optimizer import Params, make_optimizer, make_schedule
 from mlpmixer_flax.training.step import init_state, make_train_step
 from mlpmixer_flax.training.table import count_macs
 
@@ -151,6 +151,44 @@ def measure(
     Raises:
       UserError: as `check_batch_size`.
     """
+    size_px = config.preprocess.image_size_px
+    try:
+        started = time.perf_counter()
+        prepared = prepare(config, kind, batch_size, num_classes=num_classes)
+        compile_seconds = time.perf_counter() - started
+        times = time_calls(prepared.run, seconds=seconds)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Row(name, kind, batch_size)
+    return make_row(
+        name,
+        kind,
+        batch_size,
+        times,
+        macs=count_macs(prepared.model, (size_px, size_px, 3), prepared.params),
+        product_tflops=product_tflops * jax.device_count(),
+        memory_mib=_memory_mib(prepared.program),
+        compile_seconds=compile_seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A compiled update or forward pass, with everything it needs."""
+
+    run: Run
+    program: jax.stages.Compiled
+    model: MlpMixer
+    params: Params
+
+
+def prepare(config: ConfigDict, kind: str, batch_size: int, *, num_classes: int) -> Prepared:
+    """Compiles an update or a forward pass of a config's model, over all devices, on images of random numbers.
+
+    Raises:
+      UserError: as `check_batch_size`.
+    """
     check_batch_size(config, kind, batch_size)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp if kind == "training" else 1)
     size_px = config.preprocess.image_size_px
@@ -161,27 +199,9 @@ def measure(
         "label": rng.integers(0, num_classes, batch_size, np.int32),
         "mask": np.ones(batch_size, bool),
     }
-    batch = sharding.put_batch(batch, mesh)
-    make_run = _make_training if kind == "training" else _make_inference
-    try:
-        started = time.perf_counter()
-        run, program, params = make_run(model, config, batch, mesh)
-        compile_seconds = time.perf_counter() - started
-        times = time_calls(run, seconds=seconds)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Row(name, kind, batch_size)
-    return make_row(
-        name,
-        kind,
-        batch_size,
-        times,
-        macs=count_macs(model, (size_px, size_px, 3), params),
-        product_tflops=product_tflops * mesh.size,
-        memory_mib=_memory_mib(program),
-        compile_seconds=compile_seconds,
-    )
+    make_run = {"training": _make_training, "inference": _make_inference}[kind]
+    run, program, params = make_run(model, config, sharding.put_batch(batch, mesh), mesh)
+    return Prepared(run, program, model, params)
 
 
 def check_batch_size(config: ConfigDict, kind: str, batch_size: int) -> None:
