@@ -70,8 +70,10 @@ def prepare(words: Sequence[str], model: str, kind: str, batch_size: int) -> Cal
     if library == "ours":
         from mlpmixer_flax.benchmark import named_config
         from mlpmixer_flax.config import flatten, resolve
+        from mlpmixer_flax.startup import make_faster
         from mlpmixer_flax.training.speed import prepare
 
+        make_faster()  # as the programs do
         config = named_config(model)
         for override in overrides:
             key, _, value = override.partition("=")
@@ -101,7 +103,9 @@ def ask(process: "subprocess.Popen[str]", calls: int) -> float:
     return float(process.stdout.readline())
 
 
-def compare(sides: Sequence[Side], model: str, kind: str, batch_size: int, *, turns: int) -> list[list[float]]:
+def compare(
+    sides: Sequence[Side], model: str, kind: str, batch_size: int, *, turns: int
+) -> list[list[float]]:
     """Returns images per second of each turn, by side."""
     processes = [side.start(model, kind, batch_size) for side in sides]
     try:
@@ -126,11 +130,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=parse_side, action="append", required=True, help="see above; the first one is compared with")
-    parser.add_argument("--model", default="nano4", metavar="NAMES", help="names of mlpmixer_flax.benchmark, with commas between")
+    parser.add_argument(
+        "--side",
+        type=parse_side,
+        action="append",
+        required=True,
+        help="see above; the first one is compared with",
+    )
+    parser.add_argument(
+        "--model",
+        default="nano4",
+        metavar="NAMES",
+        help="names of mlpmixer_flax.benchmark, with commas between",
+    )
     parser.add_argument("--kind", default="training,inference", metavar="KINDS", help="default: %(default)s")
     parser.add_argument("--batch_size", default="32", metavar="N,...", help="default: %(default)s")
-    parser.add_argument("--turns", type=int, default=12, metavar="N", help="turns of a second of each side (default: %(default)s)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=12,
+        metavar="N",
+        help="turns of a second of each side (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all speeds to this file")
     arguments = parser.parse_args()
     print(f"{'':<30}{'images/s':>9}   ratio to {arguments.side[0].name!r}: median (lowest to highest)")
@@ -148,7 +169,15 @@ def main() -> None:
                         f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
                         flush=True,
                     )
-                    rows.append({"side": side.name, "model": model, "kind": kind, "batch_size": batch_size, "speeds": speed})
+                    rows.append(
+                        {
+                            "side": side.name,
+                            "model": model,
+                            "kind": kind,
+                            "batch_size": batch_size,
+                            "speeds": speed,
+                        }
+                    )
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)

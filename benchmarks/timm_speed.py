@@ -154,7 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="b16", metavar="NAMES", help="names of mlpmixer_flax.benchmark, with commas between")
+    parser.add_argument(
+        "--model",
+        default="b16",
+        metavar="NAMES",
+        help="names of mlpmixer_flax.benchmark, with commas between",
+    )
     parser.add_argument("--batch_size", default="8", metavar="N,...")
     parser.add_argument("--kind", choices=KINDS, help="measure only this kind (default: both)")
     parser.add_argument(

@@ -26,6 +26,7 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.remote import copy_of
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
 from mlpmixer_flax.rundir import fetch_run
+from mlpmixer_flax.startup import make_faster
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.weights.source import named_run
@@ -191,6 +192,7 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         and threading.current_thread() is threading.main_thread()
     ):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # see `quiet_ctrl_c`
+    make_faster()
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     sys.unraisablehook = _report_unraisable

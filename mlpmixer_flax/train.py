@@ -30,6 +30,7 @@ from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.remote import NothingThere, shown
 from mlpmixer_flax.rundir import fetch_run, read_config
+from mlpmixer_flax.startup import describe
 from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.launch import start
@@ -100,6 +101,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    if is_lead() and (kept := describe()):
+        print(kept, flush=True)
     subject = Path(arguments.config or os.path.abspath(arguments.folder)).stem
     name = f"{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     # Of several processes, the first one decides on the directory.

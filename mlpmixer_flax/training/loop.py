@@ -27,7 +27,7 @@ from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.processes import ending_all, from_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
-from mlpmixer_flax.training.setup import Setup, compile_steps, start_state
+from mlpmixer_flax.training.setup import Setup, Steps, compile_steps
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import TrainState
 
@@ -78,19 +78,17 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
                     print(line, flush=True)
                 whole = start >= setup.intervals.total_steps
                 if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
-                    state = start_state(setup, params) if state is None else state
+                    steps = compile_steps(setup, state, params=params)
                     del params  # the state has a copy
-                    _run_updates(setup, state, start=start, checkpoints=checkpoints, workdir=workdir)
+                    _run_updates(setup, steps, start=start, checkpoints=checkpoints, workdir=workdir)
                 best = checkpoints.best()
         return from_lead(lambda: _finish(workdir, best, seconds=time.monotonic() - started))
 
 
-def _run_updates(
-    setup: Setup, state: TrainState, *, start: int, checkpoints: Checkpoints, workdir: Path
-) -> None:
+def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpoints, workdir: Path) -> None:
     """Runs all updates after step `start`; logs, evaluates and saves at the intervals of the setup."""
     config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
-    update, score = compile_steps(setup, state)
+    state, update, score = steps.state, steps.update, steps.score
     earlier = checkpoints.best()
     best = Best(earlier.accuracy.value if earlier else 0.0)
     reporter = Reporter(
@@ -111,7 +109,7 @@ def _run_updates(
         closing(batches),
     ):
         if start == 0:
-            reporter.beginning(flatten(config), _first_images(setup))
+            reporter.beginning(flatten(config), _first_images(setup, steps))
 
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
             # Of several processes, none may leave an evaluation before the others.
@@ -152,10 +150,9 @@ def _run_updates(
                 raise Interrupted(stopping, step)
 
 
-def _first_images(setup: Setup) -> np.ndarray:
+def _first_images(setup: Setup, steps: Steps) -> np.ndarray:
     """Returns images of the first batch as the first update sees them, uint8 (n, h, w, c)."""
-    preview = jax.jit(setup.preview, out_shardings=sharding.replicated(setup.mesh))
-    return jax.device_get(preview(sharding.put_batch(setup.train_batches[0], setup.mesh)))
+    return jax.device_get(steps.preview(sharding.put_batch(setup.train_batches[0], setup.mesh)))
 
 
 def _is_evaluated(workdir: Path, step: int) -> bool:

@@ -197,8 +197,21 @@ def start_state(setup: Setup, params: Params | None) -> TrainState:
     return jax.jit(setup.init, out_shardings=setup.placements)(params)
 
 
-def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]:
-    """Compiles update and evaluation at the same time, for the shapes of this run; returns both."""
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run, and the state from which it starts."""
+
+    state: TrainState
+    update: TrainStep
+    score: EvalStep
+    preview: PreviewStep
+
+
+def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | None) -> Steps:
+    """Compiles all functions at the same time, for the shapes of this run; prints how long that took.
+
+    If `state` is None, the run starts: the state is then created meanwhile, from `params`, as `start_state` does.
+    """
     started = time.monotonic()
     everywhere, rows = sharding.replicated(setup.mesh), sharding.split_by_rows(setup.mesh)
     n = setup.config.batch_size
@@ -216,17 +229,23 @@ def compile_steps(setup: Setup, state: TrainState) -> tuple[TrainStep, EvalStep]
             update = agreeing(update)
             batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
         update = jax.jit(update, donate_argnums=0, out_shardings=(setup.placements, everywhere))
-        return update.lower(state, batch).compile()
+        return update.lower(setup.like, batch).compile()
 
     def compile_score() -> EvalStep:
         score = jax.jit(setup.score, out_shardings=everywhere)
-        return score.lower(state.eval_params, batch_of(setup.test_batches.examples)).compile()
+        return score.lower(setup.like.eval_params, batch_of(setup.test_batches.examples)).compile()
 
-    with ThreadPoolExecutor(2) as pool:
-        update_job, score_job = pool.submit(compile_update), pool.submit(compile_score)
-    update, score = update_job.result(), score_job.result()
+    def compile_preview() -> PreviewStep:
+        preview = jax.jit(setup.preview, out_shardings=everywhere)
+        return preview.lower(batch_of(setup.train_batches.examples)).compile()
+
+    with ThreadPoolExecutor() as pool:
+        update, score = pool.submit(compile_update), pool.submit(compile_score)
+        preview = pool.submit(compile_preview)
+        state = state or start_state(setup, params)
+    steps = Steps(state, update.result(), score.result(), preview.result())
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
-    return update, score
+    return steps
 
 
 def _check_channels(config: ConfigDict, channels: int) -> None:

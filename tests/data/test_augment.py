@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import beta
 from flax.core import FrozenDict
 from PIL import Image
 
@@ -319,6 +320,17 @@ def test_labels_are_mixed_in_the_same_proportion_as_pixels(knobs, probability):
         assert (~blended).mean() > 0.6 * touched.mean()
     else:
         assert 0.15 < (~blended).sum() / touched.sum() < 0.85
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 0.5, 1.0, 2.0, 30.0])
+def test_symmetric_beta_has_the_quantiles_of_its_distribution(alpha):
+    drawn = np.asarray(aug.symmetric_beta(KEY, alpha, (100_000,)))
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    shares = np.linspace(0.02, 0.98, 49)
+    # Where the density has no limit, a quantile is not stable, but its share is.
+    at_quantile = (drawn <= beta.ppf(shares, alpha, alpha)[:, None] + 1e-6).mean(1)
+    lower, upper = (beta.cdf(beta.ppf(shares, alpha, alpha) + margin, alpha, alpha) for margin in (0, 1e-6))
+    assert (at_quantile > lower - 0.007).all() and (at_quantile < upper + 0.007).all()
 
 
 def test_cutmix_cuts_one_rectangle_of_the_drawn_area():
