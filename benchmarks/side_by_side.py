@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TURN_SECONDS = 1.0
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as our programs set it; for all sides
 LIBRARIES = ("ours", "timm", "timm-compiled")
 
 
@@ -43,7 +44,7 @@ class Side:
         task = json.dumps({"words": words, "model": model, "kind": kind, "batch_size": batch_size})
         return subprocess.Popen(
             [interpreter, __file__, f"--serve={task}"],
-            env={**os.environ, **self.variables},
+            env={**HUGE_PAGES, **os.environ, **self.variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -70,10 +71,8 @@ def prepare(words: Sequence[str], model: str, kind: str, batch_size: int) -> Cal
     if library == "ours":
         from mlpmixer_flax.benchmark import named_config
         from mlpmixer_flax.config import flatten, resolve
-        from mlpmixer_flax.startup import make_faster
         from mlpmixer_flax.training.speed import prepare
 
-        make_faster()  # as the programs do
         config = named_config(model)
         for override in overrides:
             key, _, value = override.partition("=")

@@ -82,4 +82,6 @@ def __dir__() -> list[str]:
 
 
 if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv):
-    quiet_ctrl_c()  # this import is the first step of `python -m mlpmixer_flax.train`
+    # This import is the first step of `python -m mlpmixer_flax.train`.
+    quiet_ctrl_c()
+    importlib.import_module(f"{__name__}.huge_pages").use_huge_pages()

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from mlpmixer_flax import quiet_ctrl_c
+from mlpmixer_flax.huge_pages import use_huge_pages
 
 PROGRAMS = {
     "train": "train a Mixer, or fine-tune published weights",
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start() -> NoReturn:
     """Runs `main` and ends the process: the `mlpmixer` command."""
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        use_huge_pages()
     status = main()
     if "mlpmixer_flax.cli" in sys.modules:  # a program has run; importing it for a --help would take a second
         importlib.import_module("mlpmixer_flax.cli").leave(status)

@@ -19,6 +19,7 @@ from typing import NoReturn
 import jax
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.compilation_cache import keep_compiled
 from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.faults import explain, start_devices
 from mlpmixer_flax.inference.load import load, load_run
@@ -26,7 +27,6 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.remote import copy_of
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
 from mlpmixer_flax.rundir import fetch_run
-from mlpmixer_flax.startup import make_faster
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.weights.source import named_run
@@ -192,7 +192,10 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         and threading.current_thread() is threading.main_thread()
     ):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # see `quiet_ctrl_c`
-    make_faster()
+    with contextlib.suppress(
+        UserError, OSError
+    ):  # without a place for files, programs only start more slowly
+        keep_compiled()
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     sys.unraisablehook = _report_unraisable

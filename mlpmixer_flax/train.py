@@ -26,11 +26,12 @@ import jax
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_distributed, exit_status, leave, make_parser, path
+from mlpmixer_flax.compilation_cache import compiled_folder
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.huge_pages import uses_huge_pages
 from mlpmixer_flax.remote import NothingThere, shown
 from mlpmixer_flax.rundir import fetch_run, read_config
-from mlpmixer_flax.startup import describe
 from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.launch import start
@@ -101,8 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    if is_lead() and (kept := describe()):
-        print(kept, flush=True)
+    if is_lead() and (used := _describe_process()):
+        print(used, flush=True)
     subject = Path(arguments.config or os.path.abspath(arguments.folder)).stem
     name = f"{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     # Of several processes, the first one decides on the directory.
@@ -117,6 +118,12 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         return 128 + stop.number
     return 0
+
+
+def _describe_process() -> str:
+    """Returns what was changed in this process for speed, as a line; "" if nothing was."""
+    used = ["huge pages"] * uses_huge_pages() + ["compiled programs are kept"] * bool(compiled_folder())
+    return used and f"for speed: {', '.join(used)} (docs/performance.md says how to switch it off)" or ""
 
 
 def _config(arguments: argparse.Namespace) -> ConfigDict:

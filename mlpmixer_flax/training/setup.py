@@ -239,11 +239,13 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
         preview = jax.jit(setup.preview, out_shardings=everywhere)
         return preview.lower(batch_of(setup.train_batches.examples)).compile()
 
+    def start() -> TrainState:
+        return start_state(setup, params) if state is None else state
+
+    # The main thread only waits, so that Ctrl-C can interrupt it.
     with ThreadPoolExecutor() as pool:
-        update, score = pool.submit(compile_update), pool.submit(compile_score)
-        preview = pool.submit(compile_preview)
-        state = state or start_state(setup, params)
-    steps = Steps(state, update.result(), score.result(), preview.result())
+        jobs = [pool.submit(job) for job in (start, compile_update, compile_score, compile_preview)]
+    steps = Steps(*(job.result() for job in jobs))
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return steps
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import beta
 from flax.core import FrozenDict
 from PIL import Image
+from scipy.stats import beta
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import RANDAUGMENT_OPS, get_config
