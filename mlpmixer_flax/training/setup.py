@@ -244,8 +244,9 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
 
     # The main thread only waits, so that Ctrl-C can interrupt it.
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(job) for job in (start, compile_update, compile_score, compile_preview)]
-    steps = Steps(*(job.result() for job in jobs))
+        started_state, update = pool.submit(start), pool.submit(compile_update)
+        score, preview = pool.submit(compile_score), pool.submit(compile_preview)
+    steps = Steps(started_state.result(), update.result(), score.result(), preview.result())
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return steps
 
