@@ -49,7 +49,7 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import publish, shown
-from mlpmixer_flax.run_weights import accuracy_of
+from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.keys import find_key
@@ -150,7 +150,7 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     runs = {}
     for name, shuffle in shuffles.items():
         runs[name] = learn(setup, shuffle)
-        if last := accuracy_of(runs[name][-1]):
+        if last := score_of(runs[name][-1]):
             print(f"  {last.value:.2%} {last.scored} accuracy: {name}", flush=True)
     title = f"{arguments.config}, trained on images as they are and on shuffled ones"
     figure = figures.compare(runs, title=title, steps_per_epoch=setup.steps_per_epoch)

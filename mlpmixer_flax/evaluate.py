@@ -10,8 +10,8 @@ The program writes to a directory:
   scores.json      all scores and what they are of; "confusion": [true class,
                    predicted class, images] for all pairs that occur;
                    "mistakes", with file names if the dataset is a folder
-  per_class.csv    one row per class: accuracy, and the class it is most often
-                   mistaken for
+  per_class.csv    one row per class: precision, recall (its accuracy) and F1,
+                   and the class it is most often mistaken for
   confusion.png    confusion matrix: which class is mistaken for which
   mistakes.png     the 30 mistakes with the highest confidence: images as they
                    are stored, with file names if the dataset is a folder
@@ -209,6 +209,7 @@ def _as_text(found: Mapping[str, Any]) -> str:
     measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
     if "accuracy_top5" in found:
         measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
+    measured["balanced accuracy"] = f"{found['balanced_accuracy']:.2%}"
     measured["loss"] = f"{found['loss']:.4f}"
     measured["calibration error"] = f"{found['calibration_error']:.4f}"
     head = f"{printable(_subject(found))}: {found['images']:,} images"
@@ -221,18 +222,22 @@ def as_table(classes: Sequence[Mapping[str, Any]]) -> str:
 
     If more than 20 classes have images, only the 10 worst and the 10 best are shown.
     """
-    head = f"{'class':<28}{'images':>8}{'accuracy':>10}  most often mistaken for (times)"
+    head = f"{'class':<22}{'images':>8}{'precision':>11}{'recall':>8}{'F1':>8}  mistaken for (times)"
     seen = [row for row in classes if row["images"]]
     if len(seen) <= 20:
         return "\n".join([head, *map(_as_line, seen)])
-    ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["accuracy"])]
+    ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["recall"])]
     worst, best = ranked[:10], ranked[:-11:-1]
     return "\n".join([f"the 10 worst of {len(seen):,} classes", head, *worst, "", "the 10 best", head, *best])
 
 
 def _as_line(row: Mapping[str, Any]) -> str:
-    taken_for = f"  {shorten(row['taken_for'], 22)} ({row['times']:,})" if row["times"] else ""
-    return f"{pad(row['name'], 28)}{row['images']:>8,}{row['accuracy']:>10.2%}{taken_for}"
+    # A class that is never predicted has no precision.
+    precision, recall, f1 = (
+        "-" if row[key] is None else f"{row[key]:.1%}" for key in ("precision", "recall", "f1")
+    )
+    taken_for = f"  {shorten(row['taken_for'], 12)} ({row['times']:,})" if row["times"] else ""
+    return f"{pad(row['name'], 22)}{row['images']:>8,}{precision:>11}{recall:>8}{f1:>8}{taken_for}"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from mlpmixer_flax import UserError
 from mlpmixer_flax.inference.drawing import WIDTH_INCHES, new_figure, percent, remove_blank_strips, short
 from mlpmixer_flax.inference.scores import calibration_error, confidence_bins
-from mlpmixer_flax.run_weights import SCORED, accuracy_of
+from mlpmixer_flax.run_weights import SCORED, score_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "
 
 def compare(runs: Mapping[str, Rows], *, title: str, steps_per_epoch: float | None = None) -> "Figure":
     """Draws training loss, and accuracy on the split that was scored, of at most three runs; `runs` has their names."""
-    scored = next((found.scored for rows in runs.values() for row in rows if (found := accuracy_of(row))), "")
+    scored = next((found.scored for rows in runs.values() for row in rows if (found := score_of(row))), "")
     keys = {"training loss": "train/loss", f"{scored} accuracy": f"{scored}/accuracy"}
     panels = {label: {name: _points(rows, key) for name, rows in runs.items()} for label, key in keys.items()}
     styles = dict(zip(runs, [(_BLUE, "-o"), (_ORANGE, "--s"), (_PURPLE, ":^")], strict=False))

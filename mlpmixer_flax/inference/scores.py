@@ -91,10 +91,16 @@ def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[
 
 
 def measure(rows: Rows) -> dict[str, float]:
-    """Returns `accuracy`, `accuracy_top5` and `calibration_error` in [0, 1], and `loss`, over all images."""
+    """Returns `accuracy`, `accuracy_top5` and `calibration_error` in [0, 1], and `loss`, over all images.
+
+    `balanced_accuracy` is the mean of the accuracies of all classes that have images.
+    """
     right = rows["best"] == rows["label"][:, None]
+    images = np.bincount(rows["label"])
+    by_class = np.bincount(rows["label"], right[:, 0])[images > 0] / images[images > 0]
     return {
         "accuracy": float(right[:, 0].mean()),
+        "balanced_accuracy": float(by_class.mean()),
         "accuracy_top5": float(right.any(axis=1).mean()),
         "loss": float(rows["loss"].mean(dtype=np.float64)),
         "calibration_error": calibration_error(rows["confidence"], right[:, 0]),
@@ -130,26 +136,39 @@ def confusions(rows: Rows) -> list[tuple[int, int, int]]:
 
 
 def per_class(rows: Rows, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns, per class, its number, name, images and accuracy, and the class it is most often mistaken for.
+    """Returns, per class, its number, name, images and scores, and the class it is most often mistaken for.
 
-    `accuracy` is None for a class without images; `taken_for` is None, and `times` is 0, for a class without
-    mistakes.
+    `recall` is the share of its images that are predicted as it, its accuracy; `precision` is the share of the images
+    predicted as it that are of it; `f1` is their harmonic mean. Each is None if it would be 0 / 0. `taken_for` is
+    None, and `times` is 0, for a class without mistakes.
     """
     classes = [
-        {"class": number, "name": name, "images": 0, "accuracy": None, "taken_for": None, "times": 0}
+        {
+            "class": number,
+            "name": name,
+            "images": 0,
+            **dict.fromkeys(("precision", "recall", "f1")),
+            "taken_for": None,
+            "times": 0,
+        }
         for number, name in enumerate(class_names)
     ]
-    right = [0] * len(classes)
+    right, said = [0] * len(classes), [0] * len(classes)
     for true, predicted, images in confusions(rows):
         row = classes[true]
         row["images"] += images
+        said[predicted] += images
         if true == predicted:
             right[true] = images
         elif not row["times"]:  # the most images come first
             row |= {"taken_for": class_names[predicted], "times": images}
-    for row in classes:
-        if row["images"]:
-            row["accuracy"] = right[row["class"]] / row["images"]
+    for row, hits, times in zip(classes, right, said, strict=True):
+        parts = {
+            "precision": (hits, times),
+            "recall": (hits, row["images"]),
+            "f1": (2 * hits, times + row["images"]),
+        }
+        row |= {name: above / below if below else None for name, (above, below) in parts.items()}
     return classes
 
 

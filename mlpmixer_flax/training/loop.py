@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate
 from mlpmixer_flax.remote import shown
-from mlpmixer_flax.run_weights import accuracy_of
+from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, sharding
@@ -22,7 +22,7 @@ from mlpmixer_flax.training.advice import advising
 from mlpmixer_flax.training.begin import agree_on_workdir, begin
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
 from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
-from mlpmixer_flax.training.intervals import Best
+from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.processes import ending_all, from_lead, together
@@ -65,7 +65,8 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
         with advising(workdir), closing(RunLock(workdir)) as lock:
             stored = from_lead(lambda: read_config(workdir))
             setup, params = begin(config, workdir, stored=stored, lock=lock)
-            folder = Checkpoints(workdir, keep=setup.config.keep_checkpoints)
+            keep, best_by = setup.config.keep_checkpoints, setup.config.best_by
+            folder = Checkpoints(workdir, keep=keep, best_by=best_by)
             with closing(folder) as checkpoints, ending_all(), advising(workdir):
                 start, state = checkpoints.restore(setup.like)
                 if start:
@@ -76,7 +77,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
                 )
                 if line:
                     print(line, flush=True)
-                whole = start >= setup.intervals.total_steps
+                whole = start >= setup.intervals.total_steps or _stops_early(setup.config, workdir, start)
                 if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
                     state = start_state(setup, params) if state is None else state
                     del params  # the state has a copy
@@ -92,7 +93,7 @@ def _run_updates(
     config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
     update, score = compile_steps(setup, state)
     earlier = checkpoints.best()
-    best = Best(earlier.accuracy.value if earlier else 0.0)
+    best = Best(earlier and earlier.score, best_by=config.best_by)
     reporter = Reporter(
         workdir,
         start_step=start,
@@ -117,12 +118,15 @@ def _run_updates(
             # Of several processes, none may leave an evaluation before the others.
             stopping = () if several else signals
             scores, by_class = _evaluate(setup, score, state, stopping=stopping)
-            reporter.evaluation(step, scores)
+            balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
+            reporter.evaluation(step, scores, balanced=balanced)
             reporter.class_accuracy(step, by_class, scored=setup.scored)
             return scores
 
         if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
             evaluate(start, state)  # a signal had ended this evaluation
+            if _stops_early(config, workdir, start):
+                return
         unlogged = Unlogged(workdir)
         recent = Recent(config.batch_size, unlogged.read(start))
         for step, batch in enumerate(batches, start + 1):
@@ -142,11 +146,15 @@ def _run_updates(
 
             # Read once per step: a signal that arrives after this line stops the run after the next step.
             stopping = recent.signal if several else next(iter(signals), 0)
-            is_best = best.improves(scores)
-            if is_best or intervals.save(step) or stopping:
+            is_best, early = best.improves(scores), bool(scores) and _stops_early(config, workdir, step)
+            if early and not intervals.log(step):
+                reporter.training(step, recent.summary() | skipped)
+            if is_best or intervals.save(step) or stopping or early:
                 with recent.paused():
                     unlogged.write(step, recent.fetched)
                     checkpoints.save(step, state, scores)
+            if early:
+                return
             abandoned = scores is None and intervals.evaluate(step)
             if stopping and (step < intervals.total_steps or abandoned):
                 raise Interrupted(stopping, step)
@@ -161,7 +169,25 @@ def _first_images(setup: Setup) -> np.ndarray:
 def _is_evaluated(workdir: Path, step: int) -> bool:
     """Returns whether metrics.jsonl has scores of a step; step 0 never has any."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    return step == 0 or any(row["step"] == step and accuracy_of(row) for row in rows)
+    return step == 0 or any(row["step"] == step and score_of(row) for row in rows)
+
+
+def _stops_early(config: ConfigDict, workdir: Path, step: int) -> bool:
+    """Returns whether the run ends after this step, because its scores became no better; says so if it does."""
+
+    def since_best() -> int:
+        rows = read_metrics(workdir / "metrics.jsonl")
+        return evals_since_best((row for row in rows if row["step"] <= step), best_by=config.best_by)
+
+    limit = config.early_stopping_evals
+    early = limit > 0 and from_lead(since_best) >= limit
+    if early:
+        print(
+            f"stopped early at step {step}: the last {limit} evaluations had no better {config.best_by}\n"
+            f"  (early_stopping_evals={limit}; a greater value, or 0, continues the run)",
+            flush=True,
+        )
+    return early
 
 
 class _Abandoned(Exception):
@@ -202,16 +228,16 @@ def _skipped(setup: Setup, name: str, batches: TrainBatches | TestBatches) -> di
 
 def _finish(workdir: Path, best: BestCheckpoint | None, *, seconds: float) -> dict[str, float]:
     """Prints the result and where it is; returns the last scores."""
-    evaluations = [row for row in read_metrics(workdir / "metrics.jsonl") if accuracy_of(row)]
+    evaluations = [row for row in read_metrics(workdir / "metrics.jsonl") if score_of(row)]
     last = evaluations[-1] if evaluations else {}
     elapsed = f"in {tqdm.format_interval(seconds)}"
-    if accuracy := accuracy_of(last):
-        print(f"done: {accuracy.scored} accuracy {accuracy.value:.2%} after {last['step']} steps, {elapsed}")
+    if score := score_of(last):
+        print(f"done: {score} after {last['step']} steps, {elapsed}")
     else:
         print(f"done: {elapsed}")
     if best:
-        percent = f"{best.accuracy.value:.2%}"
-        print(f"best: {percent} at step {best.step}; predict, evaluate and export use this checkpoint")
+        shown_best = best.score.amount if best.score.name == "accuracy" else best.score
+        print(f"best: {shown_best} at step {best.step}; predict, evaluate and export use this checkpoint")
     print(f"in {printable(shown(workdir))}: checkpoints, metrics.jsonl, config, class names")
     print(f"curves: python -m mlpmixer_flax.analyze --workdir={shown(workdir)}")
     return last

@@ -180,17 +180,19 @@ class Reporter:
             flush=True,
         )
 
-    def evaluation(self, step: int, scalars: dict[str, float]) -> None:
+    def evaluation(self, step: int, scalars: dict[str, float], *, balanced: bool = False) -> None:
         """Reports the scores of a split by name: `test/loss`, `validation/accuracy`, `test/accuracy_top5`.
 
-        `test/skipped_images` is written but not shown: it stays the same, and was printed when the split was opened.
+        All are written. To fit into a line, it shows either `test/balanced_accuracy` (if `balanced`) or
+        `test/accuracy_top5`. `test/skipped_images` stays the same, and was printed when the split was opened.
         """
         self._write(step, scalars)
+        hidden = ("/skipped_images", "/accuracy_top5" if balanced else "/balanced_accuracy")
         scored = next(iter(scalars)).partition("/")[0]
         shown = ", ".join(
-            f"{name.partition('/')[2].replace('_top5', ' top 5')} {value:.4f}"
+            f"{name.partition('/')[2].replace('_top5', '_top 5').replace('_', ' ')} {value:.4f}"
             for name, value in sorted(scalars.items())
-            if not name.endswith("/skipped_images")
+            if not name.endswith(hidden)
         )
         self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
@@ -19,6 +20,7 @@ from mlpmixer_flax.data.tfds import tfds_parts
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.class_weights import weights_of
 from mlpmixer_flax.training.devices import check_devices, check_jax
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
@@ -47,6 +49,7 @@ class Setup:
     scored: str  # what the names of scores begin with: "validation" or "test"
     model: MlpMixer
     input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
+    class_weights: np.ndarray | None  # float32 (classes,), or None if all images weigh the same
     mesh: jax.sharding.Mesh
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
@@ -132,6 +135,7 @@ def make_setup(config: ConfigDict) -> Setup:
     channels = info["image_shape"][2]
     _check_channels(config, channels)
     train_batches, test_batches = _open_batches(config)
+    class_weights = weights_of(config.class_weights, info["class_names"], train_batches.examples)
     steps_per_epoch = len(train_batches.examples) / config.batch_size
     total_steps = in_steps(config, "total", steps_per_epoch)
 
@@ -149,6 +153,7 @@ def make_setup(config: ConfigDict) -> Setup:
         scored=_scored(config),
         model=model,
         input_shape=input_shape,
+        class_weights=class_weights,
         mesh=mesh,
         intervals=Intervals(
             total_steps=total_steps,
@@ -157,7 +162,9 @@ def make_setup(config: ConfigDict) -> Setup:
             save_every=in_steps(config, "save_every", steps_per_epoch),
         ),
         init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
-        update=make_train_step(model, optimizer, schedule, config, mesh=mesh, cropped=cropped),
+        update=make_train_step(
+            model, optimizer, schedule, config, mesh=mesh, cropped=cropped, class_weights=class_weights
+        ),
         score=make_eval_step(model, config, mesh=mesh, cropped=test_batches.examples.cropped),
         preview=make_preview_step(config, num_classes=info["num_classes"], mesh=mesh, cropped=cropped),
     )

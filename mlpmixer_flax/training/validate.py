@@ -11,12 +11,15 @@ from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
+from mlpmixer_flax.run_weights import BEST_BY
 from mlpmixer_flax.text import listed, shorten
+from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
 
 # Key -> its allowed names, from the tables that implement them
 CHOICES = {
+    "best_by": tuple(BEST_BY),
     "init_head": INIT_HEADS,
     "loss": tuple(LOSSES),
     "optimizer.name": tuple(DIRECTIONS),
@@ -141,6 +144,15 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"reproducible={config.reproducible} needs a copy of the state on every device, but "
             f"mesh.fsdp={config.mesh.fsdp}: set one of them"
+        )
+    if config.early_stopping_evals and not (config.eval_every_steps or config.eval_every_epochs):
+        raise UserError(
+            f"early_stopping_evals={config.early_stopping_evals} needs evaluations during the run: set eval_every_epochs to 1"
+        )
+    parse_weights(config.class_weights)
+    if config.class_weights and config.augment.label_smoothing == 1:
+        raise UserError(
+            f"augment.label_smoothing=1 leaves no class for class_weights={show(config.class_weights)} to weigh: set a lower value"
         )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
