@@ -108,5 +108,5 @@ def unsmoothed(weights: np.ndarray, *, smoothing: float) -> np.ndarray:
 def describe_class_weights(weights: np.ndarray, class_names: Sequence[str]) -> str:
     """Returns up to eight lines with the largest weights, to print at the start of a run."""
     order = np.argsort(-weights, kind="stable").tolist()
-    each = [f"{shorten(class_names[number], 24)}: {weights[number]:.4g}" for number in order]
+    each = [f"{shorten(class_names[int(number)], 24)}: {weights[number]:.4g}" for number in order]
     return wrap(f"class weights in the training loss: {listed(each)}")
