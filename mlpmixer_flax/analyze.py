@@ -106,6 +106,9 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         model.open(data.dataset, split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images)
         for split in (data.train_split, data.test_split)
     )
+    if train.multi_label:
+        print("fewshot: left out, because the images may have several labels each")
+        return
     shots, batch_size = arguments.shots, arguments.batch_size
     train = features_of_split(model, train, per_class=_POOL * shots, batch_size=batch_size)
     test = features_of_split(model, test, batch_size=batch_size)
@@ -140,6 +143,10 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     )
     print(f"  {arguments.config}, trained three times:", flush=True)
     setup = make_setup(settle(config, {}))
+    if setup.multi_label:
+        raise UserError(
+            f"shuffle needs one label per image, but images of {config.dataset!r} may have several: choose another dataset"
+        )
     shuffles = {
         "images as they are": lambda images: images,
         "patches and their pixels shuffled": partial(

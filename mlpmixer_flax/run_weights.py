@@ -22,7 +22,12 @@ from mlpmixer_flax.rundir import read_class_names, read_config, read_config_of_r
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
 # The values of config.best_by -> the largest possible value, and whether lower values are better
-BEST_BY = {"accuracy": (1, False), "balanced_accuracy": (1, False), "loss": (sys.float_info.max, True)}
+BEST_BY = {
+    "accuracy": (1, False),
+    "balanced_accuracy": (1, False),
+    "mean_average_precision": (1, False),
+    "loss": (sys.float_info.max, True),
+}
 
 
 class Score(NamedTuple):

@@ -6,16 +6,24 @@ float (n,).
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from mlpmixer_flax.data.named import is_files
 from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
 from mlpmixer_flax.inference.classes import in_words, match_classes
-from mlpmixer_flax.inference.forward import Rows, concatenate, forward, on_all_devices, rows_per_batch
+from mlpmixer_flax.inference.forward import (
+    RowFunction,
+    Rows,
+    concatenate,
+    forward,
+    on_all_devices,
+    rows_per_batch,
+)
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.training.losses import LOSSES
 
@@ -32,7 +40,7 @@ def open_split(
     classes = match_classes(
         in_words(info["class_names"]),
         in_words(model.class_names),
-        numbered=not dataset.startswith("folder:"),
+        numbered=not is_files(dataset),
     )
     return model.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
 
@@ -56,6 +64,22 @@ def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch
             "loss": loss.per_image(logits, jax.nn.one_hot(batch["label"], num_classes)),
         }
 
+    return rows_of_split(score, model, examples, relabel=classes.__getitem__, batch_size=batch_size)
+
+
+def rows_of_split(
+    score: RowFunction,
+    model: Model,
+    examples: Examples,
+    *,
+    relabel: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+) -> Rows:
+    """Returns what a function (params, batch) -> rows returns for a split, in its order; shows the progress.
+
+    Several processes divide the images among them, and each returns all rows. `relabel` turns the labels of the
+    dataset into those of the model.
+    """
     batches = TestBatches(
         examples,
         batch_size=rows_per_batch(batch_size),
@@ -67,7 +91,7 @@ def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch
         contextlib.closing(iterate(batches, 0, len(batches))) as stream,
         tqdm(desc="scoring", total=len(examples), unit="img", delay=2, leave=False, disable=None) as bar,
     ):
-        relabelled = ({**batch, "label": classes[batch["label"]]} for batch in stream)
+        relabelled = ({**batch, "label": relabel(batch["label"])} for batch in stream)
         for rows in forward(on_all_devices(score), model.params, relabelled):
             parts.append(rows)
             bar.update(len(rows["label"]))

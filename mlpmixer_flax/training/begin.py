@@ -11,7 +11,7 @@ import jax
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.class_counts import describe_classes
-from mlpmixer_flax.data.examples import count_overlap
+from mlpmixer_flax.data.named import count_overlap
 from mlpmixer_flax.dataloader import check_workers
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import read_config, saved_steps, write_run

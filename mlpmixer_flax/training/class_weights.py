@@ -8,6 +8,7 @@ microbatches or chunks gives the same one.
 
 import re
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from tqdm import tqdm
@@ -87,12 +88,13 @@ def _labels(examples: Examples) -> np.ndarray:
     chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // 256))
     for chunk in tqdm(chunks, "counting labels", delay=2, leave=False, disable=None):
         for index, record in zip(chunk, examples.source.records.__getitems__(chunk.tolist()), strict=True):
-            if record.flaw or not 0 <= record.label < examples.num_classes:
-                flaw = record.flaw or f"its label {record.label} is not in [0, {examples.num_classes})"
+            label = cast(int, record.label)
+            if record.flaw or not 0 <= label < examples.num_classes:
+                flaw = record.flaw or f"its label {label} is not in [0, {examples.num_classes})"
                 raise UserError(
                     f"image {record.name} of {examples.name} cannot be used ({flaw}): {examples.source.remedy}"
                 )
-            labels[index] = record.label
+            labels[index] = label
     return labels
 
 

@@ -25,6 +25,7 @@ from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
 from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
+from mlpmixer_flax.training.multi_label import evaluate_multi_label
 from mlpmixer_flax.training.processes import ending_all, from_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
 from mlpmixer_flax.training.setup import Setup, compile_steps, start_state
@@ -120,7 +121,8 @@ def _run_updates(
             scores, by_class = _evaluate(setup, score, state, stopping=stopping)
             balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
             reporter.evaluation(step, scores, balanced=balanced)
-            reporter.class_accuracy(step, by_class, scored=setup.scored)
+            of_class = "average_precision" if setup.multi_label else "accuracy"
+            reporter.by_class(step, by_class, tag=f"{setup.scored}_class_{of_class}")
             return scores
 
         if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
@@ -197,7 +199,7 @@ class _Abandoned(Exception):
 def _evaluate(
     setup: Setup, score: EvalStep, state: TrainState, *, stopping: Sequence[int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the scores of config.test_split, and the accuracy per class by class name.
+    """Returns the scores of config.test_split, and the accuracy or average precision per class by class name.
 
     Raises:
       _Abandoned: `stopping` got an element meanwhile.
@@ -213,9 +215,10 @@ def _evaluate(
     batches = iterate(setup.test_batches, 0, num_batches, num_workers=setup.config.num_workers)
     bar = tqdm(batches, "evaluating", num_batches, leave=False, delay=2, disable=not sys.stdout.isatty())
     with closing(batches):
-        scores, by_class = evaluate_classes(score, state.eval_params, until_signal(bar), mesh=setup.mesh)
+        evaluate = evaluate_multi_label if setup.multi_label else evaluate_classes
+        scores, by_class = evaluate(score, state.eval_params, until_signal(bar), mesh=setup.mesh)
     if len(setup.class_names) <= 5:
-        del scores["accuracy_top5"]  # it would always be 1
+        scores.pop("accuracy_top5", None)  # it would always be 1
     scores = {f"{setup.scored}/{name}": value for name, value in scores.items()}
     scores |= _skipped(setup, setup.scored, setup.test_batches)
     return scores, dict(zip(setup.class_names, by_class.tolist(), strict=True))

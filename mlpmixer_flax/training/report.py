@@ -196,12 +196,11 @@ class Reporter:
         )
         self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
 
-    def class_accuracy(self, step: int, by_class: Mapping[str, float], *, scored: str) -> None:
-        """Writes the accuracy per class to TensorBoard; NaN means that the class has no images.
+    def by_class(self, step: int, by_class: Mapping[str, float], *, tag: str) -> None:
+        """Writes a score per class to TensorBoard; NaN means that the class has no images.
 
-        Up to 20 classes get a curve each; more classes share a histogram. `scored` is `Setup.scored`.
+        Up to 20 classes get a curve each; more classes share a histogram. `tag` is the name: "test_class_accuracy".
         """
-        tag = f"{scored}_class_accuracy"
         known = {name: value for name, value in by_class.items() if not math.isnan(value)}
         if len(by_class) > 20:
             values, bins = np.array(list(known.values())), np.linspace(0, 1, 21)

@@ -56,6 +56,38 @@ def validate(config: ConfigDict) -> None:
     _validate_combinations(config)
 
 
+def check_labels(config: ConfigDict, *, multi_label: bool) -> None:
+    """Checks that a config suits images with one label each, or with several.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not multi_label:
+        if config.best_by == "mean_average_precision":
+            raise UserError(
+                f"best_by='mean_average_precision' is for images with several labels, and {config.dataset!r} has one label "
+                "per image: use accuracy, balanced_accuracy or loss"
+            )
+        return
+    unsuitable = {
+        f"loss={config.loss!r} is": (config.loss != "sigmoid", "set --config.loss=sigmoid"),
+        f"augment.label_smoothing={config.augment.label_smoothing} is": (
+            config.augment.label_smoothing,
+            "set it to 0",
+        ),
+        f"class_weights={show(config.class_weights)} are": (config.class_weights, "leave them out"),
+        f"best_by={config.best_by!r} is": (
+            config.best_by == "balanced_accuracy",
+            "use mean_average_precision, accuracy or loss",
+        ),
+    }
+    for what, (wrong, remedy) in unsuitable.items():
+        if wrong:
+            raise UserError(
+                f"{what} for one label per image, but images of {config.dataset!r} may have several: {remedy}"
+            )
+
+
 def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     """Returns the config of a run directory with all keys of the base config and no others; lists replace tuples.
 
