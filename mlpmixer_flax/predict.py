@@ -8,9 +8,10 @@ patterns. Prints a table with the most probable classes of each image, or
   --json   one line per image: {"file": ..., "top": [{"label": ...,
            "class_name": ..., "probability": ...}, ...]}
 
-If the model was trained on images with several labels each, or with --threshold,
-it prints a set of classes: those with at least this probability. An empty set is
-"(none)" in the table, a line with a file only in CSV, and an empty list in JSON.
+If the model was trained on images with several labels each, or if --threshold
+is given, it prints sets of classes: those with at least this probability. An
+empty set is "(none)" in the table, a line with only a file in CSV, and an empty
+list in JSON.
 
 Files that cannot be used are reported on stderr, and the program continues with
 the other files. The exit status is then 1, or 2 if no file could be used.

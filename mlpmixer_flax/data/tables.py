@@ -110,9 +110,10 @@ def read_table(path: str | os.PathLike[str]) -> Table:
         )
     if "train" in splits and "validation" not in splits:
         splits["train"], splits["validation"] = _cut(splits["train"])
+        count = len(splits["validation"])
         notes.append(
-            f"{path!r} has no validation images: {len(splits['validation']):,} images, about a fifth, chosen by a hash of "
-            "their names, become split 'validation'; at least one image of each class stays in 'train'"
+            f"{path!r} has no validation images: about a fifth of the images, {count:,} chosen by a hash of their names, "
+            "becomes split 'validation'; at least one image of each class stays in 'train'"
         )
     if "test" not in splits:
         notes.append(f"{path!r} has no test images: split 'test' is 'validation'")
@@ -275,10 +276,13 @@ def _file(value: Any, place: str) -> str:
 def _cut(rows: list[Listed]) -> tuple[list[Listed], list[Listed]]:
     """Returns the training and the validation images; no class loses its last training image."""
     left = Counter(name for row in rows for name in row.classes)
+    hashes = {row.file: int.from_bytes(hash_of(row.file)) for row in rows}
+    spared = [row for row in rows if all(left[name] > 1 for name in row.classes)]
+    # In a small table there may be no low hash: then the lowest one counts.
+    limit = max(FIFTH, min((hashes[row.file] + 1 for row in spared), default=0))
     train, validation = [], []
     for row in rows:
-        low = int.from_bytes(hash_of(row.file)) < FIFTH
-        if low and all(left[name] > 1 for name in row.classes):
+        if hashes[row.file] < limit and all(left[name] > 1 for name in row.classes):
             left.subtract(row.classes)
             validation.append(row)
         else:
