@@ -176,18 +176,18 @@ def _read_parquet(content: bytes, path: str) -> tuple[list[str], _Rows]:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
         columns = list(file.schema_arrow.names)
         wanted = [name for name in columns if name in ("file", "label", "labels", "split")]
-        found = file.read(columns=wanted)
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > _LARGEST_BYTES:  # uncompressed
+            raise ValueError(f"its content has more than {_LARGEST_BYTES:,} bytes")
+        found = file.read(columns=wanted).to_pydict()
     except Exception as error:  # of any class
         pass_on(error, path)
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"table {path!r} cannot be read ({reason}): write it again") from None
 
     def rows() -> _Rows:
-        number = 0
-        for batch in found.to_batches(max_chunksize=4096):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number:,} of {path!r}", row
+        for number, values in enumerate(zip(*found.values(), strict=True), 1):
+            yield f"row {number:,} of {path!r}", dict(zip(found, values, strict=True))
 
     return columns, rows()
 
