@@ -27,6 +27,8 @@ _Lines = dict[str, list[tuple[float, float]]]  # name of a line -> its points (s
 def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "Figure":
     """Draws loss, accuracy and learning rate of a run over its steps, and over its epochs if their length is known.
 
+    If images have several labels, it also draws the mean average precision.
+
     Raises:
       UserError: the rows have no loss, accuracy or learning rate.
     """
@@ -37,6 +39,7 @@ def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "
             **{name: _points(rows, f"{name}/accuracy") for name in SCORED},
             **{f"{name}, top 5": _points(rows, f"{name}/accuracy_top5") for name in SCORED},
         },
+        "mean average precision": {name: _points(rows, f"{name}/mean_average_precision") for name in SCORED},
         "learning rate": {"train": _points(rows, "train/learning_rate")},
     }
     panels = {label: lines for label, lines in panels.items() if any(lines.values())}

@@ -52,7 +52,8 @@ class Best:
 def evals_since_best(rows: Iterable[Mapping[str, float]], *, best_by: str) -> int:
     """Returns how many evaluations came after the first one with the best score of the run.
 
-    An evaluation with an equal score is no better one, and neither is one without this score, whose loss is not finite.
+    An evaluation with an equal score is no better one, and neither is one whose loss is not finite. Evaluations before the
+    first with this score do not count: an earlier version of the package did not write it.
 
     Args:
       rows: of metrics.jsonl.
@@ -63,6 +64,6 @@ def evals_since_best(rows: Iterable[Mapping[str, float]], *, best_by: str) -> in
         score = score_of(row, best_by)
         if score and (best is None or score.rank > best):
             best, since = score.rank, 0
-        elif any(f"{scored}/loss" in row for scored in SCORED):
+        elif best is not None and any(f"{scored}/loss" in row for scored in SCORED):
             since += 1
     return since

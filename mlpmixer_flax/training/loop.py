@@ -148,7 +148,8 @@ def _run_updates(
 
             # Read once per step: a signal that arrives after this line stops the run after the next step.
             stopping = recent.signal if several else next(iter(signals), 0)
-            is_best, early = best.improves(scores), bool(scores) and _stops_early(config, workdir, step)
+            is_best, last = best.improves(scores), step == intervals.total_steps
+            early = bool(scores) and not last and _stops_early(config, workdir, step)
             if early and not intervals.log(step):
                 reporter.training(step, recent.summary() | skipped)
             if is_best or intervals.save(step) or stopping or early:
@@ -158,7 +159,7 @@ def _run_updates(
             if early:
                 return
             abandoned = scores is None and intervals.evaluate(step)
-            if stopping and (step < intervals.total_steps or abandoned):
+            if stopping and (not last or abandoned):
                 raise Interrupted(stopping, step)
 
 

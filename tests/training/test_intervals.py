@@ -82,4 +82,4 @@ def test_evaluations_are_counted_since_the_first_with_the_best_score():
     assert since(0.5, 0.6) == since(0.5, 0.5) == 1  # as good is no better
     assert since(0.5, 0.6, 0.4, 0.41, float("nan"), 0.9) == 3
     assert since(0.5, 0.6, 0.4, 0.41, by="accuracy") == 1
-    assert since(0.5, 0.6, by="balanced_accuracy") == 2  # of an earlier version, which did not write it
+    assert since(0.5, 0.6, by="balanced_accuracy") == 0  # of an earlier version, which did not write it
