@@ -10,9 +10,11 @@ Names of files are relative to the table. The column "labels" has any number of 
 
 import csv
 import dataclasses
+import functools
 import io
 import os
 import posixpath
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ FORM = "the expected columns are file, label (or labels, separated by '|') and s
 _LARGEST_BYTES = 2**30  # of a file; the table is read into memory
 _MOST_CLASSES = 100_000
 _LONGEST = 1000  # characters of a name
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SPLITS = ("train", "validation", "test")
 
 
@@ -66,7 +69,7 @@ def is_table(path: str) -> bool:
 
 
 def read_table(path: str | os.PathLike[str]) -> Table:
-    """Reads a table, but opens no image; takes about two seconds for a million rows.
+    """Reads a table, but opens no image.
 
     If there are training images and no validation images, about a fifth of them becomes split "validation": those
     whose names have a hash in the lowest fifth, as in `folders.read_folder`. At least one image of each class stays
@@ -85,19 +88,28 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     if not is_table(path):
         raise UserError(f"table {path!r} is neither .csv nor .parquet: save it as one of them")
     try:
-        if os.path.getsize(file) > _LARGEST_BYTES:
-            raise UserError(
-                f"table {path!r} has more than {_LARGEST_BYTES:,} bytes: divide it, or give a smaller one"
-            )
-        with open_file(file) as opened:
-            content = opened.read()
-    except OSError as error:
+        status = os.stat(file)
+        return _read(path, file, (status.st_mtime_ns, status.st_size))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
         pass_on(error, file)
         check_reachable(file)
-        reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"table {path!r} cannot be read ({reason}): give a file such as table:labels.csv"
         ) from None
+
+
+# A run asks for the facts of a table and opens two splits of it. A table that has changed is read again.
+@functools.lru_cache(maxsize=1)
+def _read(path: str, file: str, stamp: tuple[int, int]) -> Table:
+    if stamp[1] > _LARGEST_BYTES:
+        raise UserError(
+            f"table {path!r} has more than {_LARGEST_BYTES:,} bytes: divide it, or give a smaller one"
+        )
+    with open_file(file) as opened:
+        content = opened.read()
     columns, rows = _READERS[os.path.splitext(path)[1].lower()](content, path)
     multi_label = _check_columns(columns, path)
     splits = _splits(rows, path, labels="labels" if multi_label else "label", has_split="split" in columns)
@@ -220,7 +232,9 @@ def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str
     """Returns split -> its images, after a check of every row."""
     splits: dict[str, list[Listed]] = {}
     places: dict[str, str] = {}  # of each file
-    names: dict[str, str] = {}  # one copy of each name, because a table may repeat it a million times
+    names: dict[
+        str, str
+    ] = {}  # each label as in the table -> its name; a table may repeat it a million times
     for place, row in rows:
         file = _file(row["file"], place)
         if file in places:
@@ -235,10 +249,11 @@ def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str
         if labels == "labels" and (isinstance(found, str) or found is None):
             found = found.split(SEPARATOR) if found and found.strip() else []
         each = found if labels == "labels" and isinstance(found, (list, tuple)) else [found]
-        classes = dict.fromkeys(_name(name, "label", place) for name in each)  # without repetitions
-        splits.setdefault(split, []).append(
-            Listed(file, tuple(names.setdefault(name, name) for name in classes))
-        )
+        for name in each:
+            if not isinstance(name, str) or name not in names:
+                names[str(name)] = _name(name, "label", place)
+        classes = dict.fromkeys(names[str(name)] for name in each)  # without repetitions
+        splits.setdefault(split, []).append(Listed(file, tuple(classes)))
     if not splits:
         raise UserError(f"table {path!r} has no rows: give each image a row")
     return splits
@@ -247,18 +262,14 @@ def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str
 def _name(value: Any, column: str, place: str) -> str:
     """Returns a file name or label as text; raises UserError if it is empty, too long or has control characters."""
     text = unicodedata.normalize("NFC", str(value).strip()) if column == "label" else str(value)
-    strange = any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
-    if not isinstance(value, (str, int)) or not text or len(text) > _LONGEST or strange:
-        reason = (
-            "has control characters"
-            if strange
-            else "is too long"
-            if len(text) > _LONGEST
-            else "is empty"
-            if not text or value is None
-            else "is neither text nor a whole number"
-        )
-        raise UserError(f"{place} has a {column} that {reason} ({show(value)}): correct it")
+    problems = {
+        "is empty": value is None or not text,
+        "is neither text nor a whole number": not isinstance(value, (str, int)),
+        "is too long": len(text) > _LONGEST,
+        "has control characters": _CONTROL.search(text),
+    }
+    if problem := next((problem for problem, found in problems.items() if found), ""):
+        raise UserError(f"{place} has a {column} that {problem} ({show(value)}): correct it")
     return text
 
 
