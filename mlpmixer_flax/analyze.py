@@ -49,7 +49,7 @@ from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import publish, shown
-from mlpmixer_flax.run_weights import accuracy_of
+from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.keys import find_key
@@ -106,6 +106,9 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         model.open(data.dataset, split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images)
         for split in (data.train_split, data.test_split)
     )
+    if train.multi_label:
+        print("fewshot: left out, because the images may have several labels each")
+        return
     shots, batch_size = arguments.shots, arguments.batch_size
     train = features_of_split(model, train, per_class=_POOL * shots, batch_size=batch_size)
     test = features_of_split(model, test, batch_size=batch_size)
@@ -140,6 +143,10 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     )
     print(f"  {arguments.config}, trained three times:", flush=True)
     setup = make_setup(settle(config, {}))
+    if setup.multi_label:
+        raise UserError(
+            f"shuffle needs one label per image, but images of {config.dataset!r} may have several: choose another dataset"
+        )
     shuffles = {
         "images as they are": lambda images: images,
         "patches and their pixels shuffled": partial(
@@ -150,7 +157,7 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     runs = {}
     for name, shuffle in shuffles.items():
         runs[name] = learn(setup, shuffle)
-        if last := accuracy_of(runs[name][-1]):
+        if last := score_of(runs[name][-1]):
             print(f"  {last.value:.2%} {last.scored} accuracy: {name}", flush=True)
     title = f"{arguments.config}, trained on images as they are and on shuffled ones"
     figure = figures.compare(runs, title=title, steps_per_epoch=setup.steps_per_epoch)

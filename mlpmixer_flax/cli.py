@@ -127,7 +127,7 @@ def add_dataset(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--dataset",
         metavar="NAME",
-        help='TFDS name, "digits" or folder:PATH (default: the dataset of the run)',
+        help='TFDS name, "digits", folder:PATH or table:FILE (default: the dataset of the run)',
     )
     group.add_argument(
         "--data_dir",

@@ -93,6 +93,8 @@ CHANGE_NO_UPDATE = (
     "save_every_epochs",
     "save_every_steps",
     "keep_checkpoints",
+    "best_by",
+    "early_stopping_evals",
 )
 LENGTH = ("total_epochs", "total_steps")  # may change too: `training.continuing` says what happens then
 
@@ -107,7 +109,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # for the initial weights, the order of the data, augmentation and dropout
 
     # Data
-    config.dataset = "digits"  # "digits" (included), "folder:PATH" (may be remote), or a TFDS name: "mnist"
+    config.dataset = "digits"  # "digits" (included), "folder:PATH" (may be remote), "table:labels.csv", or a TFDS name: "mnist"
     config.skip_bad_images = False  # leave out unusable images, and count them; False = stop with an error
     config.data_dir = ""  # TFDS directory, may be remote; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
@@ -168,6 +170,7 @@ def get_config() -> ConfigDict:
 
     # Optimisation
     config.loss = "softmax"  # or "sigmoid": one binary cross-entropy per class
+    config.class_weights = ""  # "balanced", or "rare=5,usual=0.5" (others 1); scaled to average 1 over the training images; in the training loss only
     config.total_epochs = 30.0  # length of the run in epochs
     config.total_steps = 0  # length of the run in updates; 0 = total_epochs
     config.optimizer = ConfigDict()
@@ -194,6 +197,8 @@ def get_config() -> ConfigDict:
     config.save_every_epochs = 1.0  # epochs from one checkpoint to the next
     config.save_every_steps = 0  # the same in updates; 0 = save_every_epochs
     config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
+    config.best_by = "accuracy"  # the score that decides which is the best: or "balanced_accuracy", "loss"; with several labels an image, "mean_average_precision"
+    config.early_stopping_evals = 0  # end after so many evaluations without a better best_by score; 0 = off
     return config.lock()
 
 

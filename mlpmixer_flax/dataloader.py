@@ -5,7 +5,8 @@
     batches[1_000_000]  # a pure function of (seed, 1_000_000)
     for batch in iterate(batches, start=10, stop=20): ...
 
-A batch is {"image": uint8 (n, h, w, c), "label": int32 (n,), "mask": bool (n,)}; the mask is False for rows
+A batch is {"image": uint8 (n, h, w, c), "label": int32 (n,), "mask": bool (n,)}; if images may have several labels,
+"label" is uint8 (n, classes), with 1 for each label. The mask is False for rows
 that are padding. Images of one square size keep that size, and the device resizes them; other images are
 cropped and resized here. No JAX, no TensorFlow.
 """
@@ -23,7 +24,8 @@ from collections.abc import Generator
 import numpy as np
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.examples import Examples, get_dataset_info, open_examples
+from mlpmixer_flax.data.examples import Examples, open_examples
+from mlpmixer_flax.data.named import get_dataset_info
 
 __all__ = ["Batch", "Examples", "TestBatches", "TrainBatches", "get_dataset_info", "iterate", "open_examples"]
 
@@ -90,8 +92,9 @@ class TestBatches:
         positions = k * self.batch_size + self.rows
         mask = positions < len(self.examples)
         image = np.zeros((len(mask), *self.examples.image_shape), np.uint8)
-        label = np.zeros(len(mask), np.int32)
-        image[mask], label[mask] = self.examples.read(positions[mask])
+        image[mask], labels = self.examples.read(positions[mask])
+        label = np.zeros((len(mask), *labels.shape[1:]), labels.dtype)
+        label[mask] = labels
         return {"image": image, "label": label, "mask": mask}
 
 

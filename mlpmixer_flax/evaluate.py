@@ -10,12 +10,15 @@ The program writes to a directory:
   scores.json      all scores and what they are of; "confusion": [true class,
                    predicted class, images] for all pairs that occur;
                    "mistakes", with file names if the dataset is a folder
-  per_class.csv    one row per class: accuracy, and the class it is most often
-                   mistaken for
+  per_class.csv    one row per class: precision, recall (its accuracy) and F1,
+                   and the class it is most often mistaken for
   confusion.png    confusion matrix: which class is mistaken for which
   mistakes.png     the 30 mistakes with the highest confidence: images as they
                    are stored, with file names if the dataset is a folder
   calibration.png  accuracy and number of predictions by their confidence
+
+If images have several labels each, it writes the first two files only, with the
+average precision of each class and the threshold with its highest F1.
 
 Without --output, the directory is RUN/evaluation. If the dataset, split or
 checkpoint is not the default of the run, it becomes part of the name, as in
@@ -47,9 +50,9 @@ from mlpmixer_flax.cli import (
     named_dataset,
     path,
 )
-from mlpmixer_flax.data.files import absolute
+from mlpmixer_flax.data.named import with_absolute_path
 from mlpmixer_flax.dataloader import Examples
-from mlpmixer_flax.inference import figures
+from mlpmixer_flax.inference import figures, multi_label
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.forward import Rows, check_positive
@@ -82,7 +85,20 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: Rows, examples
     Raises:
       UserError: a file cannot be written.
     """
+    _write_tables(output, found)
     names = [row["name"] for row in found["per_class"]]
+    title, worst = _subject(found), found["mistakes"][:30]
+    correct = rows["label"] == rows["best"][:, 0]
+    images = read_originals(examples, [row["image"] for row in worst])
+    for name, figure in {
+        "confusion": figures.confusion(found["confusion"], names, title=title),
+        "calibration": figures.calibration(rows["confidence"], correct, title=title),
+        "mistakes": figures.mistakes(images, worst, title=title),
+    }.items():
+        save(figure, output / f"{name}.png")
+
+
+def _write_tables(output: Path, found: Mapping[str, Any]) -> None:
     lines = (f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in found.items())
     # Names may have bytes that are not text; as escapes they are valid JSON.
     with replacing(output / "scores.json") as file:
@@ -93,15 +109,6 @@ def write_scores(output: Path, found: Mapping[str, Any], *, rows: Rows, examples
     table.writerows(found["per_class"])
     with replacing(output / "per_class.csv") as file:
         file.write(text.getvalue().encode(errors="backslashreplace"))
-    title, worst = _subject(found), found["mistakes"][:30]
-    correct = rows["label"] == rows["best"][:, 0]
-    images = read_originals(examples, [row["image"] for row in worst])
-    for name, figure in {
-        "confusion": figures.confusion(found["confusion"], names, title=title),
-        "calibration": figures.calibration(rows["confidence"], correct, title=title),
-        "mistakes": figures.mistakes(images, worst, title=title),
-    }.items():
-        save(figure, output / f"{name}.png")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -128,7 +135,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "model": model.name,
         "checkpoint": run and (run.checkpoint or default_checkpoint(run.workdir)),
         "step": model.step,
-        "dataset": _with_absolute_path(data.dataset),
+        "dataset": with_absolute_path(data.dataset),
         "split": data.test_split,
         "images": len(examples),
     }
@@ -144,25 +151,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     }
     check_same("a model or data", seen, advice="start all processes with the same command and data")
     names = in_words(model.class_names)
-    rows = score_images(model, examples, classes=classes, batch_size=arguments.batch_size)
+    score = multi_label.score_multi_label if examples.multi_label else score_images
+    rows = score(model, examples, classes=classes, batch_size=arguments.batch_size)
     if not is_lead():
         return
+    written = "scores.json, per_class.csv"
+    if examples.multi_label:
+        found = {
+            **subject,
+            **multi_label.measure_multi_label(rows),
+            "per_class": multi_label.per_class(rows, names),
+        }
+        _write_tables(output, found)
+        print(f"{printable(_subject(found))}: {found['images']:,} images\n\n{multi_label.as_text(found)}")
+    else:
+        found = subject | _measure_all(rows, examples, names)
+        write_scores(output, found, rows=rows, examples=examples)
+        print(_as_text(found))
+        written += ", confusion.png, mistakes.png, calibration.png"
+    publish(output)
+    print(f"in {printable(shown(output))}:\n{written}")
+
+
+def _measure_all(rows: Rows, examples: Examples, names: Sequence[str]) -> dict[str, Any]:
+    """Returns the scores that scores.json has of images with one label each."""
     measured = measure(rows)
     if len(names) <= 5:
         del measured["accuracy_top5"]  # it would always be 1
-    found = {
-        **subject,
+    return {
         **measured,
         "per_class": per_class(rows, names),
         "confusion": confusions(rows),
         "mistakes": list_mistakes(rows, examples, names),
     }
-    write_scores(output, found, rows=rows, examples=examples)
-    publish(output)
-    print(_as_text(found))
-    print(
-        f"in {printable(shown(output))}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
-    )
 
 
 def default_output(subject: Mapping[str, Any], model: Model, run: NamedRun | None) -> Path:
@@ -192,12 +213,6 @@ def _as_name(text: str) -> str:
     return name if name == text == short else f"{short}-{code}"
 
 
-def _with_absolute_path(dataset: str) -> str:
-    """Returns the name of a dataset as a run stores it: the path of a folder is valid from any directory."""
-    kind, colon, folder = dataset.partition(":")
-    return f"{kind}:{absolute(folder)}" if kind == "folder" and colon else dataset
-
-
 def _subject(found: Mapping[str, Any]) -> str:
     """Returns what was scored, for a title: "runs/b16, step 300, on cifar10, split test"."""
     step = "" if found["step"] is None else f", step {found['step']},"
@@ -209,6 +224,7 @@ def _as_text(found: Mapping[str, Any]) -> str:
     measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
     if "accuracy_top5" in found:
         measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
+    measured["balanced accuracy"] = f"{found['balanced_accuracy']:.2%}"
     measured["loss"] = f"{found['loss']:.4f}"
     measured["calibration error"] = f"{found['calibration_error']:.4f}"
     head = f"{printable(_subject(found))}: {found['images']:,} images"
@@ -221,18 +237,22 @@ def as_table(classes: Sequence[Mapping[str, Any]]) -> str:
 
     If more than 20 classes have images, only the 10 worst and the 10 best are shown.
     """
-    head = f"{'class':<28}{'images':>8}{'accuracy':>10}  most often mistaken for (times)"
+    head = f"{'class':<22}{'images':>8}{'precision':>11}{'recall':>8}{'F1':>8}  mistaken for (times)"
     seen = [row for row in classes if row["images"]]
     if len(seen) <= 20:
         return "\n".join([head, *map(_as_line, seen)])
-    ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["accuracy"])]
+    ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["recall"])]
     worst, best = ranked[:10], ranked[:-11:-1]
     return "\n".join([f"the 10 worst of {len(seen):,} classes", head, *worst, "", "the 10 best", head, *best])
 
 
 def _as_line(row: Mapping[str, Any]) -> str:
-    taken_for = f"  {shorten(row['taken_for'], 22)} ({row['times']:,})" if row["times"] else ""
-    return f"{pad(row['name'], 28)}{row['images']:>8,}{row['accuracy']:>10.2%}{taken_for}"
+    # A class that is never predicted has no precision.
+    precision, recall, f1 = (
+        "-" if row[key] is None else f"{row[key]:.1%}" for key in ("precision", "recall", "f1")
+    )
+    taken_for = f"  {shorten(row['taken_for'], 12)} ({row['times']:,})" if row["times"] else ""
+    return f"{pad(row['name'], 22)}{row['images']:>8,}{precision:>11}{recall:>8}{f1:>8}{taken_for}"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

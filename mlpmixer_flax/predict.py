@@ -8,6 +8,11 @@ patterns. Prints a table with the most probable classes of each image, or
   --json   one line per image: {"file": ..., "top": [{"label": ...,
            "class_name": ..., "probability": ...}, ...]}
 
+If the model was trained on images with several labels each, or if --threshold
+is given, it prints sets of classes: those with at least this probability. An
+empty set is "(none)" in the table, a line with only a file in CSV, and an empty
+list in JSON.
+
 Files that cannot be used are reported on stderr, and the program continues with
 the other files. The exit status is then 1, or 2 if no file could be used.
 """
@@ -37,11 +42,12 @@ from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
+from mlpmixer_flax.inference.multi_label import USUAL_THRESHOLD, read_thresholds
 from mlpmixer_flax.remote import url_of
 from mlpmixer_flax.text import listed, pad, printable, shorten, shorten_start
 from mlpmixer_flax.training.launch import check_alone
 
-__all__ = ["Prediction", "Score", "find_files", "load_run", "main", "predict"]  # some are handed on
+__all__ = ["Prediction", "Score", "as_set", "find_files", "load_run", "main", "predict"]  # some are handed on
 
 _TEXT_COLUMNS = 70  # for file and class in a table of 80
 
@@ -55,6 +61,12 @@ def predict(
         print(prediction.image, prediction.top[0].class_name)
     """
     return model.predict_each(files, top=top, batch_size=batch_size)
+
+
+def as_set(prediction: Prediction, thresholds: Sequence[float]) -> Prediction:
+    """Returns the prediction with only the classes that have at least their threshold, one for each class number."""
+    kept = tuple(score for score in prediction.top if score.probability >= thresholds[score.label])
+    return dataclasses.replace(prediction, top=kept)
 
 
 def find_files(path: str | os.PathLike[str]) -> list[str]:
@@ -93,7 +105,7 @@ def find_files(path: str | os.PathLike[str]) -> list[str]:
 
 def _as_table(prediction: Prediction, file_columns: int) -> str:
     margin = pad(shorten_start(prediction.image, file_columns), file_columns)
-    lines = []
+    lines = [] if prediction.top else [f"{margin}{'':>8}  (none)"]
     for score in prediction.top:
         name = shorten(score.class_name, _TEXT_COLUMNS - file_columns)
         lines.append(f"{margin}{100 * score.probability:>8.2f}  {name}")
@@ -103,8 +115,9 @@ def _as_table(prediction: Prediction, file_columns: int) -> str:
 
 def _as_csv(prediction: Prediction) -> str:
     lines = io.StringIO()
-    rows = ((prediction.image, rank, *score) for rank, score in enumerate(prediction.top, 1))
-    csv.writer(lines, lineterminator="\n").writerows(rows)
+    rows = [(prediction.image, rank, *score) for rank, score in enumerate(prediction.top, 1)]
+    empty = (prediction.image, *[""] * (1 + len(Score._fields)))
+    csv.writer(lines, lineterminator="\n").writerows(rows or [empty])
     return lines.getvalue().removesuffix("\n")
 
 
@@ -130,7 +143,7 @@ def _output_format(
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.distributed == "auto":
         check_alone("predict")
-    check_positive(top=arguments.top, batch_size=arguments.batch_size)
+    check_positive(top=5 if arguments.top is None else arguments.top, batch_size=arguments.batch_size)
     files: dict[str, None] = {}  # a dict, because a file may be named twice
     usable, all_usable = 0, True
     for path in arguments.images:
@@ -144,10 +157,15 @@ def _run(arguments: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # notes about the weights are not predictions
         model = load_model(arguments)
     names = {file: url_of(Path(file)) or file for file in files}
-    header, show = _output_format(arguments.form, list(names.values()), in_words(model.class_names))
+    class_names = in_words(model.class_names)
+    thresholds = None
+    if arguments.threshold or model.multi_label:
+        thresholds = read_thresholds(arguments.threshold or str(USUAL_THRESHOLD), class_names)
+    header, show = _output_format(arguments.form, list(names.values()), class_names)
     if header:
         print(header, flush=True)
-    predictions = predict(model, list(files), top=arguments.top, batch_size=arguments.batch_size)
+    top = arguments.top or (len(class_names) if thresholds else 5)
+    predictions = predict(model, list(files), top=top, batch_size=arguments.batch_size)
     # No delay: with one, tqdm.write shows the bar at once all the same, and its end does not clear it.
     bar = tqdm(predictions, "predicting", len(files), unit="img", leave=False, disable=None)
     for prediction in bar:
@@ -155,6 +173,8 @@ def _run(arguments: argparse.Namespace) -> int:
             tqdm.write(f"error: {prediction.flaw}", file=sys.stderr)
             all_usable = False
         else:
+            if thresholds:
+                prediction = as_set(prediction, thresholds)
             tqdm.write(show(dataclasses.replace(prediction, image=names[prediction.image])))
             sys.stdout.flush()
             usable += 1
@@ -172,7 +192,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or quoted pattern")
     add_model(parser)
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument("--top", type=int, metavar="N", help="classes per image (default: 5; of a set, all)")
+    parser.add_argument(
+        "--threshold",
+        metavar="P",
+        help="print sets of classes: those with a probability of at least P; or a scores.json of evaluate, for its "
+        "threshold of each class (default for a model with several labels an image: 0.5)",
+    )
     parser.add_argument(
         "--batch_size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)"
     )

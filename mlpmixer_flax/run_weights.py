@@ -1,4 +1,4 @@
-"""Reads the weights of a run: of its newest or best checkpoint, or of any other, and their accuracy."""
+"""Reads the weights of a run: of its newest or best checkpoint, or of any other, and their scores."""
 
 import contextlib
 import logging
@@ -17,17 +17,38 @@ from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import fetch
-from mlpmixer_flax.rundir import read_class_names, read_config_of_run, saved_steps
+from mlpmixer_flax.rundir import read_class_names, read_config, read_config_of_run, saved_steps
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
 SCORED = ("validation", "test")  # what the names of scores begin with: "validation/accuracy"
+# The values of config.best_by -> the largest possible value, and whether lower values are better
+BEST_BY = {
+    "accuracy": (1, False),
+    "balanced_accuracy": (1, False),
+    "mean_average_precision": (1, False),
+    "loss": (sys.float_info.max, True),
+}
 
 
-class Accuracy(NamedTuple):
-    """The accuracy of an evaluation during training."""
+class Score(NamedTuple):
+    """A score of an evaluation during training."""
 
-    value: float  # in [0, 1]
+    value: float  # 0 or more
     scored: str  # one of SCORED
+    name: str = "accuracy"  # one of BEST_BY
+
+    @property
+    def rank(self) -> float:
+        """The value, or minus the value of a loss: greater is better."""
+        return -self.value if BEST_BY[self.name][1] else self.value
+
+    @property
+    def amount(self) -> str:
+        """The value as text: "95.20%", or "0.1234" for a loss."""
+        return f"{self.value:.4f}" if self.name == "loss" else f"{self.value:.2%}"
+
+    def __str__(self) -> str:
+        return f"{self.scored} {self.name.replace('_', ' ')} {self.amount}"
 
 
 @dataclass(frozen=True)
@@ -45,8 +66,8 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
 
     Args:
       workdir: the run directory.
-      checkpoint: "best": the weights with the best validation accuracy, or test accuracy if the run was
-        evaluated on a test split; they are an EMA if the run keeps one. "last": the parameters of the newest
+      checkpoint: "best": the weights with the best validation score, or test score if the run was evaluated on a
+        test split; config.best_by says which score, usually the accuracy; they are an EMA if the run keeps one. "last": the parameters of the newest
         checkpoint. "ema": their moving average, if the run keeps one. The number of a saved step, "300": its
         weights; they are an EMA if the run keeps one. None: as `default_checkpoint` says.
 
@@ -67,7 +88,7 @@ def default_checkpoint(workdir: Path) -> str:
       UserError: the directory is not a run directory.
     """
     config = read_config_of_run(workdir)
-    return "best" if _accuracies(workdir) else "ema" if config["ema_decay"] else "last"
+    return "best" if _scores(workdir) else "ema" if config["ema_decay"] else "last"
 
 
 def describe_weights(workdir: Path, checkpoint: str, *, step: int) -> str:
@@ -77,22 +98,22 @@ def describe_weights(workdir: Path, checkpoint: str, *, step: int) -> str:
       checkpoint: as for `open_run`, but not None.
       step: of the weights.
     """
-    accuracy, has_ema = _accuracies(workdir).get(step), read_config_of_run(workdir)["ema_decay"]
+    score, has_ema = _scores(workdir).get(step), read_config_of_run(workdir)["ema_decay"]
     kinds = {"best": "the best checkpoint", "last": "the newest checkpoint", "ema": "the newest checkpoint"}
     parts = [f"step {step:,}"] + ([kinds[checkpoint]] if checkpoint in kinds else [])
-    if accuracy and (checkpoint != "last" or not has_ema):  # otherwise the accuracy is that of the EMA
-        parts[-1] += f" ({accuracy.scored} accuracy {accuracy.value:.2%})"
+    if score and (checkpoint != "last" or not has_ema):  # otherwise the score is that of the EMA
+        parts[-1] += f" ({score})"
     if has_ema:
         parts.append("without EMA" if checkpoint == "last" else "EMA weights")
     return ", ".join(parts)
 
 
-def accuracy_of(scores: Any) -> Accuracy | None:
-    """Returns the accuracy in scores by name, such as a row of metrics.jsonl; None if there is none."""
+def score_of(scores: Any, name: str = "accuracy") -> Score | None:
+    """Returns the score of a name of BEST_BY in scores, such as a row of metrics.jsonl; None if there is none."""
     for scored in SCORED:
-        value = scores.get(f"{scored}/accuracy") if isinstance(scores, Mapping) else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
-            return Accuracy(value, scored)
+        value = scores.get(f"{scored}/{name}") if isinstance(scores, Mapping) else None
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= BEST_BY[name][0]:
+            return Score(value, scored, name)
     return None
 
 
@@ -140,12 +161,12 @@ def _check_finite(params: dict[str, Any], name: str) -> None:
 def _find_step(workdir: Path, which: str) -> int:
     steps = saved_steps(workdir)
     if which == "best":
-        accuracies = _accuracies(workdir)
-        steps = sorted(accuracies, key=lambda step: (accuracies[step].value, step))
+        scores = _scores(workdir)
+        steps = sorted(scores, key=lambda step: (scores[step].rank, step))
     elif which not in CHECKPOINTS:
         steps = [_saved_step(workdir, which)]
     if not steps:
-        raise UserError(f"{workdir} has no checkpoint{' with an accuracy' * (which == 'best')}: train first")
+        raise UserError(f"{workdir} has no checkpoint{' with a score' * (which == 'best')}: train first")
     return steps[-1]
 
 
@@ -173,35 +194,38 @@ def _saved_step(workdir: Path, which: str) -> int:
     return int(which)
 
 
-def read_accuracy(checkpoint: Path) -> Accuracy | None:
-    """Returns the accuracy in the scores of a checkpoint; None if they are damaged.
+def read_scores(checkpoint: Path) -> dict[str, Any]:
+    """Returns the scores of a checkpoint by name; {} if they are damaged.
 
     Raises:
       OSError: they cannot be read.
     """
     with contextlib.suppress(ValueError):
         check_files(checkpoint, "metrics")
-        return accuracy_of(read_json(checkpoint / "metrics" / "metrics"))
-    return None
+        scores = read_json(checkpoint / "metrics" / "metrics")
+        if any(score_of(scores, name) for name in BEST_BY):
+            return scores
+    return {}
 
 
-def _accuracies(workdir: Path) -> dict[int, Accuracy]:
-    """Returns step -> accuracy of the checkpoints that have one."""
-    accuracies = {}
+def _scores(workdir: Path) -> dict[int, Score]:
+    """Returns step -> score of the checkpoints that have the score of config.best_by."""
+    found, named = {}, read_config(workdir).get("best_by")
+    name = named if named in (*BEST_BY,) else "accuracy"  # as in runs of earlier versions
     for step in saved_steps(workdir):
         file = workdir / "checkpoints" / str(step) / "metrics" / "metrics"
         if not file.exists():
             continue
-        accuracy = None
+        scores = {}
         try:
-            accuracy = read_accuracy(workdir / "checkpoints" / str(step))
+            scores = read_scores(workdir / "checkpoints" / str(step))
         except OSError as error:
             pass_on(error, file)
-        if accuracy:
-            accuracies[step] = accuracy
-        elif file.exists():  # a run in training may have removed it
+        if score := score_of(scores, name):
+            found[step] = score
+        elif not scores and file.exists():  # a run in training may have removed it
             print(f"the scores of checkpoint {step} are damaged and are not used", file=sys.stderr)
-    return accuracies
+    return found
 
 
 @contextlib.contextmanager

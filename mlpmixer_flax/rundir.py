@@ -21,6 +21,7 @@ from mlpmixer_flax.remote import fetch, url_of
 MARKER = (
     "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
 )
+MULTI_LABEL = "table with several labels an image"  # the "dataset" in data.json then
 _KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 
 
@@ -99,6 +100,14 @@ def read_class_names(workdir: Path) -> list[str]:
             f"{file} cannot be read ({error}): the run directory is incomplete; choose another"
         ) from None
     return names
+
+
+def is_multi_label(workdir: Path) -> bool:
+    """Returns whether the images that a run was trained on have several labels each; False if data.json is damaged."""
+    with contextlib.suppress(UserError, OSError, ValueError):
+        data = read_json(workdir / "data.json")
+        return isinstance(data, dict) and data.get("dataset") == MULTI_LABEL
+    return False
 
 
 def saved_steps(workdir: Path) -> list[int]:

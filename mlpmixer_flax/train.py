@@ -28,6 +28,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_distributed, exit_status, leave, make_parser, path
 from mlpmixer_flax.compilation_cache import compiled_folder
 from mlpmixer_flax.config import ConfigDict, flatten
+from mlpmixer_flax.data.tables import is_table
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.huge_pages import uses_huge_pages
 from mlpmixer_flax.remote import NothingThere, shown
@@ -38,7 +39,7 @@ from mlpmixer_flax.training.launch import start
 from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.processes import is_lead, together
 from mlpmixer_flax.training.signals import Interrupted
-from mlpmixer_flax.training.sizing import suit_folder
+from mlpmixer_flax.training.sizing import suit_images
 
 train = fit  # the name that users of this module import
 
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "folder",
         nargs="?",
         metavar="FOLDER",
-        help="folder of images; short for --config.dataset=folder:FOLDER",
+        help="folder of images, or table of their labels; short for --config.dataset=folder:FOLDER or table:FOLDER",
     )
     parser.add_argument(
         "--config",
@@ -130,11 +131,12 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     """Returns the config of the run; prints what was chosen for a folder without a config file."""
     overrides = arguments.overrides
     if arguments.folder:
-        overrides = [f"--config.dataset=folder:{arguments.folder}", *overrides]
+        kind = "table" if is_table(arguments.folder) else "folder"
+        overrides = [f"--config.dataset={kind}:{arguments.folder}", *overrides]
     config = load_config(arguments.config or "folder.py", overrides)
     if arguments.config:
         return config
-    chosen = suit_folder(config.dataset.removeprefix("folder:"), backend=jax.default_backend())
+    chosen = suit_images(config.dataset, backend=jax.default_backend())
     stored = {}
     if arguments.workdir:
         with contextlib.suppress(NothingThere):

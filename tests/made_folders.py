@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from made_datasets import encode
 
-from mlpmixer_flax.data.folders import FolderRecords, read_folder, select_split
-from mlpmixer_flax.data.image_checks import open_folder
+from mlpmixer_flax.data.folders import read_folder
+from mlpmixer_flax.data.image_checks import open_files
+from mlpmixer_flax.data.listing import FileRecords, select_split
 
 
 def write(root, *files, data=None):
@@ -30,6 +31,8 @@ def files_of(path, split):
 
 def open_split(path, split, *, skip_bad_images=False, for_training=None):
     """Returns the records of a split after the check of its images."""
-    source = open_folder(str(path), split, skip_bad_images=skip_bad_images, for_training=for_training)
-    assert isinstance(source.records, FolderRecords)
+    source = open_files(
+        read_folder(str(path)), split, skip_bad_images=skip_bad_images, for_training=for_training
+    )
+    assert isinstance(source.records, FileRecords)
     return source.records

@@ -83,6 +83,7 @@ def by_hand():
     return {
         "loss": (np.log(np.exp(logits).sum(1)) - own[:, 0]).mean(),
         "accuracy": (rank == 0).mean(),
+        "balanced_accuracy": np.mean([(rank[labels == label] == 0).mean() for label in set(labels)]),
         "accuracy_top5": (rank < 5).mean(),
     }
 
@@ -105,6 +106,8 @@ def test_sums_are_divided_by_the_size_of_the_split():
         for part in (slice(0, 7), slice(7, 10))
     )
     for name, value in by_hand().items():
+        if name == "balanced_accuracy":  # every class counts the same, however many of its images a part has
+            continue
         np.testing.assert_allclose(0.7 * first[name] + 0.3 * rest[name], value, rtol=1e-5, err_msg=name)
 
 
@@ -158,6 +161,7 @@ def test_accuracy_per_class_is_over_its_images_and_nan_without_images():
     seen = sorted(set(labels))
     assert 1 < len(seen) < CLASSES and 0 < right.sum() < 6
     np.testing.assert_allclose(by_class[seen], [right[labels == label].mean() for label in seen])
+    assert scores["balanced_accuracy"] == pytest.approx(by_class[seen].mean())
     assert np.isnan(np.delete(by_class, seen)).all()
 
 
@@ -219,7 +223,9 @@ def test_the_files_agree_with_each_other(run, evaluated):
     with (evaluated / "per_class.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [str(i) for i in range(10)]
-    assert [float(row["accuracy"]) for row in rows] == [row["accuracy"] for row in found["per_class"]]
+    for name in ("precision", "recall", "f1"):
+        assert [float(row[name]) for row in rows] == [row[name] for row in found["per_class"]]
+    assert found["balanced_accuracy"] == pytest.approx(np.mean([row["recall"] for row in found["per_class"]]))
     for name in ("confusion", "mistakes", "calibration"):
         with Image.open(evaluated / f"{name}.png") as picture:
             assert picture.width == 1200

@@ -12,7 +12,8 @@ from made_folders import names, write
 
 from mlpmixer_flax import UserError, analyze, evaluate, export, load, predict, remote, rundir
 from mlpmixer_flax.data import files
-from mlpmixer_flax.data.examples import get_dataset_info, open_examples
+from mlpmixer_flax.data.examples import open_examples
+from mlpmixer_flax.data.named import get_dataset_info
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.remote import NothingThere, copy_of, fetch, publish, shown, url_of

@@ -27,17 +27,21 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pyarrow
 from damage import inputs
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from PIL import Image
+from pyarrow import parquet
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import check_files, write_checksums
 from mlpmixer_flax.cli import exit_status
 from mlpmixer_flax.config import get_config, resolve
-from mlpmixer_flax.data.folders import read_folder, select_split
+from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.images import open_image
+from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.data.splits import read_split
+from mlpmixer_flax.data.tables import read_table
 from mlpmixer_flax.inference.load import load
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
@@ -209,6 +213,21 @@ def read_folder_names(folder: Path, data: bytes) -> None:
     select_split(read_folder(str(folder)), "train")
 
 
+def read_labels(name: str) -> Callable[[Path, bytes], None]:
+    def read(folder: Path, data: bytes) -> None:
+        (folder / name).write_bytes(data)
+        select_split(read_table(folder / name), "train")
+
+    return read
+
+
+def parquet_table() -> bytes:
+    columns = {"file": [f"{i}.png" for i in range(9)], "labels": [["a", "b"], None, ["b"]] * 3}
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
 def read_split_name(folder: Path, data: bytes) -> None:
     counts = {name: SimpleNamespace(num_examples=number) for name, number in (("train", 100), ("test", 10))}
     try:
@@ -243,6 +262,11 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], None]]] = {
         [b"train/cat/0.png\ntrain/dog/1.png\ntest/cat/2.png", b"a/0.png\nb/1.png"],
         read_folder_names,
     ),
+    "CSV table": (
+        [b'file,label,split\na/1.png,cat,train\n"b, 2.png",dog,val\n', b"file,labels\n1.png,a|b\n2.png,\n"],
+        read_labels("labels.csv"),
+    ),
+    "Parquet table": ([parquet_table()], read_labels("labels.parquet")),
     "split": ([b"train[:50%]+test[5:]", b"train[10%:20%]", b"even"], read_split_name),
     "path": (
         [b"runs/b16@best", b"~/x", b"~nobody/x", b"gs:x", b"a" * 5000, b"imagenet21k/Mixer-B_16"],

@@ -44,7 +44,7 @@ def augment(
     Args:
       key: of this update.
       images: uint8 (n, h, w, c).
-      labels: int32 (n,).
+      labels: int32 (n,), or uint8 (n, num_classes) with 1 for each of several labels.
       num_classes: the length of a label distribution.
       preprocess: `config.preprocess`; its crop_fraction is used at test time only.
       cropped: `Examples.cropped`; if True, the host has cropped already and `min_crop_area` is ignored.
@@ -80,7 +80,10 @@ def augment(
     images = normalize(images, mean=preprocess["mean"], std=preprocess["std"])
     if erase_probability:
         images = random_erase(erase_key, images, probability=erase_probability)
-    labels = smooth_labels(labels, num_classes, smoothing=label_smoothing)
+    if labels.ndim == 1:
+        labels = smooth_labels(labels, num_classes, smoothing=label_smoothing)
+    else:  # there is no smoothing, as `setup.check_labels` says
+        labels = labels.astype(jnp.float32)
     if (mixup_alpha or cutmix_alpha) and mix_probability:
         mask = mix_mask(
             mix_key,

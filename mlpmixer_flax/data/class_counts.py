@@ -29,22 +29,30 @@ def describe_classes(
 
     Args:
       class_names: in the order of the labels.
-      train_labels, test_labels: from `Examples.known_labels`: int (n,), or None if unknown.
+      train_labels, test_labels: from `Examples.known_labels`: int (n,) or uint8 (n, classes), or None if unknown.
       test_split: name of the split of `test_labels`, for the text.
     """
     lines = []
     if train_labels is None:
         lines += _wrap("classes: ", _some(class_names, 10, _short))
     else:
-        counts = np.bincount(np.asarray(train_labels, np.int64), minlength=len(class_names))
-        for describe in (_describe_counts, _describe_rare, _describe_largest):
+        counts, several = _count(train_labels, len(class_names)), np.ndim(train_labels) == 2
+        # The largest class of images with several labels says little: most have other labels too.
+        for describe in (_describe_counts, _describe_rare, *([_describe_largest] if not several else [])):
             lines += describe(class_names, counts)
     if test_labels is not None:
-        tested = np.bincount(np.asarray(test_labels, np.int64), minlength=len(class_names))
+        tested = _count(test_labels, len(class_names))
         missing = [name for name, count in zip(class_names, tested, strict=True) if not count]
         if missing:
             lines += _wrap(f"without an image in split '{_short(test_split)}': ", _some(missing, 5, _short))
     return "\n".join(lines)
+
+
+def _count(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns the number of images per class."""
+    if np.ndim(labels) == 2:
+        return np.asarray(labels, np.int64).sum(axis=0)
+    return np.bincount(np.asarray(labels, np.int64), minlength=num_classes)
 
 
 def _describe_counts(names: Sequence[str], counts: np.ndarray) -> list[str]:

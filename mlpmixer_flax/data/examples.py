@@ -5,69 +5,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.decoding import decode
-from mlpmixer_flax.data.folders import FolderRecords, folder_info, folder_parts
-from mlpmixer_flax.data.image_checks import open_folder, say_left_out
+from mlpmixer_flax.data.image_checks import open_files, say_left_out
 from mlpmixer_flax.data.images import MODES, flaw_of, to_square
+from mlpmixer_flax.data.listing import FileRecords
+from mlpmixer_flax.data.named import listing_of
 from mlpmixer_flax.data.notes import say_once
-from mlpmixer_flax.data.splits import DatasetInfo, Record, Source, SplitLike, count_common, describe_split
-from mlpmixer_flax.data.tfds import TfdsRecords, open_tfds, tfds_info, tfds_parts
+from mlpmixer_flax.data.splits import Label, Record, Source, SplitLike, describe_split
+from mlpmixer_flax.data.tfds import TfdsRecords, open_tfds
 
 T = TypeVar("T")
-_FOLDER = "folder:"  # the name of a dataset begins with this if it is a folder of images
-
-
-def get_dataset_info(
-    dataset: str, split: SplitLike = "train", *, data_dir: str | os.PathLike[str] = ""
-) -> DatasetInfo:
-    """Returns facts about a split, without decoding an image.
-
-    Args:
-      dataset: "digits" (embedded), a TFDS name: "cifar10", "cifar10:3.0.2", "name/config", or
-        "folder:PATH", a folder of images in the layout that `folders` describes.
-      split: in TFDS's syntax, for folders too: "train", "train[:90%]", "train[100:]+test", "all"; or an object of
-        tfds.even_splits. Slices of shards are for TFDS datasets only.
-      data_dir: TFDS directory; "" = $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-
-    Returns:
-      A dict: `num_examples`, `num_classes`, `class_names` (list of str), `int2str` (label -> name) and
-      `image_shape` (h, w, c), where h and w are None if the images vary in size.
-
-    Raises:
-      UserError: the dataset is unknown, not prepared or without images and labels; or the split is
-        unknown or empty.
-    """
-    if dataset.startswith(_FOLDER):
-        return folder_info(dataset.removeprefix(_FOLDER), split)
-    return tfds_info(dataset, split, data_dir=data_dir)
-
-
-def count_overlap(
-    dataset: str, split: SplitLike, other: SplitLike, *, data_dir: str | os.PathLike[str] = ""
-) -> int:
-    """Returns how many examples belong to both of two splits, without reading an example.
-
-    Examples are the same if they have the same place in a TFDS dataset, or the same file name in a folder. Copies
-    with another place or name are not counted.
-
-    Args:
-      dataset, data_dir: as in `get_dataset_info`.
-      split, other: as `split` in `get_dataset_info`: "train[:80%]" and "train[70%:]".
-
-    Raises:
-      UserError: as `get_dataset_info`.
-    """
-    if dataset.startswith(_FOLDER):
-        parts = folder_parts(dataset.removeprefix(_FOLDER), split, other)
-    else:
-        parts = tfds_parts(dataset, split, other, data_dir=data_dir)
-    return count_common(*parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +35,7 @@ class Examples:
     min_crop_area: float
     interpolation: str
     images: np.ndarray | None = None  # uint8 (n, h, w, c); set together with labels
-    labels: np.ndarray | None = None  # int32 (n,)
+    labels: np.ndarray | None = None  # as read() returns them
     fit: str = "crop"  # or "pad" or "stretch": how an image that is not square becomes a square
 
     def __len__(self) -> int:
@@ -93,17 +46,31 @@ class Examples:
         return self.source.num_classes
 
     @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.source.multi_label
+
+    @property
     def known_labels(self) -> np.ndarray | None:
-        """The label of each example, int32 (n,); None if they are known only when the examples are read."""
+        """The labels of all examples, as read() returns them; None if they are known only when examples are read."""
         if self.labels is not None:
             return self.labels
         records = self.source.records
-        return np.array(records.labels, np.int32) if isinstance(records, FolderRecords) else None
+        return self.as_array(records.labels) if isinstance(records, FileRecords) else None
+
+    def as_array(self, labels: Sequence[Label]) -> np.ndarray:
+        """Returns labels as an array: int32 (n,), or uint8 (n, classes) of 0 and 1 if there may be several."""
+        if not self.multi_label:
+            return np.array(labels, np.int32)
+        array = np.zeros((len(labels), self.num_classes), np.uint8)
+        for row, label in zip(array, labels, strict=True):
+            row[list(cast(tuple[int, ...], label))] = 1
+        return array
 
     @property
     def files(self) -> list[str] | None:
-        """The file name of each example, relative to the folder; None if the dataset is not a folder."""
-        return self.source.records.files if isinstance(self.source.records, FolderRecords) else None
+        """The file name of each example, relative to the folder or table; None for a TFDS dataset."""
+        return self.source.records.files if isinstance(self.source.records, FileRecords) else None
 
     @property
     def skipped(self) -> int:
@@ -114,6 +81,8 @@ class Examples:
         self, indices: np.ndarray, crop_seeds: Sequence[tuple[int, ...]] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns images uint8 (n, h, w, c) and labels int32 (n,).
+
+        If images may have several labels, labels are uint8 (n, classes), with 1 for each label.
 
         Args:
           indices: int (n,).
@@ -127,15 +96,15 @@ class Examples:
         """
         if self.images is not None and self.labels is not None:
             return self.images[indices], self.labels[indices]
-        images = np.empty((len(indices), *self.image_shape), np.uint8)
-        labels = np.empty(len(indices), np.int32)
+        images, labels = np.empty((len(indices), *self.image_shape), np.uint8), []
         for row, (record, found) in enumerate(self._read_each(indices, crop_seeds)):
             if isinstance(found, str):
                 raise UserError(
                     f"image {record.name} of {self.name} cannot be used ({found}): {self.source.remedy}"
                 )
-            images[row], labels[row] = found, record.label
-        return images, labels
+            images[row] = found
+            labels.append(record.label)
+        return images, self.as_array(labels)
 
     def find_flaws(self, indices: np.ndarray) -> dict[int, tuple[str, str]]:
         """Returns index -> name and flaw, for the examples that cannot be used.
@@ -160,7 +129,7 @@ class Examples:
     def _decode(self, record: Record, crop_seed: tuple[int, ...] | None) -> np.ndarray:
         """Returns the image of a record as `read` does; any exception means that it cannot be used."""
         size_px, _, channels = self.image_shape
-        if not 0 <= record.label < self.num_classes:
+        if isinstance(record.label, int) and not 0 <= record.label < self.num_classes:
             raise ValueError(f"its label {record.label} is not in [0, {self.num_classes})")
         image, notes = decode(record.image, MODES[channels])
         if self.files is None:  # the check of a folder has said it already
@@ -219,9 +188,9 @@ def open_examples(
         prepared in a format without random access; a folder has bad images (the message lists the first of them);
         or a folder to train on has only one class.
     """
-    if dataset.startswith(_FOLDER):
-        path = dataset.removeprefix(_FOLDER)
-        source = open_folder(path, split, skip_bad_images=skip_bad_images, for_training=for_training)
+    listing = listing_of(dataset)
+    if listing:
+        source = open_files(listing, split, skip_bad_images=skip_bad_images, for_training=for_training)
     else:
         source = open_tfds(dataset, split, data_dir=data_dir)
     height, width, channels = source.image_shape
@@ -269,7 +238,7 @@ def _leave_out_bad(examples: Examples) -> Examples:
 
 def _decode_all(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(examples), *examples.image_shape), np.uint8)
-    labels = np.empty(len(examples), np.int32)
+    labels = examples.as_array([()] * len(examples) if examples.multi_label else [0] * len(examples))
     for chunk, decoded in _in_chunks(examples, "decoding", examples.read):
         images[chunk], labels[chunk] = decoded
     return images, labels

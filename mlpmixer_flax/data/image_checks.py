@@ -1,4 +1,4 @@
-"""Opens folders of images after a check: images that cannot be used are found before a long run, and so are copies."""
+"""Opens folders and tables of images after a check: bad images are found before a long run, and so are copies."""
 
 import functools
 import hashlib
@@ -10,81 +10,79 @@ from itertools import combinations
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.folders import (
+from mlpmixer_flax.data.images import inspect_image
+from mlpmixer_flax.data.listing import (
     COLOR_SHAPE,
-    Folder,
-    FolderRecords,
+    FileRecords,
+    Listing,
     check_folder,
     files_of,
-    read_folder,
     select_split,
     split_parts,
 )
-from mlpmixer_flax.data.images import inspect_image
-from mlpmixer_flax.data.layout import LAYOUT
 from mlpmixer_flax.data.notes import Note, summarize
 from mlpmixer_flax.data.splits import Source, SplitLike
 from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.text import wrap
 
 
-def open_folder(
-    path: str | os.PathLike[str],
+def open_files(
+    listing: Listing,
     split: SplitLike,
     *,
     skip_bad_images: bool,
     for_training: tuple[SplitLike, SplitLike] | None,
 ) -> Source:
-    """Opens a split of a folder after a check of its images.
+    """Opens a split of a folder or a table after a check of its images.
 
-    Prints the notes about the folder once. With `skip_bad_images`, images that cannot be used are left out, and the
+    Prints the notes about the listing once. With `skip_bad_images`, images that cannot be used are left out, and the
     first of them are listed on stdout. `for_training`, the splits to train and to evaluate on, lets it check the
     images of all splits, and print how many images of a split have the same content as images of another split.
 
     Raises:
-      UserError: as `folders.read_folder` and `folders.select_split`; images cannot be used and
-        `skip_bad_images` is off (the message lists the first of them); or a folder to train on has only one
+      UserError: as `listing.select_split`; images cannot be used and
+        `skip_bad_images` is off (the message lists the first of them); or a listing to train on has only one
         class.
     """
-    folder = read_folder(path)
-    chosen = select_split(folder, split)
+    chosen = select_split(listing, split)
     files = chosen.files
-    _print_once(tuple(folder.notes))
+    _print_once(tuple(listing.notes))
     if for_training:
-        if len(folder.class_names) < 2:
+        if len(listing.class_names) < 2 and not listing.multi_label:
             raise UserError(
-                f"folder {folder.path!r} has training images of one class only: two or more are needed; the "
-                f"expected layout is {'; '.join([LAYOUT, *folder.notes])}"
+                f"{listing.kind} {listing.path!r} has training images of one class only: two or more are needed; "
+                f"{'; '.join([listing.form, *listing.notes])}"
             )
-        files = [file for name in folder.splits for file in files_of(folder, name)]
-    sizes = {file: _size(os.path.join(folder.root, file)) for file in files}
-    flaws, oddities = _inspect(folder.root, tuple(sizes), tuple(sizes.values()))
+        files = [file for name in listing.counts() for file in files_of(listing, name)]
+    sizes = {file: _size(os.path.join(listing.root, file)) for file in files}
+    flaws, oddities = _inspect(listing.root, tuple(sizes), tuple(sizes.values()))
     if flaws and not skip_bad_images:
         _inspect.cache_clear()  # a notebook user may repair the images and try again
         raise UserError(
-            f"{len(flaws):,} of {len(files):,} images in {folder.path!r} cannot be used: repair or delete them, "
+            f"{len(flaws):,} of {len(files):,} images in {listing.path!r} cannot be used: repair or delete them, "
             "or leave them out with --skip_bad_images (in training --config.skip_bad_images=true):"
             f"{_list(flaws, 20)}"
         )
     _print_once(tuple(summarize(oddities)))
     if for_training:
-        groups = _groups(folder, for_training).items()
+        groups = _groups(listing, for_training).items()
         good_groups = tuple((name, tuple(f for f in images if f not in flaws)) for name, images in groups)
-        _print_once(_duplicate_notes(folder.root, good_groups))
+        _print_once(_duplicate_notes(listing.root, good_groups))
     bad = {file: flaws[file] for file in chosen.files if file in flaws}
     say_left_out(bad, len(chosen), f"split {split!r}")
     good = [(file, label) for file, label in zip(chosen.files, chosen.labels, strict=True) if file not in bad]
     return Source(
-        records=FolderRecords(
-            folder.root,
+        records=FileRecords(
+            listing.root,
             files=[file for file, _ in good],
             labels=[label for _, label in good],
             sizes=[sizes[file] for file, _ in good],
         ),
-        num_classes=len(folder.class_names),
+        num_classes=len(listing.class_names),
         image_shape=COLOR_SHAPE,
         remedy="it could be used when it was checked, so restore it if somebody has changed it, and start again",
         skipped=len(bad),
+        multi_label=listing.multi_label,
     )
 
 
@@ -150,11 +148,13 @@ def _size(path: str) -> int:
         return -1  # deleted a moment ago, or a broken link: the check says so
 
 
-def _groups(folder: Folder, run_splits: tuple[SplitLike, SplitLike]) -> dict[str, list[str]]:
-    """Returns name -> files of the splits of a run, and between them the splits of the folder that it does not use."""
-    used = {part.split for split in run_splits for part in split_parts(folder, split)}
-    train, test = ({f"{split!r}": select_split(folder, split).files} for split in run_splits)
-    return train | {f"{name!r}": files_of(folder, name) for name in folder.splits if name not in used} | test
+def _groups(listing: Listing, run_splits: tuple[SplitLike, SplitLike]) -> dict[str, list[str]]:
+    """Returns name -> files of the splits of a run, and between them the splits of the listing that it does not use."""
+    used = {part.split for split in run_splits for part in split_parts(listing, split)}
+    train, test = ({f"{split!r}": select_split(listing, split).files} for split in run_splits)
+    return (
+        train | {f"{name!r}": files_of(listing, name) for name in listing.counts() if name not in used} | test
+    )
 
 
 @functools.lru_cache(maxsize=1)  # as above

@@ -68,7 +68,11 @@ def count_common(parts: list[Part], others: list[Part]) -> int:
     return count
 
 
-# --- facts and records, of TFDS datasets and folders alike
+# --- facts and records, of all kinds of datasets alike
+
+Label: TypeAlias = (
+    "int | tuple[int, ...]"  # the number of the class, or of each class of an image with several labels
+)
 
 ImageShape = tuple[int | None, int | None, int]  # stored images: (h, w, c); h and w are None if sizes vary
 
@@ -86,6 +90,7 @@ class DatasetInfo(TypedDict):
     class_names: list[str]
     int2str: Callable[[SupportsIndex], str]  # label -> class name
     image_shape: ImageShape
+    multi_label: bool  # whether an image may have several labels, or none
 
 
 class Record(NamedTuple):
@@ -93,7 +98,7 @@ class Record(NamedTuple):
 
     name: str  # for messages: a file, or a number
     image: bytes  # an encoded image
-    label: int
+    label: Label
     flaw: str = ""  # why the record is damaged, if it is; then it has no image
 
 
@@ -114,3 +119,4 @@ class Source:
     image_shape: ImageShape
     remedy: str  # what to do about an image that cannot be used
     skipped: int = 0  # images of the split that were left out, because they cannot be used
+    multi_label: bool = False  # whether an image may have several labels, or none

@@ -25,6 +25,7 @@ from mlpmixer_flax.data.splits import (
     num_examples,
     read_split,
 )
+from mlpmixer_flax.data.tables import is_table
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.remote import copy_of, fetch
 from mlpmixer_flax.text import listed, printable, quoted
@@ -99,6 +100,7 @@ def tfds_info(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str
         "class_names": list(label.names),
         "int2str": label.int2str,
         "image_shape": tuple(image.shape),
+        "multi_label": False,
     }
 
 
@@ -216,6 +218,8 @@ def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
 def _suggest_folder(dataset: str) -> None:
     path = os.path.expanduser(dataset)
     if os.path.isfile(path):
+        if is_table(path):
+            raise UserError(f"dataset {dataset!r} is not a TFDS name: did you mean 'table:{dataset}'?")
         kind = "an archive: unpack it" if is_archive(path) else "a file: put the images in class folders"
         raise UserError(
             f"dataset {dataset!r} is {kind} and give folder:PATH, or give the name of a TFDS dataset"

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from mlpmixer_flax import UserError
 from mlpmixer_flax.inference.drawing import WIDTH_INCHES, new_figure, percent, remove_blank_strips, short
 from mlpmixer_flax.inference.scores import calibration_error, confidence_bins
-from mlpmixer_flax.run_weights import SCORED, accuracy_of
+from mlpmixer_flax.run_weights import SCORED, score_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +27,8 @@ _Lines = dict[str, list[tuple[float, float]]]  # name of a line -> its points (s
 def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "Figure":
     """Draws loss, accuracy and learning rate of a run over its steps, and over its epochs if their length is known.
 
+    If images have several labels, it also draws the mean average precision.
+
     Raises:
       UserError: the rows have no loss, accuracy or learning rate.
     """
@@ -37,6 +39,7 @@ def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "
             **{name: _points(rows, f"{name}/accuracy") for name in SCORED},
             **{f"{name}, top 5": _points(rows, f"{name}/accuracy_top5") for name in SCORED},
         },
+        "mean average precision": {name: _points(rows, f"{name}/mean_average_precision") for name in SCORED},
         "learning rate": {"train": _points(rows, "train/learning_rate")},
     }
     panels = {label: lines for label, lines in panels.items() if any(lines.values())}
@@ -56,7 +59,7 @@ def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "
 
 def compare(runs: Mapping[str, Rows], *, title: str, steps_per_epoch: float | None = None) -> "Figure":
     """Draws training loss, and accuracy on the split that was scored, of at most three runs; `runs` has their names."""
-    scored = next((found.scored for rows in runs.values() for row in rows if (found := accuracy_of(row))), "")
+    scored = next((found.scored for rows in runs.values() for row in rows if (found := score_of(row))), "")
     keys = {"training loss": "train/loss", f"{scored} accuracy": f"{scored}/accuracy"}
     panels = {label: {name: _points(rows, key) for name, rows in runs.items()} for label, key in keys.items()}
     styles = dict(zip(runs, [(_BLUE, "-o"), (_ORANGE, "--s"), (_PURPLE, ":^")], strict=False))

@@ -20,7 +20,7 @@ from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, shown
 from mlpmixer_flax.run_weights import open_run
-from mlpmixer_flax.rundir import fetch_run
+from mlpmixer_flax.rundir import fetch_run, is_multi_label
 from mlpmixer_flax.text import listed
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
@@ -73,6 +73,7 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
         preprocess=config["preprocess"],
         class_names=tuple(run.class_names),
         loss=config["loss"],
+        multi_label=is_multi_label(workdir),
         config=config,
         step=run.step,
     )

@@ -51,6 +51,7 @@ class Model:
     loss: str  # that the model was trained with, a key of LOSSES
     config: Mapping[str, Any] = dataclasses.field(repr=False)  # of the run, as plain data; {} for weights
     step: int | None = None  # of the run's checkpoint; None for weights
+    multi_label: bool = False  # whether the run's images have several labels each; False for weights
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 

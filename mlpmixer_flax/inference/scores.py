@@ -6,16 +6,24 @@ float (n,).
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from mlpmixer_flax.data.named import is_files
 from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
 from mlpmixer_flax.inference.classes import in_words, match_classes
-from mlpmixer_flax.inference.forward import Rows, concatenate, forward, on_all_devices, rows_per_batch
+from mlpmixer_flax.inference.forward import (
+    RowFunction,
+    Rows,
+    concatenate,
+    forward,
+    on_all_devices,
+    rows_per_batch,
+)
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.training.losses import LOSSES
 
@@ -32,7 +40,7 @@ def open_split(
     classes = match_classes(
         in_words(info["class_names"]),
         in_words(model.class_names),
-        numbered=not dataset.startswith("folder:"),
+        numbered=not is_files(dataset),
     )
     return model.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
 
@@ -56,6 +64,22 @@ def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch
             "loss": loss.per_image(logits, jax.nn.one_hot(batch["label"], num_classes)),
         }
 
+    return rows_of_split(score, model, examples, relabel=classes.__getitem__, batch_size=batch_size)
+
+
+def rows_of_split(
+    score: RowFunction,
+    model: Model,
+    examples: Examples,
+    *,
+    relabel: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+) -> Rows:
+    """Returns what a function (params, batch) -> rows returns for a split, in its order; shows the progress.
+
+    Several processes divide the images among them, and each returns all rows. `relabel` turns the labels of the
+    dataset into those of the model.
+    """
     batches = TestBatches(
         examples,
         batch_size=rows_per_batch(batch_size),
@@ -67,7 +91,7 @@ def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch
         contextlib.closing(iterate(batches, 0, len(batches))) as stream,
         tqdm(desc="scoring", total=len(examples), unit="img", delay=2, leave=False, disable=None) as bar,
     ):
-        relabelled = ({**batch, "label": classes[batch["label"]]} for batch in stream)
+        relabelled = ({**batch, "label": relabel(batch["label"])} for batch in stream)
         for rows in forward(on_all_devices(score), model.params, relabelled):
             parts.append(rows)
             bar.update(len(rows["label"]))
@@ -91,10 +115,16 @@ def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[
 
 
 def measure(rows: Rows) -> dict[str, float]:
-    """Returns `accuracy`, `accuracy_top5` and `calibration_error` in [0, 1], and `loss`, over all images."""
+    """Returns `accuracy`, `accuracy_top5` and `calibration_error` in [0, 1], and `loss`, over all images.
+
+    `balanced_accuracy` is the mean of the accuracies of all classes that have images.
+    """
     right = rows["best"] == rows["label"][:, None]
+    images = np.bincount(rows["label"])
+    by_class = np.bincount(rows["label"], right[:, 0])[images > 0] / images[images > 0]
     return {
         "accuracy": float(right[:, 0].mean()),
+        "balanced_accuracy": float(by_class.mean()),
         "accuracy_top5": float(right.any(axis=1).mean()),
         "loss": float(rows["loss"].mean(dtype=np.float64)),
         "calibration_error": calibration_error(rows["confidence"], right[:, 0]),
@@ -130,26 +160,39 @@ def confusions(rows: Rows) -> list[tuple[int, int, int]]:
 
 
 def per_class(rows: Rows, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns, per class, its number, name, images and accuracy, and the class it is most often mistaken for.
+    """Returns, per class, its number, name, images and scores, and the class it is most often mistaken for.
 
-    `accuracy` is None for a class without images; `taken_for` is None, and `times` is 0, for a class without
-    mistakes.
+    `recall` is the share of its images that are predicted as it, its accuracy; `precision` is the share of the images
+    predicted as it that are of it; `f1` is their harmonic mean. Each is None if it would be 0 / 0. `taken_for` is
+    None, and `times` is 0, for a class without mistakes.
     """
     classes = [
-        {"class": number, "name": name, "images": 0, "accuracy": None, "taken_for": None, "times": 0}
+        {
+            "class": number,
+            "name": name,
+            "images": 0,
+            **dict.fromkeys(("precision", "recall", "f1")),
+            "taken_for": None,
+            "times": 0,
+        }
         for number, name in enumerate(class_names)
     ]
-    right = [0] * len(classes)
+    right, said = [0] * len(classes), [0] * len(classes)
     for true, predicted, images in confusions(rows):
         row = classes[true]
         row["images"] += images
+        said[predicted] += images
         if true == predicted:
             right[true] = images
         elif not row["times"]:  # the most images come first
             row |= {"taken_for": class_names[predicted], "times": images}
-    for row in classes:
-        if row["images"]:
-            row["accuracy"] = right[row["class"]] / row["images"]
+    for row, hits, times in zip(classes, right, said, strict=True):
+        parts = {
+            "precision": (hits, times),
+            "recall": (hits, row["images"]),
+            "f1": (2 * hits, times + row["images"]),
+        }
+        row |= {name: above / below if below else None for name, (above, below) in parts.items()}
     return classes
 
 

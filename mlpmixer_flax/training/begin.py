@@ -11,13 +11,14 @@ import jax
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.class_counts import describe_classes
-from mlpmixer_flax.data.examples import count_overlap
+from mlpmixer_flax.data.named import count_overlap
 from mlpmixer_flax.dataloader import check_workers
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import read_config, saved_steps, write_run
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, record
 from mlpmixer_flax.training.advice import why_cpu
+from mlpmixer_flax.training.class_weights import describe_class_weights
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.processes import check_same, check_shared, from_lead, is_lead, same_fate
@@ -108,6 +109,8 @@ def _describe(setup: Setup, workdir: Path) -> None:
     )
     labels = (batches.examples.known_labels for batches in (setup.train_batches, setup.test_batches))
     print(describe_classes(setup.class_names, *labels, test_split=config.test_split))
+    if setup.class_weights is not None:
+        print(describe_class_weights(setup.class_weights, setup.class_names))
     shared = count_overlap(config.dataset, config.train_split, config.test_split, data_dir=config.data_dir)
     if shared:
         print(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import time
@@ -17,20 +18,22 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
-from mlpmixer_flax.run_weights import Accuracy, accuracy_of, read_accuracy
+from mlpmixer_flax.run_weights import Score, read_scores, score_of
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
 
 
 class BestCheckpoint(NamedTuple):
-    """The checkpoint with the best accuracy; of equal ones, the newest."""
+    """The checkpoint with the best score; of equal ones, the newest."""
 
     step: int
-    accuracy: Accuracy
+    score: Score
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep` ones and the one with the best accuracy are kept.
+    """The checkpoints of a run: the newest `keep` ones and the one with the best score are kept.
+
+    `best_by` is the score, one of `run_weights.BEST_BY`.
 
     Saving happens in the background, so an error of a save may be raised by any later call. What a save that failed
     has written is removed, and the checkpoints before it stay as they are.
@@ -40,9 +43,9 @@ class Checkpoints:
       OSError: the disk is full or at fault, or the run directory has been deleted.
     """
 
-    def __init__(self, workdir: Path, *, keep: int):
+    def __init__(self, workdir: Path, *, keep: int, best_by: str = "accuracy"):
         self.folder = workdir.absolute() / "checkpoints"
-        self._keep = keep
+        self._keep, self._best_by = keep, best_by
         from_lead(lambda: make_folder(self.folder))
         check_shared(self.folder)
         self._descriptor = os.open(self.folder, os.O_RDONLY)  # tells later whether the folder is still there
@@ -68,16 +71,16 @@ class Checkpoints:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.folder)) from None
 
     def _open(self) -> ocp.CheckpointManager:
-        def accuracy(metrics):
-            found = accuracy_of(metrics)
-            assert found  # other metrics are not saved, or dropped
-            return found.value
+        def rank(metrics):
+            found = score_of(metrics, self._best_by)
+            # It lacks one if it diverged, or if the run had another best_by and an earlier version of the package.
+            return found.rank if found else -math.inf
 
         newest = policies.LatestN(self._keep)
-        best = policies.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-            best_fn=accuracy,  # without it, Orbax stores no metrics
+            best_fn=rank,  # without it, Orbax stores no metrics
             cleanup_tmp_directories=True,  # removes checkpoints that a killed run did not finish
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
@@ -89,12 +92,12 @@ class Checkpoints:
             write_checksums(unfinished)
 
     def _drop_damaged_metrics(self) -> None:
-        """Removes metrics files without a readable accuracy: with one, Orbax would open no checkpoint at all.
+        """Removes metrics files without a readable score: with one, Orbax would open no checkpoint at all.
 
         The checkpoint beside such a file can still be restored, but can never be the best.
         """
         for file in self.folder.glob("*/metrics/metrics"):
-            if read_accuracy(file.parent.parent) is None:
+            if not read_scores(file.parent.parent):
                 print(
                     f"the scores of checkpoint {file.parent.parent.name} are damaged and are removed",
                     flush=True,
@@ -162,15 +165,15 @@ class Checkpoints:
         self._manager = self._open()
 
     def best(self) -> BestCheckpoint | None:
-        """Returns the best checkpoint, or None if no state was saved with an accuracy."""
+        """Returns the best checkpoint, or None if no state was saved with a score."""
         with self._judging():
             self._manager.wait_until_finished()
         # Of all processes, only the first one writes metrics, so only it surely sees them.
         steps = self._manager.all_steps()
         metrics = from_lead(lambda: [[step, self._manager.metrics(step)] for step in steps])
-        found = {step: accuracy_of(scores) for step, scores in metrics}
-        scored = [BestCheckpoint(step, accuracy) for step, accuracy in found.items() if accuracy]
-        return max(scored, key=lambda one: (one.accuracy.value, one.step), default=None)
+        found = {step: score_of(scores, self._best_by) for step, scores in metrics}
+        scored = [BestCheckpoint(step, score) for step, score in found.items() if score]
+        return max(scored, key=lambda one: (one.score.rank, one.step), default=None)
 
     def close(self) -> None:
         """Waits until everything is on disk, closes the files, and removes what a failed save has left."""

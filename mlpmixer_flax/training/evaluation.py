@@ -62,6 +62,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns means over all unmasked images: `loss`, and `accuracy` and `accuracy_top5` in [0, 1].
 
+    `balanced_accuracy` is the mean of the accuracies of all classes that have images.
+
     `eval_step` is a jitted `make_eval_step`. Sums and counts are added over all batches and divided once, so
     every image has the same weight, also in a partly filled last batch.
     """
@@ -71,9 +73,9 @@ def evaluate(
 def evaluate_classes(
     eval_step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Returns the means of `evaluate`, and the accuracy per class, float64 (classes,).
+    """Returns the scores of `evaluate`, and the accuracy per class, float64 (classes,).
 
-    The accuracy of a class without images is NaN.
+    The accuracy of a class without images is NaN; `balanced_accuracy` is the mean over the other classes.
     """
     totals: dict[str, np.ndarray] = {}
     for sums in one_batch_late(eval_step, params, batches, mesh=mesh):
@@ -82,7 +84,9 @@ def evaluate_classes(
     count, class_count = totals.pop("count"), totals.pop("class_count")
     with np.errstate(invalid="ignore"):
         class_accuracy = totals.pop("class_accuracy") / class_count
-    return {name: float(total / count) for name, total in totals.items()}, class_accuracy
+    scores = {name: float(total / count) for name, total in totals.items()}
+    scores["balanced_accuracy"] = float(np.nanmean(class_accuracy))
+    return scores, class_accuracy
 
 
 def one_batch_late(

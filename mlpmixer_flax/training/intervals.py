@@ -1,9 +1,9 @@
-"""Decides when the training loop logs, evaluates and saves."""
+"""Decides when the training loop logs, evaluates, saves and stops early."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mlpmixer_flax.run_weights import accuracy_of
+from mlpmixer_flax.run_weights import SCORED, Score, score_of
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,38 @@ class Intervals:
 
 
 class Best:
-    """Remembers the best accuracy of a run."""
+    """Remembers the best score of a run; `best_by` says which score, one of `run_weights.BEST_BY`."""
 
-    def __init__(self, accuracy: float = 0.0):
-        self.accuracy = accuracy  # the best so far
+    def __init__(self, score: Score | None = None, *, best_by: str = "accuracy"):
+        self.score, self.best_by = score, best_by  # the best so far
 
     def improves(self, scores: Mapping[str, float] | None) -> bool:
         """Returns whether these scores are the best so far, or as good as the best, and remembers them if so.
 
         None means that the step was not evaluated: it is never the best.
         """
-        accuracy = accuracy_of(scores)
-        if accuracy is None or accuracy.value < self.accuracy:
+        score = score_of(scores, self.best_by)
+        if score is None or (self.score and score.rank < self.score.rank):
             return False
-        self.accuracy = accuracy.value
+        self.score = score
         return True
+
+
+def evals_since_best(rows: Iterable[Mapping[str, float]], *, best_by: str) -> int:
+    """Returns how many evaluations came after the first one with the best score of the run.
+
+    An evaluation with an equal score is no better one, and neither is one whose loss is not finite. Evaluations before the
+    first with this score do not count: an earlier version of the package did not write it.
+
+    Args:
+      rows: of metrics.jsonl.
+      best_by: one of `run_weights.BEST_BY`.
+    """
+    best, since = None, 0
+    for row in rows:
+        score = score_of(row, best_by)
+        if score and (best is None or score.rank > best):
+            best, since = score.rank, 0
+        elif best is not None and any(f"{scored}/loss" in row for scored in SCORED):
+            since += 1
+    return since

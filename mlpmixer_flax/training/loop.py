@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate
 from mlpmixer_flax.remote import shown
-from mlpmixer_flax.run_weights import accuracy_of
+from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, sharding
@@ -22,9 +22,10 @@ from mlpmixer_flax.training.advice import advising
 from mlpmixer_flax.training.begin import agree_on_workdir, begin
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
 from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
-from mlpmixer_flax.training.intervals import Best
+from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
+from mlpmixer_flax.training.multi_label import evaluate_multi_label
 from mlpmixer_flax.training.processes import ending_all, from_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
 from mlpmixer_flax.training.setup import Setup, Steps, compile_steps
@@ -65,7 +66,8 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
         with advising(workdir), closing(RunLock(workdir)) as lock:
             stored = from_lead(lambda: read_config(workdir))
             setup, params = begin(config, workdir, stored=stored, lock=lock)
-            folder = Checkpoints(workdir, keep=setup.config.keep_checkpoints)
+            keep, best_by = setup.config.keep_checkpoints, setup.config.best_by
+            folder = Checkpoints(workdir, keep=keep, best_by=best_by)
             with closing(folder) as checkpoints, ending_all(), advising(workdir):
                 start, state = checkpoints.restore(setup.like)
                 if start:
@@ -76,7 +78,7 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
                 )
                 if line:
                     print(line, flush=True)
-                whole = start >= setup.intervals.total_steps
+                whole = start >= setup.intervals.total_steps or _stops_early(setup.config, workdir, start)
                 if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
                     steps = compile_steps(setup, state, params=params)
                     del params  # the state has a copy
@@ -90,7 +92,7 @@ def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpo
     config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
     state, update, score = steps.state, steps.update, steps.score
     earlier = checkpoints.best()
-    best = Best(earlier.accuracy.value if earlier else 0.0)
+    best = Best(earlier and earlier.score, best_by=config.best_by)
     reporter = Reporter(
         workdir,
         start_step=start,
@@ -115,12 +117,16 @@ def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpo
             # Of several processes, none may leave an evaluation before the others.
             stopping = () if several else signals
             scores, by_class = _evaluate(setup, score, state, stopping=stopping)
-            reporter.evaluation(step, scores)
-            reporter.class_accuracy(step, by_class, scored=setup.scored)
+            balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
+            reporter.evaluation(step, scores, balanced=balanced)
+            of_class = "average_precision" if setup.multi_label else "accuracy"
+            reporter.by_class(step, by_class, tag=f"{setup.scored}_class_{of_class}")
             return scores
 
         if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
             evaluate(start, state)  # a signal had ended this evaluation
+            if _stops_early(config, workdir, start):
+                return
         unlogged = Unlogged(workdir)
         recent = Recent(config.batch_size, unlogged.read(start))
         for step, batch in enumerate(batches, start + 1):
@@ -140,13 +146,18 @@ def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpo
 
             # Read once per step: a signal that arrives after this line stops the run after the next step.
             stopping = recent.signal if several else next(iter(signals), 0)
-            is_best = best.improves(scores)
-            if is_best or intervals.save(step) or stopping:
+            is_best, last = best.improves(scores), step == intervals.total_steps
+            early = bool(scores) and not last and _stops_early(config, workdir, step)
+            if early and not intervals.log(step):
+                reporter.training(step, recent.summary() | skipped)
+            if is_best or intervals.save(step) or stopping or early:
                 with recent.paused():
                     unlogged.write(step, recent.fetched)
                     checkpoints.save(step, state, scores)
+            if early:
+                return
             abandoned = scores is None and intervals.evaluate(step)
-            if stopping and (step < intervals.total_steps or abandoned):
+            if stopping and (not last or abandoned):
                 raise Interrupted(stopping, step)
 
 
@@ -158,7 +169,25 @@ def _first_images(setup: Setup, steps: Steps) -> np.ndarray:
 def _is_evaluated(workdir: Path, step: int) -> bool:
     """Returns whether metrics.jsonl has scores of a step; step 0 never has any."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    return step == 0 or any(row["step"] == step and accuracy_of(row) for row in rows)
+    return step == 0 or any(row["step"] == step and score_of(row) for row in rows)
+
+
+def _stops_early(config: ConfigDict, workdir: Path, step: int) -> bool:
+    """Returns whether the run ends after this step, because its scores became no better; says so if it does."""
+
+    def since_best() -> int:
+        rows = read_metrics(workdir / "metrics.jsonl")
+        return evals_since_best((row for row in rows if row["step"] <= step), best_by=config.best_by)
+
+    limit = config.early_stopping_evals
+    early = limit > 0 and from_lead(since_best) >= limit
+    if early:
+        print(
+            f"stopped early at step {step}: the last {limit} evaluations had no better {config.best_by}\n"
+            f"  (early_stopping_evals={limit}; a greater value, or 0, continues the run)",
+            flush=True,
+        )
+    return early
 
 
 class _Abandoned(Exception):
@@ -168,7 +197,7 @@ class _Abandoned(Exception):
 def _evaluate(
     setup: Setup, score: EvalStep, state: TrainState, *, stopping: Sequence[int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the scores of config.test_split, and the accuracy per class by class name.
+    """Returns the scores of config.test_split, and the accuracy or average precision per class by class name.
 
     Raises:
       _Abandoned: `stopping` got an element meanwhile.
@@ -184,9 +213,10 @@ def _evaluate(
     batches = iterate(setup.test_batches, 0, num_batches, num_workers=setup.config.num_workers)
     bar = tqdm(batches, "evaluating", num_batches, leave=False, delay=2, disable=not sys.stdout.isatty())
     with closing(batches):
-        scores, by_class = evaluate_classes(score, state.eval_params, until_signal(bar), mesh=setup.mesh)
+        evaluate = evaluate_multi_label if setup.multi_label else evaluate_classes
+        scores, by_class = evaluate(score, state.eval_params, until_signal(bar), mesh=setup.mesh)
     if len(setup.class_names) <= 5:
-        del scores["accuracy_top5"]  # it would always be 1
+        scores.pop("accuracy_top5", None)  # it would always be 1
     scores = {f"{setup.scored}/{name}": value for name, value in scores.items()}
     scores |= _skipped(setup, setup.scored, setup.test_batches)
     return scores, dict(zip(setup.class_names, by_class.tolist(), strict=True))
@@ -199,16 +229,16 @@ def _skipped(setup: Setup, name: str, batches: TrainBatches | TestBatches) -> di
 
 def _finish(workdir: Path, best: BestCheckpoint | None, *, seconds: float) -> dict[str, float]:
     """Prints the result and where it is; returns the last scores."""
-    evaluations = [row for row in read_metrics(workdir / "metrics.jsonl") if accuracy_of(row)]
+    evaluations = [row for row in read_metrics(workdir / "metrics.jsonl") if score_of(row)]
     last = evaluations[-1] if evaluations else {}
     elapsed = f"in {tqdm.format_interval(seconds)}"
-    if accuracy := accuracy_of(last):
-        print(f"done: {accuracy.scored} accuracy {accuracy.value:.2%} after {last['step']} steps, {elapsed}")
+    if score := score_of(last):
+        print(f"done: {score} after {last['step']} steps, {elapsed}")
     else:
         print(f"done: {elapsed}")
     if best:
-        percent = f"{best.accuracy.value:.2%}"
-        print(f"best: {percent} at step {best.step}; predict, evaluate and export use this checkpoint")
+        shown_best = best.score.amount if best.score.name == "accuracy" else best.score
+        print(f"best: {shown_best} at step {best.step}; predict, evaluate and export use this checkpoint")
     print(f"in {printable(shown(workdir))}: checkpoints, metrics.jsonl, config, class names")
     print(f"curves: python -m mlpmixer_flax.analyze --workdir={shown(workdir)}")
     return last

@@ -1,4 +1,4 @@
-"""Defines the losses of a run and the probabilities that belong to each."""
+"""Defines the losses of a run, the probabilities that belong to each, and when several labels are all right."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,3 +27,8 @@ def _sigmoid_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 # The values of config.loss
 LOSSES = {"softmax": Loss(_softmax_loss, jax.nn.softmax), "sigmoid": Loss(_sigmoid_loss, jax.nn.sigmoid)}
+
+
+def all_right(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns, per image, whether exactly its labels have a probability above 0.5: (n, classes) each -> bool (n,)."""
+    return jnp.all((logits > 0) == (labels > 0), axis=-1)

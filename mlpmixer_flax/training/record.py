@@ -8,11 +8,12 @@ from typing import Any
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
-from mlpmixer_flax.data.folders import FolderRecords
+from mlpmixer_flax.data.listing import FileRecords
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.rundir import MULTI_LABEL
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.continuing import Change, another_config
 
@@ -23,27 +24,28 @@ _MOST_FILES = 100_000  # of a split; longer lists are not stored, and changes ar
 def make_record(config: ConfigDict, train: Examples, test: Examples) -> dict[str, Any]:
     """Returns what identifies the data of a run, as plain data.
 
-    For a folder these are, for each split, the number of images, a hash of the names and sizes of the files in
-    the order of the examples, and the files themselves if they are not too many. Names are relative to the
-    folder, so a folder that was moved has the same record. For TFDS datasets they are name, version and number of
-    examples. The content of a file that keeps its size is not compared.
+    For a folder or a table these are, for each split, the number of images, a hash of the names and sizes of the files
+    (of a table also of the labels) in the order of the examples, and the files themselves if they are not too many.
+    Names are relative, so a folder or table that was moved has the same record. For TFDS datasets they are name,
+    version and number of examples. The content of a file that keeps its size is not compared.
 
     Raises:
       UserError: a file has disappeared.
     """
-    splits = {"train": _describe(train), "test": _describe(test)}
+    kind = MULTI_LABEL if train.multi_label else config.dataset.partition(":")[0]
+    splits = {name: _describe(each, kind) for name, each in {"train": train, "test": test}.items()}
     if train.files is not None:
-        return {"dataset": "folder", **splits}
+        return {"dataset": kind, **splits}
     info = load_builder(config.dataset, config.data_dir).info
     return {"dataset": info.full_name, **splits}
 
 
-def _describe(examples: Examples) -> dict[str, Any]:
+def _describe(examples: Examples, kind: str) -> dict[str, Any]:
     records = examples.source.records
-    if not isinstance(records, FolderRecords):
+    if not isinstance(records, FileRecords):
         return {"examples": len(examples)}
     digest, sizes = hashlib.blake2b(digest_size=16), {}
-    for name in records.files:
+    for name, label in zip(records.files, records.labels, strict=True):
         try:
             size = os.stat(os.path.join(records.root, name)).st_size
         except OSError as error:
@@ -51,6 +53,8 @@ def _describe(examples: Examples) -> dict[str, Any]:
                 f"image {name!r} of {examples.name} can no longer be read ({error.strerror}): restore it, and start again"
             ) from None
         digest.update(os.fsencode(name) + b"\0%d\0" % size)
+        if kind != "folder":  # whose names have the labels
+            digest.update(f"{label}\0".encode())
         sizes[name] = size
     record: dict[str, Any] = {"examples": len(examples), "hash": digest.hexdigest()}
     return record | ({"files": sizes} if len(sizes) <= _MOST_FILES else {})
@@ -115,6 +119,7 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns what differs between two records, in words."""
     if before.get("dataset") != now["dataset"]:
         return [f"it was {shorten(str(before.get('dataset')), 120)}, is {now['dataset']}"]
+    same_files = "the same images in another order" + ", or with other labels" * (now["dataset"] != "folder")
     differences = []
     for split in ("train", "test"):
         theirs, ours = before[split], now[split]
@@ -126,7 +131,7 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             same = theirs["examples"] == ours["examples"]
             differences.append(f"{name}: {'other images, or in another order' if same else counts}")
         else:
-            differences.append(f"{name}: {_compare_files(theirs['files'], ours['files'])}")
+            differences.append(f"{name}: {_compare_files(theirs['files'], ours['files']) or same_files}")
     return differences
 
 
@@ -141,4 +146,4 @@ def _compare_files(before: Mapping[str, int], now: Mapping[str, int]) -> str:
         for change, names in changes.items()
         if names
     ]
-    return ", ".join(words) or "the same images in another order"
+    return ", ".join(words)

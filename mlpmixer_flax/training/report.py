@@ -180,26 +180,27 @@ class Reporter:
             flush=True,
         )
 
-    def evaluation(self, step: int, scalars: dict[str, float]) -> None:
+    def evaluation(self, step: int, scalars: dict[str, float], *, balanced: bool = False) -> None:
         """Reports the scores of a split by name: `test/loss`, `validation/accuracy`, `test/accuracy_top5`.
 
-        `test/skipped_images` is written but not shown: it stays the same, and was printed when the split was opened.
+        All are written. To fit into a line, it shows either `test/balanced_accuracy` (if `balanced`) or
+        `test/accuracy_top5`. `test/skipped_images` stays the same, and was printed when the split was opened.
         """
         self._write(step, scalars)
+        hidden = ("/skipped_images", "/accuracy_top5" if balanced else "/balanced_accuracy")
         scored = next(iter(scalars)).partition("/")[0]
         shown = ", ".join(
-            f"{name.partition('/')[2].replace('_top5', ' top 5')} {value:.4f}"
+            f"{name.partition('/')[2].replace('_top5', '_top 5').replace('_', ' ')} {value:.4f}"
             for name, value in sorted(scalars.items())
-            if not name.endswith("/skipped_images")
+            if not name.endswith(hidden)
         )
         self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
 
-    def class_accuracy(self, step: int, by_class: Mapping[str, float], *, scored: str) -> None:
-        """Writes the accuracy per class to TensorBoard; NaN means that the class has no images.
+    def by_class(self, step: int, by_class: Mapping[str, float], *, tag: str) -> None:
+        """Writes a score per class to TensorBoard; NaN means that the class has no images.
 
-        Up to 20 classes get a curve each; more classes share a histogram. `scored` is `Setup.scored`.
+        Up to 20 classes get a curve each; more classes share a histogram. `tag` is the name: "test_class_accuracy".
         """
-        tag = f"{scored}_class_accuracy"
         known = {name: value for name, value in by_class.items() if not math.isnan(value)}
         if len(by_class) > 20:
             values, bins = np.array(list(known.values())), np.linspace(0, 1, 21)

@@ -9,19 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
 from mlpmixer_flax.data.files import absolute
-from mlpmixer_flax.data.folders import folder_parts
-from mlpmixer_flax.data.tfds import tfds_parts
+from mlpmixer_flax.data.named import parts_of, with_absolute_path
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.class_weights import weights_of
 from mlpmixer_flax.training.devices import check_devices, check_jax
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
+from mlpmixer_flax.training.multi_label import make_multi_label_step
 from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
 from mlpmixer_flax.training.signals import SIGNAL, agreeing
 from mlpmixer_flax.training.step import (
@@ -32,7 +34,7 @@ from mlpmixer_flax.training.step import (
     make_preview_step,
     make_train_step,
 )
-from mlpmixer_flax.training.validate import validate
+from mlpmixer_flax.training.validate import check_labels, validate
 from mlpmixer_flax.weights import source
 
 
@@ -47,11 +49,12 @@ class Setup:
     scored: str  # what the names of scores begin with: "validation" or "test"
     model: MlpMixer
     input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
+    class_weights: np.ndarray | None  # float32 (classes,), or None if all images weigh the same
     mesh: jax.sharding.Mesh
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
     update: TrainStep  # (state, batch) -> (state, metrics)
-    score: EvalStep  # (parameters, batch) -> sums over the batch
+    score: EvalStep  # (parameters, batch) -> sums over the batch; rows, if images may have several labels
     preview: PreviewStep  # first batch -> images as the first update sees them
 
     @cached_property
@@ -64,6 +67,11 @@ class Setup:
     def placements(self) -> TrainState:
         """The placements of the state: a tree of NamedSharding."""
         return jax.tree.map(lambda x: x.sharding, self.like)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.train_batches.examples.multi_label
 
     @property
     def steps_per_epoch(self) -> float:
@@ -113,9 +121,7 @@ def _canonical(value: Any) -> Any:
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
     """Returns the config as a run stores it: with absolute paths of data, valid from any directory."""
-    dataset, data_dir = config.dataset, config.data_dir
-    if dataset.startswith("folder:"):
-        dataset = f"folder:{absolute(dataset.removeprefix('folder:'))}"
+    dataset, data_dir = with_absolute_path(config.dataset), config.data_dir
     return {**config.to_dict(), "dataset": dataset, "data_dir": data_dir and absolute(data_dir)}
 
 
@@ -131,7 +137,9 @@ def make_setup(config: ConfigDict) -> Setup:
     info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
     channels = info["image_shape"][2]
     _check_channels(config, channels)
+    check_labels(config, multi_label=info["multi_label"])
     train_batches, test_batches = _open_batches(config)
+    class_weights = weights_of(config.class_weights, info["class_names"], train_batches.examples)
     steps_per_epoch = len(train_batches.examples) / config.batch_size
     total_steps = in_steps(config, "total", steps_per_epoch)
 
@@ -140,6 +148,7 @@ def make_setup(config: ConfigDict) -> Setup:
     warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)
     schedule = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     optimizer = make_optimizer(config, schedule)
+    make_score = make_multi_label_step if info["multi_label"] else make_eval_step
     cropped = train_batches.examples.cropped
     return Setup(
         config=config,
@@ -149,6 +158,7 @@ def make_setup(config: ConfigDict) -> Setup:
         scored=_scored(config),
         model=model,
         input_shape=input_shape,
+        class_weights=class_weights,
         mesh=mesh,
         intervals=Intervals(
             total_steps=total_steps,
@@ -157,8 +167,17 @@ def make_setup(config: ConfigDict) -> Setup:
             save_every=in_steps(config, "save_every", steps_per_epoch),
         ),
         init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
-        update=make_train_step(model, optimizer, schedule, config, mesh=mesh, cropped=cropped),
-        score=make_eval_step(model, config, mesh=mesh, cropped=test_batches.examples.cropped),
+        update=make_train_step(
+            model,
+            optimizer,
+            schedule,
+            config,
+            mesh=mesh,
+            cropped=cropped,
+            class_weights=class_weights,
+            multi_label=info["multi_label"],
+        ),
+        score=make_score(model, config, mesh=mesh, cropped=test_batches.examples.cropped),
         preview=make_preview_step(config, num_classes=info["num_classes"], mesh=mesh, cropped=cropped),
     )
 
@@ -217,9 +236,10 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
     n = setup.config.batch_size
 
     def batch_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
+        labels = examples.as_array([])
         return {
             "image": jax.ShapeDtypeStruct((n, *examples.image_shape), jnp.uint8, sharding=rows),
-            "label": jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows),
+            "label": jax.ShapeDtypeStruct((n, *labels.shape[1:]), labels.dtype, sharding=rows),
             "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
         }
 
@@ -267,10 +287,7 @@ def _scored(config: ConfigDict) -> str:
     A part of the training split serves for validation. "test" of a folder without test images is its validation
     split.
     """
-    if config.dataset.startswith("folder:"):
-        (parts,) = folder_parts(config.dataset.removeprefix("folder:"), config.test_split)
-    else:
-        (parts,) = tfds_parts(config.dataset, config.test_split, data_dir=config.data_dir)
+    (parts,) = parts_of(config.dataset, config.test_split, data_dir=config.data_dir)
     names = {part.split.casefold() for part in parts}
     others = [
         name for name in names if not (name.startswith(("val", "dev", "train")) or "validation" in name)

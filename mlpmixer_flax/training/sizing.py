@@ -1,4 +1,4 @@
-"""Chooses model, image size and length of a run from scratch that suit a folder of images and the device."""
+"""Chooses model, image size and length of a run from scratch that suit the images and the device."""
 
 import os
 import statistics
@@ -9,7 +9,9 @@ from PIL import Image
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
 from mlpmixer_flax.data.files import pixel_formats
-from mlpmixer_flax.data.folders import read_folder, select_split
+from mlpmixer_flax.data.folders import read_folder
+from mlpmixer_flax.data.listing import select_split
+from mlpmixer_flax.data.named import listing_of
 from mlpmixer_flax.reading import open_file
 
 _SAMPLE = 64  # images whose size is looked at
@@ -21,22 +23,26 @@ _SIZES = {
     (False, True): (32, 4, mixer_tiny4_config),
     (True, True): (128, 8, mixer_tiny4_config),
 }
+_MULTI_LABEL = {"loss": "sigmoid", "augment.label_smoothing": 0.0, "best_by": "mean_average_precision"}
 
 
-def suit_folder(folder: str | os.PathLike[str], *, backend: str) -> dict[str, Any]:
-    """Returns the changes of configs/folder.py that suit a folder of images and the device, by dotted key.
+def suit_images(dataset: str, *, backend: str) -> dict[str, Any]:
+    """Returns the changes of configs/folder.py that suit a folder or table of images and the device, by dotted key.
 
     Images with a typical short side below 48 px keep about their size; larger ones become 64 px on a CPU and 128 px
     on a GPU or TPU, where the model is larger too. A run sees about 400,000 images: it has 20 to 200 epochs. With
-    fewer than 256 images the batches are smaller, so that an epoch still has several updates.
+    fewer than 256 images the batches are smaller, so that an epoch still has several updates. If images have several
+    labels each, loss and scores are for these.
 
     Args:
+      dataset: "folder:PATH" or "table:FILE".
       backend: what trains: "cpu", "gpu" or "tpu", as `jax.default_backend` says.
 
     Raises:
-      UserError: as `data.folders.read_folder`.
+      UserError: as `data.folders.read_folder` and `data.tables.read_table`.
     """
-    records = select_split(read_folder(folder), "train")
+    listing = listing_of(dataset) or read_folder(dataset)
+    records = select_split(listing, "train")
     large = _typical_side(records.root, records.files[:_SAMPLE]) >= 48
     image_size_px, patch_px, architecture = _SIZES[large, backend != "cpu"]
     epochs = min(max(round(400_000 / len(records)), 20), 200)
@@ -48,6 +54,7 @@ def suit_folder(folder: str | os.PathLike[str], *, backend: str) -> dict[str, An
         "save_every_epochs": float(-(-epochs // 50)),
         **{f"model.{key}": value for key, value in flatten(architecture).items()},
         "model.patches.size": (patch_px, patch_px),
+        **(_MULTI_LABEL if listing.multi_label else {}),
     }
 
 

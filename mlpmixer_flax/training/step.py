@@ -6,18 +6,20 @@ from typing import cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.training.class_weights import unsmoothed
 from mlpmixer_flax.training.dropout import dropout_by_image
 from mlpmixer_flax.training.gradients import make_gradient
-from mlpmixer_flax.training.losses import LOSSES
+from mlpmixer_flax.training.losses import LOSSES, all_right
 from mlpmixer_flax.training.optimizer import Params, split_frozen
 from mlpmixer_flax.training.reproducible import alone, map_chunks
 
-DeviceBatch = Mapping[str, jax.Array]  # image: uint8 (n, h, w, c), label: int32 (n,), mask: bool (n,)
+DeviceBatch = Mapping[str, jax.Array]  # as of `dataloader`: image, label and mask
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -67,6 +69,8 @@ def make_train_step(
     *,
     mesh: jax.sharding.Mesh,
     cropped: bool = False,
+    class_weights: np.ndarray | None = None,
+    multi_label: bool = False,
 ) -> TrainStep:
     """Returns the update: (state, batch) -> (state, metrics).
 
@@ -74,7 +78,8 @@ def make_train_step(
     gradient and of the updated parameters (only of those that learn), and the learning rate. All randomness
     is a function of the config's seed, the step, and the position of an image in the batch, so nothing random is
     stored. `mesh` has the devices of state and batch. `cropped` is `Examples.cropped`: True if the host has cropped
-    the images already.
+    the images already. `class_weights` has a weight per class, from `class_weights.weights_of`.
+    With `multi_label`, images may have several labels, and the accuracy is the share of images of which all are right.
 
     If `optimizer.sam_rho` is above 0, the gradient is computed at parameters that are moved uphill by this
     distance (SAM, arXiv 2010.01412). The direction uphill comes from the whole batch, with the same
@@ -85,9 +90,18 @@ def make_train_step(
         params, rngs = {**learning, **frozen}, {"dropout": jax.random.key(0)}
         with dropout_by_image(keys):
             logits = cast(jax.Array, model.apply({"params": params}, images, train=True, rngs=rngs))
-        correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
-        return LOSSES[config.loss].per_image(logits, labels).mean(), correct.mean()
+        if multi_label:
+            correct = all_right(logits, labels > 0.5)
+        else:
+            correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
+        losses = LOSSES[config.loss].per_image(logits, labels)
+        if image_weights is not None:
+            losses *= jnp.sum(labels * image_weights, axis=-1)
+        return losses.mean(), correct.mean()
 
+    image_weights = None
+    if class_weights is not None:
+        image_weights = unsmoothed(class_weights, smoothing=config.augment.label_smoothing)
     augmented = _make_augmented(config, num_classes=model.num_classes, cropped=cropped, mesh=mesh)
     gradient_at = make_gradient(
         loss_fn, microbatches=config.accumulation_steps, reproducible=config.reproducible, mesh=mesh

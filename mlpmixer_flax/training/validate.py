@@ -11,12 +11,15 @@ from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
+from mlpmixer_flax.run_weights import BEST_BY
 from mlpmixer_flax.text import listed, shorten
+from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
 
 # Key -> its allowed names, from the tables that implement them
 CHOICES = {
+    "best_by": tuple(BEST_BY),
     "init_head": INIT_HEADS,
     "loss": tuple(LOSSES),
     "optimizer.name": tuple(DIRECTIONS),
@@ -51,6 +54,38 @@ def validate(config: ConfigDict) -> None:
     if config.augment.randaugment_layers or config.augment.randaugment_ops:
         check_ops(config.augment.randaugment_ops)
     _validate_combinations(config)
+
+
+def check_labels(config: ConfigDict, *, multi_label: bool) -> None:
+    """Checks that a config suits images with one label each, or with several.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not multi_label:
+        if config.best_by == "mean_average_precision":
+            raise UserError(
+                f"best_by='mean_average_precision' is for images with several labels, and {config.dataset!r} has one label "
+                "per image: use accuracy, balanced_accuracy or loss"
+            )
+        return
+    unsuitable = {
+        f"loss={config.loss!r} is": (config.loss != "sigmoid", "set --config.loss=sigmoid"),
+        f"augment.label_smoothing={config.augment.label_smoothing} is": (
+            config.augment.label_smoothing,
+            "set it to 0",
+        ),
+        f"class_weights={show(config.class_weights)} are": (config.class_weights, "leave them out"),
+        f"best_by={config.best_by!r} is": (
+            config.best_by == "balanced_accuracy",
+            "use mean_average_precision, accuracy or loss",
+        ),
+    }
+    for what, (wrong, remedy) in unsuitable.items():
+        if wrong:
+            raise UserError(
+                f"{what} for one label per image, but images of {config.dataset!r} may have several: {remedy}"
+            )
 
 
 def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
@@ -141,6 +176,15 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"reproducible={config.reproducible} needs a copy of the state on every device, but "
             f"mesh.fsdp={config.mesh.fsdp}: set one of them"
+        )
+    if config.early_stopping_evals and not (config.eval_every_steps or config.eval_every_epochs):
+        raise UserError(
+            f"early_stopping_evals={config.early_stopping_evals} needs evaluations during the run: set eval_every_epochs to 1"
+        )
+    parse_weights(config.class_weights)
+    if config.class_weights and config.augment.label_smoothing == 1:
+        raise UserError(
+            f"augment.label_smoothing=1 leaves no class for class_weights={show(config.class_weights)} to weigh: set a lower value"
         )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):

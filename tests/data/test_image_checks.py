@@ -15,7 +15,8 @@ from made_folders import files_of, names, open_split, write
 from PIL import Image
 
 from mlpmixer_flax import UserError, get_dataset_info
-from mlpmixer_flax.data.folders import read_folder, select_split
+from mlpmixer_flax.data.folders import read_folder
+from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
 from mlpmixer_flax.evaluate import main as evaluate
 from mlpmixer_flax.train import main

@@ -12,8 +12,9 @@ from made_folders import names, write
 from mlpmixer_flax import UserError, get_dataset_info
 from mlpmixer_flax.data import files
 from mlpmixer_flax.data.files import images_below
-from mlpmixer_flax.data.folders import read_folder, select_split
+from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.layout import split_of
+from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.dataloader import open_examples
 
 JPEG = encode(np.full((6, 6, 3), 90, np.uint8), "JPEG")

@@ -12,7 +12,7 @@ from made_datasets import encode, write_dataset
 from made_folders import names, write
 
 from mlpmixer_flax import UserError, get_dataset_info
-from mlpmixer_flax.data.examples import count_overlap
+from mlpmixer_flax.data.named import count_overlap
 from mlpmixer_flax.data.splits import Part, count_common
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import open_examples
@@ -120,7 +120,7 @@ def test_slices_of_shards_are_for_tfds_datasets_only(both):
     for split in ("train[:1shard]", "train[0shard]"):
         assert get_dataset_info(dataset, split, data_dir=data_dir)["num_examples"] == TRAIN
         with pytest.raises(
-            UserError, match="cannot be read .a folder has no shards.: use 'test', 'train', 'valid"
+            UserError, match="cannot be read .folders and tables have no shards.: use 'test', 'train', 'valid"
         ):
             get_dataset_info(both["folder"][0], split)
 
@@ -226,7 +226,7 @@ def test_plain_names_of_a_folder_load_no_tfds(both):
     dataset, _ = both["folder"]
     code = f"""
 import sys
-from mlpmixer_flax.data.examples import count_overlap, get_dataset_info
+from mlpmixer_flax.data.named import count_overlap, get_dataset_info
 get_dataset_info({dataset!r}, "train")
 count_overlap({dataset!r}, "train", "val")
 assert "tensorflow_datasets" not in sys.modules

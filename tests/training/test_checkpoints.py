@@ -66,7 +66,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     save(tmp_path, {1: 0.1, 2: 0.9, 3: None, 4: 0.3, 5: None, 6: 0.2})
     assert kept(tmp_path) == [2, 5, 6]
     reopened = Checkpoints(tmp_path, keep=2)
-    assert reopened.best() == (2, (0.9, "test"))
+    assert reopened.best() == (2, (0.9, "test", "accuracy"))
     reopened.close()
     save(tmp_path, {7: 0.95, 8: None})  # by a later process
     assert kept(tmp_path) == [7, 8]
@@ -152,10 +152,10 @@ def test_a_config_and_names_with_any_bytes_are_written_and_read_back(tmp_path):
 # --- which weights are read
 
 
-def as_run(workdir, ema_decay):
+def as_run(workdir, ema_decay, **others):
     write_run(
         workdir,
-        {"model": {}, "preprocess": {}, "loss": "softmax", "ema_decay": ema_decay},
+        {"model": {}, "preprocess": {}, "loss": "softmax", "ema_decay": ema_decay, **others},
         class_names=["cat"],
     )
 
@@ -166,7 +166,7 @@ def test_the_best_checkpoint_is_the_default_and_is_described(tmp_path, scored):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step, accuracy in {1: 0.9, 2: 0.5, 3: None}.items():
         checkpoints.save(step, state(step), accuracy and {f"{scored}/accuracy": accuracy})
-    assert checkpoints.best() == (1, (0.9, scored))
+    assert checkpoints.best() == (1, (0.9, scored, "accuracy"))
     checkpoints.close()
     assert default_checkpoint(tmp_path) == "best"
     assert open_run(tmp_path).step == open_run(tmp_path, "best").step == 1
@@ -184,8 +184,35 @@ def test_without_scores_the_default_is_what_would_be_evaluated(tmp_path, ema_dec
     as_run(tmp_path, ema_decay)
     save(tmp_path, {1: None, 2: None})
     assert default_checkpoint(tmp_path) == default
-    with pytest.raises(UserError, match="has no checkpoint with an accuracy: train first"):
+    with pytest.raises(UserError, match="has no checkpoint with a score: train first"):
         open_run(tmp_path, "best")
+
+
+def test_the_best_checkpoint_may_be_that_of_another_score(tmp_path):
+    as_run(tmp_path, 0.0, best_by="loss")
+    losses = {1: 0.4, 2: 0.3, 3: float("nan"), 4: 0.35, 5: 0.5}
+    checkpoints = Checkpoints(tmp_path, keep=1, best_by="loss")
+    for step, loss in losses.items():
+        checkpoints.save(step, state(step), {"test/loss": loss, "test/accuracy": step / 10})
+    assert checkpoints.best() == (2, (0.3, "test", "loss"))
+    checkpoints.close()
+    assert kept(tmp_path) == [2, 5] and open_run(tmp_path).step == 2
+    text = describe_weights(tmp_path, "best", step=2)
+    assert text == "step 2, the best checkpoint (test loss 0.3000)"
+    # The run continues with another score, which all its checkpoints have.
+    as_run(tmp_path, 0.0, best_by="accuracy")
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.best() == (5, (0.5, "test", "accuracy"))
+    again.close()
+    # Checkpoints without the score are not damaged, and can not be the best.
+    as_run(tmp_path, 0.0, best_by="balanced_accuracy")
+    again = Checkpoints(tmp_path, keep=1, best_by="balanced_accuracy")
+    assert again.best() is None and default_checkpoint(tmp_path) == "last"
+    again.save(6, state(6), {"test/balanced_accuracy": 0.1})
+    again.save(7, state(7), {"test/balanced_accuracy": 0.05})
+    assert again.best() == (6, (0.1, "test", "balanced_accuracy"))
+    again.close()
+    assert kept(tmp_path) == [6, 7]
 
 
 def test_an_ema_is_described(tmp_path):
@@ -232,7 +259,7 @@ def test_a_run_continues_if_metrics_of_a_checkpoint_are_damaged(tmp_path, conten
         file.write_text(content)
     assert read_weights(tmp_path, "best")[0] == 2
     checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.best() == (2, (0.5, "test"))
+    assert checkpoints.best() == (2, (0.5, "test", "accuracy"))
     checkpoints.save(3, state(3), scores(0.4))
     checkpoints.close()
     assert kept(tmp_path) == [2, 3]
@@ -302,7 +329,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 @pytest.mark.parametrize("accuracy", [10**400, True, float("nan"), -0.5, "0.5", None])
 def test_what_is_no_share_of_images_is_no_accuracy(accuracy):
-    assert run_weights.accuracy_of({"test/accuracy": accuracy}) is None
+    assert run_weights.score_of({"test/accuracy": accuracy}) is None
 
 
 def test_names_that_no_file_can_have_are_missing_files(tmp_path):

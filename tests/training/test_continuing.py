@@ -62,6 +62,8 @@ EXACT = {
     "save_every_steps": "0",
     "save_every_epochs": "0.1",
     "keep_checkpoints": "5",
+    "best_by": "loss",
+    "early_stopping_evals": "1000",
 }
 
 

@@ -106,7 +106,7 @@ def test_tensorboard_on_a_full_disk_is_an_error_of_the_system(tmp_path):
         fill(disk)
         with pytest.raises(OSError, match=f"No space left on device: '{disk}'"):
             for step in range(10**5):
-                reporter.class_accuracy(step, {"cat": 0.5}, scored="test")
+                reporter.by_class(step, {"cat": 0.5}, tag="test_class_accuracy")
         with contextlib.suppress(OSError):
             reporter.close()
 

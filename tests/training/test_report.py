@@ -107,8 +107,8 @@ def test_few_classes_get_a_curve_each_and_many_a_histogram_but_no_line_in_the_fi
     few = {"cat": 0.5, "great auk": np.nan, "кот": 1.0}
     many = {f"class {i}": i / 40 for i in range(40)} | {"unseen": np.nan}
     with open_reporter(tmp_path) as reporter:
-        reporter.class_accuracy(10, few, scored="test")
-        reporter.class_accuracy(20, many, scored="validation")
+        reporter.by_class(10, few, tag="test_class_accuracy")
+        reporter.by_class(20, many, tag="validation_class_accuracy")
     found = events(tmp_path)
     *curves, (step, tag, _) = scalars(found)
     assert curves == [(10, "test_class_accuracy/cat", 0.5), (10, "test_class_accuracy/кот", 1.0)]

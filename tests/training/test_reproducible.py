@@ -28,6 +28,7 @@ REPRODUCIBLE = {
     "optimizer.sam_rho": 0.05,
     "optimizer.weight_decay": 0.1,
     "freeze": "stem",
+    "class_weights": "balanced",
     "ema_decay": 0.9,
     "total_steps": 12,
     "log_every_steps": 1,

@@ -63,7 +63,11 @@ for microbatches in (1, 2):
     model = MlpMixer(num_classes=3, **config.model.to_dict())
     schedule = make_schedule(config, total_steps=10, warmup_steps=0)
     optimizer = make_optimizer(config, schedule)
-    update, alone = (make_train_step(model, optimizer, schedule, config, mesh=each) for each in (mesh, single))
+    weights = np.float32([0.4, 3, 1])
+    update, alone = (
+        make_train_step(model, optimizer, schedule, config, mesh=each, class_weights=weights)
+        for each in (mesh, single)
+    )
     shapes = jax.eval_shape(
         lambda: init_state(None, model=model, optimizer=optimizer, config=config, image_shape=(8, 8, 1))
     )
@@ -160,5 +164,6 @@ def test_state_and_metrics_stay_replicated(four):
 
 def test_scores_of_a_masked_batch_on_four_devices_equal_those_on_one(four):
     found, _ = four
-    assert found["scores of four"].keys() == {"loss", "accuracy", "accuracy_top5"}
+    names = {"loss", "accuracy", "accuracy_top5", "balanced_accuracy"}
+    assert found["scores of four"].keys() == names
     assert found["scores of four"] == pytest.approx(found["scores of one"], rel=1e-5)

@@ -7,7 +7,7 @@ from made_folders import names, write
 
 from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
 from mlpmixer_flax.training.configfile import load_config
-from mlpmixer_flax.training.sizing import suit_folder
+from mlpmixer_flax.training.sizing import suit_images
 
 
 def folder(root, *, height, width, count=4):
@@ -29,7 +29,7 @@ def folder(root, *, height, width, count=4):
 def test_short_side_and_device_decide_the_image_size_and_the_model(
     tmp_path, backend, height, width, size_px, patch_px, model
 ):
-    chosen = suit_folder(folder(tmp_path, height=height, width=width), backend=backend)
+    chosen = suit_images(f"folder:{folder(tmp_path, height=height, width=width)}", backend=backend)
     config = load_config("folder.py", {"dataset": f"folder:{tmp_path}", **chosen})
     assert config.preprocess.image_size_px == size_px
     expected = {**flatten(model), "patches.size": (patch_px, patch_px)}
@@ -42,7 +42,7 @@ def test_short_side_and_device_decide_the_image_size_and_the_model(
 def test_a_run_sees_about_400_000_images_in_20_to_200_epochs(tmp_path, count, epochs, batch_size):
     root = folder(tmp_path, height=8, width=8, count=count)
     write(root, "validation/a/0.png")  # so that all images of train are training images
-    chosen = suit_folder(root, backend="cpu")
+    chosen = suit_images(f"folder:{root}", backend="cpu")
     assert chosen["total_epochs"] == pytest.approx(epochs, abs=25)
     assert chosen["batch_size"] == batch_size
     assert 1 <= chosen["eval_every_epochs"] <= chosen["total_epochs"] / 40
@@ -51,11 +51,11 @@ def test_a_run_sees_about_400_000_images_in_20_to_200_epochs(tmp_path, count, ep
 def test_files_that_are_no_images_do_not_count(tmp_path):
     root = folder(tmp_path, height=64, width=64)
     write(root, *names("train/c", 5), data=b"no image")
-    assert suit_folder(root, backend="cpu")["preprocess.image_size_px"] == 64
+    assert suit_images(f"folder:{root}", backend="cpu")["preprocess.image_size_px"] == 64
 
 
 def test_the_choice_is_valid_and_without_it_the_config_is_the_one_for_photos_on_a_cpu(tmp_path):
-    chosen = suit_folder(folder(tmp_path, height=100, width=80), backend="cpu")
+    chosen = suit_images(f"folder:{folder(tmp_path, height=100, width=80)}", backend="cpu")
     config = load_config("folder.py", {"dataset": f"folder:{tmp_path}", **chosen})
     assert config.model.num_blocks == 4
     plain = flatten(load_config("folder.py"))
