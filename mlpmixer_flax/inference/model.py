@@ -13,7 +13,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
-from mlpmixer_flax.inference.forward import RowFunction, check_positive, concatenate, forward, on_all_devices
+from mlpmixer_flax.inference.forward import RowFunction, check_positive, forward, on_all_devices
 from mlpmixer_flax.inference.inputs import ImageBatches, Images
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.losses import LOSSES
@@ -121,17 +121,28 @@ class Model:
         Raises:
           UserError: as `predict`; or there is no image, or the layer does not exist.
         """
+        rows = []
+        for row in self.features_each(images, layer=layer, batch_size=batch_size):
+            if isinstance(row, str):
+                raise UserError(row)
+            rows.append(row)
+        if not rows:
+            raise UserError("the list of images is empty: give at least one image")
+        return np.stack(rows)
+
+    def features_each(
+        self, images: Images, *, layer: str | int = "pooled", batch_size: int = 32
+    ) -> Iterator[np.ndarray | str]:
+        """Yields the features of one image after another; for an image that cannot be used, a sentence that says why.
+
+        Arguments and other errors are those of `features`.
+        """
         check_positive(batch_size=batch_size)
         function = self._compile(("features", layer), self.features_of(layer, cropped=True))
         batches = self._batches(images, batch_size)
-        if not batches.images:
-            raise UserError("the list of images is empty: give at least one image")
-        parts = []
-        for part in forward(function, self.params, batches):
-            if batches.flaws:
-                raise UserError(next(iter(batches.flaws.values())))
-            parts.append(part)
-        return concatenate(parts)["features"]
+        parts = (part["features"] for part in forward(function, self.params, batches))
+        for number, row in enumerate(itertools.chain.from_iterable(parts)):
+            yield batches.flaws.get(number, row)
 
     def open(
         self, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
