@@ -131,6 +131,16 @@ def add_alone(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_flip(parser: argparse.ArgumentParser, *, effect: str) -> None:
+    """Adds the option for `Model.flip`; `effect` says what the program then does."""
+    parser.add_argument(
+        "--flip",
+        action="store_true",
+        help=f"{effect} the mean of the logits of each image and its mirror image: slower, and often a little more "
+        "accurate",
+    )
+
+
 def parse_names(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Returns the options of a program that takes names of files, anywhere among them; after "--" all are names."""
     argv = sys.argv[1:] if argv is None else argv

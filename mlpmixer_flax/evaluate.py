@@ -7,8 +7,9 @@ also a name. If a TFDS dataset or the model has no class names, classes are
 matched by number. Images are read in gray or color, as the model needs them.
 The program writes to a directory:
 
-  scores.json      all scores and what they are of; "confusion": [true class,
-                   predicted class, images] for all pairs that occur;
+  scores.json      all scores and what they are of; with --flip, a second time
+                   under "flip"; "confusion": [true class, predicted class,
+                   images] for all pairs that occur;
                    "mistakes", with file names if the dataset is a folder
   per_class.csv    one row per class: accuracy, and the class it is most often
                    mistaken for
@@ -26,6 +27,7 @@ in the current one. Paths and slices are shortened, and a code is added.
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -38,6 +40,7 @@ from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import (
     add_dataset,
     add_distributed,
+    add_flip,
     add_model,
     check_dataset,
     exit_status,
@@ -144,15 +147,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     }
     check_same("a model or data", seen, advice="start all processes with the same command and data")
     names = in_words(model.class_names)
-    rows = score_images(model, examples, classes=classes, batch_size=arguments.batch_size)
+    images = {"examples": examples, "classes": classes, "batch_size": arguments.batch_size}
+    rows = score_images(model, **images)
+    flipped = score_images(dataclasses.replace(model, flip=True), **images) if arguments.flip else None
     if not is_lead():
         return
-    measured = measure(rows)
-    if len(names) <= 5:
-        del measured["accuracy_top5"]  # it would always be 1
     found = {
         **subject,
-        **measured,
+        **_measure(rows, names),
+        **({"flip": _measure(flipped, names)} if flipped else {}),
         "per_class": per_class(rows, names),
         "confusion": confusions(rows),
         "mistakes": list_mistakes(rows, examples, names),
@@ -163,6 +166,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(
         f"in {printable(shown(output))}:\nscores.json, per_class.csv, confusion.png, mistakes.png, calibration.png"
     )
+
+
+def _measure(rows: Rows, names: Sequence[str]) -> dict[str, float]:
+    """Returns the scores of `scores.measure`, without one that would always be 1."""
+    return {key: value for key, value in measure(rows).items() if key != "accuracy_top5" or len(names) > 5}
 
 
 def default_output(subject: Mapping[str, Any], model: Model, run: NamedRun | None) -> Path:
@@ -206,14 +214,20 @@ def _subject(found: Mapping[str, Any]) -> str:
 
 def _as_text(found: Mapping[str, Any]) -> str:
     """Returns the scores as text of 80 columns."""
+    head = f"{printable(_subject(found))}: {found['images']:,} images"
+    lines = [head, "", *_score_lines(found), ""]
+    if "flip" in found:
+        lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
+    return "\n".join([*lines, as_table(found["per_class"]), ""])
+
+
+def _score_lines(found: Mapping[str, Any]) -> list[str]:
     measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
     if "accuracy_top5" in found:
         measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
     measured["loss"] = f"{found['loss']:.4f}"
     measured["calibration error"] = f"{found['calibration_error']:.4f}"
-    head = f"{printable(_subject(found))}: {found['images']:,} images"
-    lines = [head, "", *(f"{name:<19}{value:>8}" for name, value in measured.items()), ""]
-    return "\n".join([*lines, as_table(found["per_class"]), ""])
+    return [f"{name:<19}{value:>8}" for name, value in measured.items()]
 
 
 def as_table(classes: Sequence[Mapping[str, Any]]) -> str:
@@ -266,6 +280,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=64, metavar="N", help="images per forward pass (default: 64)"
     )
+    add_flip(parser, effect="also score")
     return parser.parse_args(argv)
 
 

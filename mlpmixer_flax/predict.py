@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from mlpmixer_flax.cli import (
     add_alone,
+    add_flip,
     add_model,
     exit_status,
     leave,
@@ -106,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not files:
         return 2
     with contextlib.redirect_stdout(sys.stderr):  # notes about the weights are not predictions
-        model = load_model(arguments)
+        model = dataclasses.replace(load_model(arguments), flip=arguments.flip)
     names = {file: url_of(Path(file)) or file for file in files}
     header, show = _output_format(arguments.form, list(names.values()), in_words(model.class_names))
     if header:
@@ -140,6 +141,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)"
     )
+    add_flip(parser, effect="predict from")
     add_alone(parser)
     parser.set_defaults(form="table")
     forms = parser.add_mutually_exclusive_group()

@@ -51,6 +51,7 @@ class Model:
     loss: str  # that the model was trained with, a key of LOSSES
     config: Mapping[str, Any] = dataclasses.field(repr=False)  # of the run, as plain data; {} for weights
     step: int | None = None  # of the run's checkpoint; None for weights
+    flip: bool = False  # logits are the mean of those of an image and of its mirror image; twice the work
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -175,7 +176,11 @@ class Model:
           UserError: the images have another type or shape.
         """
         prepared = self._prepare(images, cropped=cropped)
-        return cast(jax.Array, self.module.apply({"params": params}, prepared))
+        logits = cast(jax.Array, self.module.apply({"params": params}, prepared))
+        if not self.flip:
+            return logits
+        mirrored = cast(jax.Array, self.module.apply({"params": params}, prepared[:, :, ::-1]))
+        return (logits + mirrored) / 2
 
     def probabilities(self, params: Params, images: jax.Array, *, cropped: bool = False) -> jax.Array:
         """Returns float32 probabilities (n, classes); the arguments are those of `logits`."""
