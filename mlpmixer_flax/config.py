@@ -93,6 +93,7 @@ CHANGE_NO_UPDATE = (
     "save_every_epochs",
     "save_every_steps",
     "keep_checkpoints",
+    "tracker",
 )
 LENGTH = ("total_epochs", "total_steps")  # may change too: `training.continuing` says what happens then
 
@@ -194,6 +195,7 @@ def get_config() -> ConfigDict:
     config.save_every_epochs = 1.0  # epochs from one checkpoint to the next
     config.save_every_steps = 0  # the same in updates; 0 = save_every_epochs
     config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
+    config.tracker = (
     return config.lock()
 
 

@@ -22,7 +22,7 @@ the other files. The exit status is then 1, or 2 if no file could be used.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ from mlpmixer_flax.text import printable
 from mlpmixer_flax.training.launch import check_alone
 
 _SIDE_PX = 200  # of the larger side of an image in the sheet
-Reader = Callable[[Iterable[int]], list[np.ndarray]]  # numbers of images -> uint8 (h, w, c)
+Reader = Callable[[Sequence[int]], list[np.ndarray]]  # numbers of images -> uint8 (h, w, c)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         table, subject, read = _embed_split(model, arguments)
         own = []
-    query_features = model.features(queries) if queries else np.empty(0)  # before anything is written
+    query_features = list(model.features(queries)) if queries else []  # before anything is written
     write_table(output, table)
     publish(output)
     n, width = table["features"].shape

@@ -143,7 +143,7 @@ class Model:
         batches = self._batches(images, batch_size)
         parts = (part["features"] for part in forward(function, self.params, batches))
         for number, row in enumerate(itertools.chain.from_iterable(parts)):
-            yield batches.flaws.get(number, row)
+            yield batches.flaws[number] if number in batches.flaws else row
 
     def open(
         self, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False

@@ -30,6 +30,7 @@ from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metri
 from mlpmixer_flax.training.setup import Setup, compile_steps, start_state
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import TrainState
+from mlpmixer_flax.training.tracker import start_tracker
 
 
 def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -> dict[str, float]:
@@ -98,6 +99,7 @@ def _run_updates(
         start_step=start,
         total_steps=intervals.total_steps,
         steps_per_epoch=setup.steps_per_epoch,
+        tracker=start_tracker(config, workdir, rows=read_metrics(workdir / "metrics.jsonl")),
     )
     skipped = _skipped(setup, "train", setup.train_batches)
     batches = iterate(setup.train_batches, start, intervals.total_steps, num_workers=config.num_workers)
