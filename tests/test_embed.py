@@ -132,3 +132,18 @@ def test_one_of_several_tasks_is_refused(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     assert main(["--workdir=nowhere", f"--output={tmp_path / 'a.npz'}"]) == 2
     assert "embed works in one process" in capsys.readouterr().err
+
+
+def test_images_and_output_may_be_remote(digits_run, digits, bucket, tmp_path, capsys):
+    import fsspec
+
+    fs, root = fsspec.url_to_fs(bucket)
+    fs.put(str(digits / "0"), f"{root}/zeros", recursive=True)
+    arguments = [f"{bucket}/zeros", f"--nearest={digits / '0' / '07.png'}", f"--output={bucket}/out/zeros.npz"]
+    assert main([f"--workdir={digits_run}", *arguments]) == 0
+    assert f"sheet: {bucket}/out/zeros.png" in capsys.readouterr().out
+    fs.get(f"{root}/out/", str(tmp_path / "out"), recursive=True)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"zeros.npz", "zeros.png"}
+    with np.load(tmp_path / "out" / "zeros.npz") as table:
+        names = [f"{bucket}/zeros/{file.name}" for file in sorted((digits / "0").iterdir())]
+        assert table["file"].tolist() == names
