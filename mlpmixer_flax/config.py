@@ -195,7 +195,7 @@ def get_config() -> ConfigDict:
     config.save_every_epochs = 1.0  # epochs from one checkpoint to the next
     config.save_every_steps = 0  # the same in updates; 0 = save_every_epochs
     config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
-    config.tracker = (
+    config.tracker = ""  # also send metrics to "wandb" or "trackio", if it is installed; "" = to neither
     return config.lock()
 
 

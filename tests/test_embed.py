@@ -139,7 +139,11 @@ def test_images_and_output_may_be_remote(digits_run, digits, bucket, tmp_path, c
 
     fs, root = fsspec.url_to_fs(bucket)
     fs.put(str(digits / "0"), f"{root}/zeros", recursive=True)
-    arguments = [f"{bucket}/zeros", f"--nearest={digits / '0' / '07.png'}", f"--output={bucket}/out/zeros.npz"]
+    arguments = [
+        f"{bucket}/zeros",
+        f"--nearest={digits / '0' / '07.png'}",
+        f"--output={bucket}/out/zeros.npz",
+    ]
     assert main([f"--workdir={digits_run}", *arguments]) == 0
     assert f"sheet: {bucket}/out/zeros.png" in capsys.readouterr().out
     fs.get(f"{root}/out/", str(tmp_path / "out"), recursive=True)
