@@ -172,13 +172,13 @@ def get_config() -> ConfigDict:
     config.total_epochs = 30.0  # length of the run in epochs
     config.total_steps = 0  # length of the run in updates; 0 = total_epochs
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or "adam", or "sgd" (with momentum)
+    config.optimizer.name = "adamw"  # or "adam", "sgd" (with momentum), "muon" (in blocks, else AdamW)
     config.optimizer.learning_rate = 3e-3  # the highest one, after warmup
     config.optimizer.weight_decay = 0.0  # decoupled: multiplied by the learning rate; on kernels only
     config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0 = off
-    config.optimizer.momentum = 0.9  # for sgd
-    config.optimizer.b1 = 0.9  # for adam and adamw
-    config.optimizer.b2 = 0.999  # for adam and adamw
+    config.optimizer.momentum = 0.9  # for sgd and muon, which usually has 0.95
+    config.optimizer.b1 = 0.9  # for adam, adamw, and AdamW beside muon
+    config.optimizer.b2 = 0.999  # for adam, adamw, and AdamW beside muon
     config.optimizer.accumulator_dtype = "float32"  # or "bfloat16", for momentum and Adam's first moment
     config.optimizer.sam_rho = 0.0  # SAM: take the gradient this far uphill, in twice the time; 0 = off
     config.schedule = ConfigDict()
