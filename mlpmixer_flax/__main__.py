@@ -14,6 +14,7 @@ PROGRAMS = {
     "predict": "print the most probable classes of images",
     "evaluate": "score a model on a dataset, show its mistakes",
     "analyze": "draw training curves, weights, confusion, calibration",
+    "embed": "write features of images, find similar images",
     "export": "write a model for other programs",
     "benchmark": "measure speed and memory of training and inference",
     "summary": "print the layers of a model, their shapes and their cost",

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
@@ -120,6 +120,37 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
         help="several processes: auto (found under Slurm, Open MPI, on TPUs and Kubernetes), off, or "
         "COORDINATOR,N,I: this is process I from 0 of N, and process 0 is at COORDINATOR, address:port (default: auto)",
     )
+
+
+def add_alone(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of a program that works in one process; `launch.check_alone` refuses to be one of several."""
+    parser.add_argument(
+        "--distributed",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: refuse if this is one of several tasks; off: go on (default: auto)",
+    )
+
+
+def add_flip(parser: argparse.ArgumentParser, *, effect: str) -> None:
+    """Adds the option for `Model.flip`; `effect` says what the program then does."""
+    parser.add_argument(
+        "--flip",
+        action="store_true",
+        help=f"{effect} the mean of the logits of each image and its mirror image: slower, and often a little more "
+        "accurate",
+    )
+
+
+def parse_names(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options of a program that takes names of files, anywhere among them; after "--" all are names."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--" in argv:
+        # argparse forgets this mark, and then takes the name "-x.png" for an option.
+        end = argv.index("--")
+        names = (f"./{name}" if name.startswith("-") else name for name in argv[end + 1 :])
+        argv = [*argv[:end], *names]
+    return parser.parse_intermixed_args(argv)
 
 
 def add_dataset(group: argparse._ActionsContainer) -> None:

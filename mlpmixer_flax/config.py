@@ -95,6 +95,7 @@ CHANGE_NO_UPDATE = (
     "keep_checkpoints",
     "best_by",
     "early_stopping_evals",
+    "tracker",
 )
 LENGTH = ("total_epochs", "total_steps")  # may change too: `training.continuing` says what happens then
 
@@ -174,13 +175,13 @@ def get_config() -> ConfigDict:
     config.total_epochs = 30.0  # length of the run in epochs
     config.total_steps = 0  # length of the run in updates; 0 = total_epochs
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # or "adam", or "sgd" (with momentum)
+    config.optimizer.name = "adamw"  # or "adam", "sgd" (with momentum), "muon" (in blocks, else AdamW)
     config.optimizer.learning_rate = 3e-3  # the highest one, after warmup
     config.optimizer.weight_decay = 0.0  # decoupled: multiplied by the learning rate; on kernels only
     config.optimizer.clip_norm = 1.0  # largest global norm of the gradient; 0 = off
-    config.optimizer.momentum = 0.9  # for sgd
-    config.optimizer.b1 = 0.9  # for adam and adamw
-    config.optimizer.b2 = 0.999  # for adam and adamw
+    config.optimizer.momentum = 0.9  # for sgd and muon, which usually has 0.95
+    config.optimizer.b1 = 0.9  # for adam, adamw, and AdamW beside muon
+    config.optimizer.b2 = 0.999  # for adam, adamw, and AdamW beside muon
     config.optimizer.accumulator_dtype = "float32"  # or "bfloat16", for momentum and Adam's first moment
     config.optimizer.sam_rho = 0.0  # SAM: take the gradient this far uphill, in twice the time; 0 = off
     config.schedule = ConfigDict()
@@ -199,6 +200,7 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
     config.best_by = "accuracy"  # the score that decides which is the best: or "balanced_accuracy", "loss"; with several labels an image, "mean_average_precision"
     config.early_stopping_evals = 0  # end after so many evaluations without a better best_by score; 0 = off
+    config.tracker = ""  # also send metrics to "wandb" or "trackio", if it is installed; "" = to neither
     return config.lock()
 
 

@@ -7,8 +7,9 @@ also a name. If a TFDS dataset or the model has no class names, classes are
 matched by number. Images are read in gray or color, as the model needs them.
 The program writes to a directory:
 
-  scores.json      all scores and what they are of; "confusion": [true class,
-                   predicted class, images] for all pairs that occur;
+  scores.json      all scores and what they are of; with --flip, a second time
+                   under "flip"; "confusion": [true class, predicted class,
+                   images] for all pairs that occur;
                    "mistakes", with file names if the dataset is a folder
   per_class.csv    one row per class: precision, recall (its accuracy) and F1,
                    and the class it is most often mistaken for
@@ -29,11 +30,13 @@ in the current one. Paths and slices are shortened, and a code is added.
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import (
     add_dataset,
     add_distributed,
+    add_flip,
     add_model,
     check_dataset,
     exit_status,
@@ -151,21 +155,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     }
     check_same("a model or data", seen, advice="start all processes with the same command and data")
     names = in_words(model.class_names)
+    images = {"examples": examples, "classes": classes, "batch_size": arguments.batch_size}
     score = multi_label.score_multi_label if examples.multi_label else score_images
-    rows = score(model, examples, classes=classes, batch_size=arguments.batch_size)
+    rows = score(model, **images)
+    flipped = score(dataclasses.replace(model, flip=True), **images) if arguments.flip else None
     if not is_lead():
         return
     written = "scores.json, per_class.csv"
     if examples.multi_label:
-        found = {
-            **subject,
-            **multi_label.measure_multi_label(rows),
-            "per_class": multi_label.per_class(rows, names),
-        }
+        measure_rows = multi_label.measure_multi_label
+        more = {"per_class": multi_label.per_class(rows, names)}
+    else:
+        measure_rows = partial(_measure, names=names)
+        more = _per_image(rows, examples, names)
+    found = {**subject, **measure_rows(rows), **({"flip": measure_rows(flipped)} if flipped else {}), **more}
+    if examples.multi_label:
         _write_tables(output, found)
         print(f"{printable(_subject(found))}: {found['images']:,} images\n\n{multi_label.as_text(found)}")
     else:
-        found = subject | _measure_all(rows, examples, names)
         write_scores(output, found, rows=rows, examples=examples)
         print(_as_text(found))
         written += ", confusion.png, mistakes.png, calibration.png"
@@ -173,17 +180,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"in {printable(shown(output))}:\n{written}")
 
 
-def _measure_all(rows: Rows, examples: Examples, names: Sequence[str]) -> dict[str, Any]:
-    """Returns the scores that scores.json has of images with one label each."""
-    measured = measure(rows)
-    if len(names) <= 5:
-        del measured["accuracy_top5"]  # it would always be 1
+def _per_image(rows: Rows, examples: Examples, names: Sequence[str]) -> dict[str, Any]:
+    """Returns what scores.json has about classes and mistakes, of images with one label each."""
     return {
-        **measured,
         "per_class": per_class(rows, names),
         "confusion": confusions(rows),
         "mistakes": list_mistakes(rows, examples, names),
     }
+
+
+def _measure(rows: Rows, names: Sequence[str]) -> dict[str, float]:
+    """Returns the scores of `scores.measure`, without one that would always be 1."""
+    return {key: value for key, value in measure(rows).items() if key != "accuracy_top5" or len(names) > 5}
 
 
 def default_output(subject: Mapping[str, Any], model: Model, run: NamedRun | None) -> Path:
@@ -221,15 +229,21 @@ def _subject(found: Mapping[str, Any]) -> str:
 
 def _as_text(found: Mapping[str, Any]) -> str:
     """Returns the scores as text of 80 columns."""
+    head = f"{printable(_subject(found))}: {found['images']:,} images"
+    lines = [head, "", *_score_lines(found), ""]
+    if "flip" in found:
+        lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
+    return "\n".join([*lines, as_table(found["per_class"]), ""])
+
+
+def _score_lines(found: Mapping[str, Any]) -> list[str]:
     measured = {"top-1 accuracy": f"{found['accuracy']:.2%}"}
     if "accuracy_top5" in found:
         measured["top-5 accuracy"] = f"{found['accuracy_top5']:.2%}"
     measured["balanced accuracy"] = f"{found['balanced_accuracy']:.2%}"
     measured["loss"] = f"{found['loss']:.4f}"
     measured["calibration error"] = f"{found['calibration_error']:.4f}"
-    head = f"{printable(_subject(found))}: {found['images']:,} images"
-    lines = [head, "", *(f"{name:<19}{value:>8}" for name, value in measured.items()), ""]
-    return "\n".join([*lines, as_table(found["per_class"]), ""])
+    return [f"{name:<19}{value:>8}" for name, value in measured.items()]
 
 
 def as_table(classes: Sequence[Mapping[str, Any]]) -> str:
@@ -286,6 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=64, metavar="N", help="images per forward pass (default: 64)"
     )
+    add_flip(parser, effect="also score")
     return parser.parse_args(argv)
 
 

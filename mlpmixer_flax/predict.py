@@ -21,12 +21,10 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import glob
 import io
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,17 +32,24 @@ from pathlib import Path
 from rich.cells import cell_len
 from tqdm import tqdm
 
-from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import add_model, exit_status, leave, load_model, make_parser
-from mlpmixer_flax.data.files import advice, files_below, images_below, is_archive, local_path, suffix_of
-from mlpmixer_flax.faults import check_reachable
+from mlpmixer_flax.cli import (
+    add_alone,
+    add_flip,
+    add_model,
+    exit_status,
+    leave,
+    load_model,
+    make_parser,
+    parse_names,
+)
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import check_positive
+from mlpmixer_flax.inference.inputs import find_all_files, find_files
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
 from mlpmixer_flax.inference.multi_label import USUAL_THRESHOLD, read_thresholds
 from mlpmixer_flax.remote import url_of
-from mlpmixer_flax.text import listed, pad, printable, shorten, shorten_start
+from mlpmixer_flax.text import pad, printable, shorten, shorten_start
 from mlpmixer_flax.training.launch import check_alone
 
 __all__ = ["Prediction", "Score", "as_set", "find_files", "load_run", "main", "predict"]  # some are handed on
@@ -67,40 +72,6 @@ def as_set(prediction: Prediction, thresholds: Sequence[float]) -> Prediction:
     """Returns the prediction with only the classes that have at least their threshold, one for each class number."""
     kept = tuple(score for score in prediction.top if score.probability >= thresholds[score.label])
     return dataclasses.replace(prediction, top=kept)
-
-
-def find_files(path: str | os.PathLike[str]) -> list[str]:
-    """Returns the files that a path stands for, in a fixed order.
-
-    A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for
-    the files that match it, and any other path for itself. A remote path stands for the files of its copy. Says on
-    stderr if a folder has images in a format that cannot be read here.
-
-    Raises:
-      UserError: no such file exists, a folder cannot be read or has no images, or the path is a URL of a web page.
-    """
-    folder = path = local_path(path, name="image")
-    while folder and not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
-    # Brackets in the name of an existing folder are not a pattern.
-    matches = sorted(glob.glob(glob.escape(folder) + path.removeprefix(folder), recursive=True))
-    if not matches:
-        check_reachable(path)
-        raise UserError(f"{path!r} does not exist, and no file matches it as a pattern: give another path")
-    files, others = [], Counter[str]()
-    for match in matches:
-        images = images_below(match) if os.path.isdir(match) else [match]
-        files += images
-        if os.path.isdir(match):
-            others.update(map(suffix_of, {*files_below("", match.rstrip("/") or "/")}.difference(images)))
-    left_out = listed([f"{suffix!r} files ({count:,})" for suffix, count in sorted(others.items())])
-    remedy = advice(others)
-    if files and remedy:
-        print(f"left out of {path!r}: {left_out}; {remedy}", file=sys.stderr)
-    if not files:
-        remedy = remedy or ("unpack its archives" if any(map(is_archive, others)) else "give another path")
-        raise UserError(f"{path!r} has no images{left_out and f', only {left_out}'}: {remedy}")
-    return files
 
 
 def _as_table(prediction: Prediction, file_columns: int) -> str:
@@ -144,18 +115,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.distributed == "auto":
         check_alone("predict")
     check_positive(top=5 if arguments.top is None else arguments.top, batch_size=arguments.batch_size)
-    files: dict[str, None] = {}  # a dict, because a file may be named twice
-    usable, all_usable = 0, True
-    for path in arguments.images:
-        try:
-            files |= dict.fromkeys(find_files(path))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            all_usable = False
+    files, all_usable = find_all_files(arguments.images)
+    usable = 0
     if not files:
         return 2
     with contextlib.redirect_stdout(sys.stderr):  # notes about the weights are not predictions
-        model = load_model(arguments)
+        model = dataclasses.replace(load_model(arguments), flip=arguments.flip)
     names = {file: url_of(Path(file)) or file for file in files}
     class_names = in_words(model.class_names)
     thresholds = None
@@ -165,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if header:
         print(header, flush=True)
     top = arguments.top or (len(class_names) if thresholds else 5)
-    predictions = predict(model, list(files), top=top, batch_size=arguments.batch_size)
+    predictions = predict(model, files, top=top, batch_size=arguments.batch_size)
     # No delay: with one, tqdm.write shows the bar at once all the same, and its end does not clear it.
     bar = tqdm(predictions, "predicting", len(files), unit="img", leave=False, disable=None)
     for prediction in bar:
@@ -202,23 +167,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)"
     )
-    parser.add_argument(
-        "--distributed",
-        choices=("auto", "off"),
-        default="auto",
-        help="auto: refuse if this is one of several tasks; off: go on (default: auto)",
-    )
+    add_flip(parser, effect="predict from")
+    add_alone(parser)
     parser.set_defaults(form="table")
     forms = parser.add_mutually_exclusive_group()
     for form in ("csv", "json"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, help="see above")
-    argv = sys.argv[1:] if argv is None else argv
-    if "--" in argv:
-        # argparse forgets this mark, and then takes the name "-x.png" for an option.
-        end = argv.index("--")
-        names = (f"./{name}" if name.startswith("-") else name for name in argv[end + 1 :])
-        argv = [*argv[:end], *names]
-    return parser.parse_intermixed_args(argv)
+    return parse_names(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

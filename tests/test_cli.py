@@ -16,7 +16,17 @@ from mlpmixer_flax.checksums import write_checksums
 from mlpmixer_flax.cli import add_dataset, add_model, check_dataset, exit_status, load_model
 from mlpmixer_flax.text import pad, printable, shorten, shorten_start, wrap
 
-PROGRAMS = ["train", "predict", "evaluate", "analyze", "export", "summary", "pretrained", "benchmark"]
+PROGRAMS = [
+    "train",
+    "predict",
+    "evaluate",
+    "analyze",
+    "embed",
+    "export",
+    "summary",
+    "pretrained",
+    "benchmark",
+]
 TEXTS = ["", "cat", "a" * 30, "数字" * 9, "Ka\u0308fer " * 5, "bad\udcff\n.png", "\x1b[31mred", "é" * 20]
 
 

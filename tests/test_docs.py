@@ -34,7 +34,7 @@ COMMANDS = [
     if "mlpmixer_flax." in line
 ]
 
-PROGRAMS = "train evaluate predict analyze export summary pretrained benchmark".split()
+PROGRAMS = "train evaluate predict analyze embed export summary pretrained benchmark".split()
 
 
 def words_of(command: str) -> tuple[str, list[str]]:
@@ -69,9 +69,11 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(photos):
-    """The commands of "Your own photos", and what each of them printed, by program."""
-    text = (ROOT / "docs" / "recipes.md").read_text().partition("## Your own photos")[2]
-    commands = re.search(r"```\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", "").splitlines()
+    """The commands of two sections, after they were run."""
+    page, commands = (ROOT / "docs" / "recipes.md").read_text(), []
+    for section in ("## Your own photos", "## Features and similar images"):
+        text = re.search(r"```\n(.*?)```", page.partition(section)[2], re.DOTALL)[1]
+        commands += text.replace("\\\n", "").splitlines()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(photos)
         for command in commands:
@@ -90,7 +92,9 @@ def recipe(photos):
 
 @pytest.mark.slow
 def test_recipe_for_own_photos_is_followed_from_the_folder_to_a_file(photos, recipe):
-    assert [words_of(command)[0] for command in recipe] == "train evaluate predict predict export".split()
+    programs = "train evaluate predict predict export embed embed".split()
+    assert [words_of(command)[0] for command in recipe] == programs
+    assert (photos / "holiday.png").exists() and (photos / "train.parquet").exists()
     assert (photos / "runs" / "photos" / "evaluation" / "scores.json").exists()
     assert (photos / "photos.stablehlo").stat().st_size > 0
     config = json.loads((photos / "runs" / "photos" / "config.json").read_text())

@@ -101,7 +101,7 @@ def flaw_of(error: Exception, name: str, file: str | os.PathLike[str] | None = N
     return "empty, cut short or not an image that Pillow can read" if unknown else first_line(error)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the class of an exception and the first line of its message, which is safe to print."""
     line = f"{type(error).__name__}: {error}".splitlines()[0]
     # Names of files may have bytes that are not UTF-8.

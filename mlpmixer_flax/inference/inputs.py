@@ -1,6 +1,9 @@
 """Batches of images that a user gives: files, Pillow images and arrays, of any size and mode."""
 
+import glob
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,13 +13,64 @@ import numpy as np
 from PIL import Image
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.data.files import local_path
+from mlpmixer_flax.data.files import advice, files_below, images_below, is_archive, local_path, suffix_of
 from mlpmixer_flax.data.images import MODES, ImageLike, first_line, read_square
 from mlpmixer_flax.dataloader import Batch
+from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.inference.forward import rows_per_batch
+from mlpmixer_flax.text import listed
 
 # One image, several, or one array uint8 (n, h, w, c)
 Images = ImageLike | Iterable[ImageLike]
+
+
+def find_files(path: str | os.PathLike[str]) -> list[str]:
+    """Returns the files that a path stands for, in a fixed order.
+
+    A folder stands for the images in it and in its subfolders, a pattern ("*.jpg", "holiday/**/*.png") for
+    the files that match it, and any other path for itself. A remote path stands for the files of its copy. Says on
+    stderr if a folder has images in a format that cannot be read here.
+
+    Raises:
+      UserError: no such file exists, a folder cannot be read or has no images, or the path is a URL of a web page.
+    """
+    folder = path = local_path(path, name="image")
+    while folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    # Brackets in the name of an existing folder are not a pattern.
+    matches = sorted(glob.glob(glob.escape(folder) + path.removeprefix(folder), recursive=True))
+    if not matches:
+        check_reachable(path)
+        raise UserError(f"{path!r} does not exist, and no file matches it as a pattern: give another path")
+    files, others = [], Counter[str]()
+    for match in matches:
+        images = images_below(match) if os.path.isdir(match) else [match]
+        files += images
+        if os.path.isdir(match):
+            others.update(map(suffix_of, {*files_below("", match.rstrip("/") or "/")}.difference(images)))
+    left_out = listed([f"{suffix!r} files ({count:,})" for suffix, count in sorted(others.items())])
+    remedy = advice(others)
+    if files and remedy:
+        print(f"left out of {path!r}: {left_out}; {remedy}", file=sys.stderr)
+    if not files:
+        remedy = remedy or ("unpack its archives" if any(map(is_archive, others)) else "give another path")
+        raise UserError(f"{path!r} has no images{left_out and f', only {left_out}'}: {remedy}")
+    return files
+
+
+def find_all_files(paths: Iterable[str]) -> tuple[list[str], bool]:
+    """Returns the files that paths stand for, each once, and whether every path stands for some.
+
+    Says on stderr why a path stands for none.
+    """
+    files, all_found = dict[str, None](), True  # a dict, because a file may be named twice
+    for path in paths:
+        try:
+            files |= dict.fromkeys(find_files(path))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            all_found = False
+    return list(files), all_found
 
 
 class ImageBatches:

@@ -13,7 +13,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
-from mlpmixer_flax.inference.forward import RowFunction, check_positive, concatenate, forward, on_all_devices
+from mlpmixer_flax.inference.forward import RowFunction, check_positive, forward, on_all_devices
 from mlpmixer_flax.inference.inputs import ImageBatches, Images
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.losses import LOSSES
@@ -52,6 +52,7 @@ class Model:
     config: Mapping[str, Any] = dataclasses.field(repr=False)  # of the run, as plain data; {} for weights
     step: int | None = None  # of the run's checkpoint; None for weights
     multi_label: bool = False  # whether the run's images have several labels each; False for weights
+    flip: bool = False  # logits are the mean of those of an image and of its mirror image; twice the work
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -122,17 +123,28 @@ class Model:
         Raises:
           UserError: as `predict`; or there is no image, or the layer does not exist.
         """
+        rows = []
+        for row in self.features_each(images, layer=layer, batch_size=batch_size):
+            if isinstance(row, str):
+                raise UserError(row)
+            rows.append(row)
+        if not rows:
+            raise UserError("the list of images is empty: give at least one image")
+        return np.stack(rows)
+
+    def features_each(
+        self, images: Images, *, layer: str | int = "pooled", batch_size: int = 32
+    ) -> Iterator[np.ndarray | str]:
+        """Yields the features of one image after another; for an image that cannot be used, a sentence that says why.
+
+        Arguments and other errors are those of `features`.
+        """
         check_positive(batch_size=batch_size)
         function = self._compile(("features", layer), self.features_of(layer, cropped=True))
         batches = self._batches(images, batch_size)
-        if not batches.images:
-            raise UserError("the list of images is empty: give at least one image")
-        parts = []
-        for part in forward(function, self.params, batches):
-            if batches.flaws:
-                raise UserError(next(iter(batches.flaws.values())))
-            parts.append(part)
-        return concatenate(parts)["features"]
+        parts = (part["features"] for part in forward(function, self.params, batches))
+        for number, row in enumerate(itertools.chain.from_iterable(parts)):
+            yield batches.flaws[number] if number in batches.flaws else row
 
     def open(
         self, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
@@ -165,7 +177,11 @@ class Model:
           UserError: the images have another type or shape.
         """
         prepared = self._prepare(images, cropped=cropped)
-        return cast(jax.Array, self.module.apply({"params": params}, prepared))
+        logits = cast(jax.Array, self.module.apply({"params": params}, prepared))
+        if not self.flip:
+            return logits
+        mirrored = cast(jax.Array, self.module.apply({"params": params}, prepared[:, :, ::-1]))
+        return (logits + mirrored) / 2
 
     def probabilities(self, params: Params, images: jax.Array, *, cropped: bool = False) -> jax.Array:
         """Returns float32 probabilities (n, classes); the arguments are those of `logits`."""

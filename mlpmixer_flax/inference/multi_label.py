@@ -103,12 +103,9 @@ def as_text(found: Mapping[str, Any]) -> str:
     If more than 20 classes have images, only the 10 with the lowest and the 10 with the highest average precision
     are shown.
     """
-    lines = [
-        f"mean average precision {found['mean_average_precision']:>8.2%}",
-        f"all labels right       {found['accuracy']:>8.2%}",
-        f"loss                   {found['loss']:>8.4f}",
-        "",
-    ]
+    lines = [*_score_lines(found), ""]
+    if "flip" in found:
+        lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
     head = f"{'class':<28}{'images':>8}{'av. prec.':>11}{'threshold':>11}{'precision':>11}{'recall':>8}"
     seen = [row for row in found["per_class"] if row["images"]]
     if len(seen) <= 20:
@@ -116,6 +113,14 @@ def as_text(found: Mapping[str, Any]) -> str:
     ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["average_precision"])]
     title = f"the 10 worst of {len(seen):,} classes"
     return "\n".join([*lines, title, head, *ranked[:10], "", "the 10 best", head, *ranked[:-11:-1], ""])
+
+
+def _score_lines(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"mean average precision {found['mean_average_precision']:>8.2%}",
+        f"all labels right       {found['accuracy']:>8.2%}",
+        f"loss                   {found['loss']:>8.4f}",
+    ]
 
 
 def _as_line(row: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.processes import check_same, check_shared, from_lead, is_lead, same_fate
 from mlpmixer_flax.training.setup import Setup, initial_params, make_setup, settle, to_store
 from mlpmixer_flax.training.table import summarize
+from mlpmixer_flax.training.tracker import check_tracker
 
 
 def agree_on_workdir(workdir: str | Path) -> Path:
@@ -52,6 +53,7 @@ def begin(
             check_workers(batches, config.num_workers)
         data = record.make_record(config, setup.train_batches.examples, setup.test_batches.examples)
         if is_lead():
+            check_tracker(config.tracker)
             _check_continuing(setup, workdir, changes, data=data)
     _check_processes(setup, data)
     saved = from_lead(lambda: saved_steps(workdir))

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -31,9 +31,19 @@ from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metri
 from mlpmixer_flax.training.setup import Setup, Steps, compile_steps
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import TrainState
+from mlpmixer_flax.training.tracker import start_tracker
+
+# Receives the scores of an evaluation, by their names in metrics.jsonl, with "step"
+OnEvaluation = Callable[[dict[str, float]], object]
 
 
-def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -> dict[str, float]:
+def fit(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    distributed: str = "auto",
+    on_evaluation: OnEvaluation | None = None,
+) -> dict[str, float]:
     """Trains a run to its end; continues from the newest checkpoint in the run directory, if it has one.
 
     A run continues with the same config, except for keys that change no update and the length of the run
@@ -45,6 +55,8 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
         one decides.
       distributed: how to find the other processes of the run, see `launch.start`. If one of them fails after the
         start, all end.
+      on_evaluation: is called in every process after each evaluation of this call. If it raises an exception, the run
+        ends with it, and can continue from its newest checkpoint.
 
     Returns:
       The last scores of config.test_split: "step", "test/loss", "test/accuracy" and, if there are more than five
@@ -82,12 +94,27 @@ def fit(config: ConfigDict, workdir: str | Path, *, distributed: str = "auto") -
                 if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
                     steps = compile_steps(setup, state, params=params)
                     del params  # the state has a copy
-                    _run_updates(setup, steps, start=start, checkpoints=checkpoints, workdir=workdir)
+                    _run_updates(
+                        setup,
+                        steps,
+                        start=start,
+                        checkpoints=checkpoints,
+                        workdir=workdir,
+                        on_evaluation=on_evaluation,
+                    )
                 best = checkpoints.best()
         return from_lead(lambda: _finish(workdir, best, seconds=time.monotonic() - started))
 
 
-def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpoints, workdir: Path) -> None:
+def _run_updates(
+    setup: Setup,
+    steps: Steps,
+    *,
+    start: int,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    on_evaluation: OnEvaluation | None,
+) -> None:
     """Runs all updates after step `start`; logs, evaluates and saves at the intervals of the setup."""
     config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
     state, update, score = steps.state, steps.update, steps.score
@@ -98,6 +125,7 @@ def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpo
         start_step=start,
         total_steps=intervals.total_steps,
         steps_per_epoch=setup.steps_per_epoch,
+        tracker=start_tracker(config, workdir, rows=read_metrics(workdir / "metrics.jsonl")),
     )
     skipped = _skipped(setup, "train", setup.train_batches)
     batches = iterate(setup.train_batches, start, intervals.total_steps, num_workers=config.num_workers)
@@ -121,6 +149,8 @@ def _run_updates(setup: Setup, steps: Steps, *, start: int, checkpoints: Checkpo
             reporter.evaluation(step, scores, balanced=balanced)
             of_class = "average_precision" if setup.multi_label else "accuracy"
             reporter.by_class(step, by_class, tag=f"{setup.scored}_class_{of_class}")
+            if on_evaluation:
+                on_evaluation({"step": step, **scores})
             return scores
 
         if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
@@ -17,10 +18,37 @@ def _scale_by_adam(o: ConfigDict) -> optax.GradientTransformation:
     return optax.scale_by_adam(o.b1, o.b2, mu_dtype=o.accumulator_dtype)
 
 
+# Root mean square of an update of Muon: the usual one of Adam, so that one learning rate suits both
+_MUON_SIZE = 0.2
+
+
+def _scale_by_muon(o: ConfigDict) -> optax.GradientTransformation:
+    """Returns Muon (arXiv 2502.16982) for the matrices of the Mixer blocks, and Adam for everything else."""
+
+    def are_hidden(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: path[0].key.startswith("MixerBlock_") and p.ndim > 1, params
+        )
+
+    def as_matrices(params: Params) -> Params:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+
+    def resize(updates: Params, params: Params | None = None) -> Params:
+        return jax.tree.map(lambda x: x * _MUON_SIZE / (jnp.sqrt(jnp.mean(x**2)) + 1e-8), updates)
+
+    muon = optax.contrib.scale_by_muon(
+        beta=o.momentum, mu_dtype=o.accumulator_dtype, weight_dimension_numbers=as_matrices
+    )
+    return optax.partition(
+        {True: optax.chain(muon, optax.stateless(resize)), False: _scale_by_adam(o)}, are_hidden
+    )
+
+
 # config.optimizer.name -> function that takes config.optimizer and returns how a gradient becomes a direction
 DIRECTIONS = {
     "adam": _scale_by_adam,
     "adamw": _scale_by_adam,
+    "muon": _scale_by_muon,
     "sgd": lambda o: optax.trace(o.momentum, accumulator_dtype=o.accumulator_dtype),
 }
 

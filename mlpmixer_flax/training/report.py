@@ -1,4 +1,4 @@
-"""Reports the progress of a run in metrics.jsonl, TensorBoard and the terminal, in the first process only."""
+"""Reports the progress of a run in metrics.jsonl, TensorBoard, the terminal and a tracker, in the first process only."""
 
 import contextlib
 import json
@@ -23,6 +23,7 @@ from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.signals import SIGNAL
 from mlpmixer_flax.training.step import Metrics
+from mlpmixer_flax.training.tracker import Tracker
 
 
 class Recent:
@@ -114,15 +115,24 @@ def _are_rows(rows: Any) -> bool:
 
 
 class Reporter:
-    """Writes scalars to `metrics.jsonl` and TensorBoard, and shows them.
+    """Writes scalars to `metrics.jsonl` and TensorBoard, sends them to a tracker, and shows them.
 
     Processes except the first one write nothing; `processes.together` hides what they print.
     A terminal shows a progress bar and a line per evaluation; any other output gets lines only. If a run
     resumes at `start_step`, everything that was written about later steps is dropped.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, steps_per_epoch: float):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: float,
+        tracker: Tracker | None = None,
+    ):
         self._file = workdir / "metrics.jsonl" if is_lead() else Path(os.devnull)
+        self._tracker = tracker
         if is_lead():
             _drop_after(self._file, start_step)
         self._jsonl = self._file.open("a")
@@ -221,10 +231,14 @@ class Reporter:
             self._jsonl.flush()
         for name, value in scalars.items():
             self._events.add(step, summary.scalar(name, value))
+        if self._tracker:
+            self._tracker.log(step, scalars)
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files."""
+        """Ends the progress bar, and closes the files and the tracker."""
         self._bar.close()
+        if self._tracker:
+            self._tracker.close()
         with naming(self._file), contextlib.closing(self._events):
             self._jsonl.close()
 

@@ -16,6 +16,7 @@ from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
+from mlpmixer_flax.training.tracker import TRACKERS
 
 # Key -> its allowed names, from the tables that implement them
 CHOICES = {
@@ -25,6 +26,7 @@ CHOICES = {
     "optimizer.name": tuple(DIRECTIONS),
     "optimizer.accumulator_dtype": ("float32", "bfloat16"),
     "schedule.name": tuple(SCHEDULES),
+    "tracker": ("", *TRACKERS),
     "model.gelu": tuple(GELU),
     "model.dtype": ("float32", "bfloat16"),
     "preprocess.fit": FITS,
@@ -144,7 +146,8 @@ def _check_type(key: str, value: object, usual: object) -> None:
 
 def _check_choice(key: str, value: object) -> None:
     if key in CHOICES and value not in CHOICES[key]:
-        raise UserError(f"unknown {key} {show(value)}: choose one of {', '.join(CHOICES[key])}")
+        names = filter(None, CHOICES[key])  # "" stands for none of them
+        raise UserError(f"unknown {key} {show(value)}: choose one of {', '.join(names)}")
 
 
 def _is_like(value: object, base: object) -> bool:

@@ -1,0 +1,110 @@
+"""Sends the metrics of a run to an experiment tracker, Weights & Biases or trackio, if `config.tracker` names one.
+
+Both packages have the same three calls: init, log and finish. A tracker that fails is left out from then on, and the
+training goes on, because metrics.jsonl has everything.
+"""
+
+import contextlib
+import importlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.config import ConfigDict, flatten
+from mlpmixer_flax.data.images import first_line
+from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.training.processes import is_lead
+
+# config.tracker, if it is not "" -> function that returns the arguments of its `init` that choose a run, from the name of the run
+TRACKERS = {
+    "trackio": lambda name: {"name": name},
+    "wandb": lambda name: {"name": name, "id": name},
+}
+_PROJECT = "mlpmixer-flax"
+_FILE = "tracker.json"  # in the run directory: the name of the run in the tracker
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError if the package of a tracker cannot be imported; "" is no tracker."""
+    if not name:
+        return
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        reason = first_line(error)
+    else:
+        if hasattr(module, "init"):
+            return
+        reason = f"{module.__path__[0]} is a folder of that name, and not the package"  # as wandb leaves in the current one
+    raise UserError(
+        f"tracker={name!r} cannot be imported ({reason}): run pip install {name}, or set --config.tracker= (empty)"
+    )
+
+
+def start_tracker(config: ConfigDict, workdir: Path, *, rows: list[dict[str, float]]) -> "Tracker | None":
+    """Returns the run of the tracker, which continues if the run in `workdir` does; None if config names no tracker.
+
+    Only the first of several processes has one.
+
+    Args:
+      rows: those of metrics.jsonl so far. A run that continues from a checkpoint computes the last of them again, and
+        they are not sent again.
+    """
+    return Tracker(config, workdir, rows=rows) if config.tracker and is_lead() else None
+
+
+class Tracker:
+    """The run of a tracker; `start_tracker` makes one. It does nothing after a call has failed."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, *, rows: list[dict[str, float]]):
+        self._name, self._run = config.tracker, None
+        self._sent = {(row["step"], *sorted(row)) for row in rows}
+        with self._forgiving("cannot be started"):
+            run = _name_of_run(workdir)
+            self._run = importlib.import_module(config.tracker).init(
+                project=_PROJECT, config=flatten(config), resume="allow", **TRACKERS[config.tracker](run)
+            )
+            print(f"metrics also go to {config.tracker}: project {_PROJECT}, run {run}", flush=True)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Sends a row of metrics.jsonl."""
+        if self._run is None or (step, *sorted({"step", *scalars})) in self._sent:
+            return
+        with self._forgiving("has failed"):
+            self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Sends what is left."""
+        if self._run is not None:
+            with self._forgiving("cannot send the last metrics"):
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            self._run = None
+            print(
+                f"{self._name} {what}, and gets no more metrics; the training goes on, with all of them in metrics.jsonl "
+                f"({first_line(error)})",
+                flush=True,
+            )
+
+
+def _name_of_run(workdir: Path) -> str:
+    """Returns the name of this run in a tracker; it is stored, so a run that continues has the same one.
+
+    It ends in random letters, because a tracker has many runs, of which two may have directories of the same name.
+    """
+    file = workdir / _FILE
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(stored := read_json(file), dict) and isinstance(name := stored.get("name"), str):
+            return name
+    name = f"{workdir.absolute().name}-{secrets.token_hex(3)}"
+    with replacing(file) as new:
+        new.write((json.dumps({"name": name}) + "\n").encode())
+    return name
