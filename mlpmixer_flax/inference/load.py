@@ -75,6 +75,7 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
         loss=config["loss"],
         config=config,
         step=run.step,
+        scores=run.scores,
     )
 
 

@@ -51,6 +51,8 @@ class Model:
     loss: str  # that the model was trained with, a key of LOSSES
     config: Mapping[str, Any] = dataclasses.field(repr=False)  # of the run, as plain data; {} for weights
     step: int | None = None  # of the run's checkpoint; None for weights
+    # Of an evaluation of these weights in training, by name ("test/accuracy"); {} if there was none
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
