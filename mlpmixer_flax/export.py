@@ -7,14 +7,22 @@ The model is that of a run or of other weights. The format is one of:
   safetensors  weights in timm's layout, for timm and for --config.init_from=;
                if they were trained with tanh GELU, create timm's model with
                act_layer=timm.layers.GELUTanh
-  hub          a folder to share, which timm reads unchanged: weights, config.json
-               and a model card, README.md; --push=OWNER/NAME uploads it to the
+  hub          a folder to share: weights, their config.json, and a model card.
+               timm reads it unchanged; --push=OWNER/NAME uploads it to the
                Hugging Face hub
+  onnx         the whole model, for ONNX Runtime, OpenVINO or a web browser:
+               images in, probabilities out, for any number of images
   stablehlo    the whole model, ready to run on CPU, GPU or TPU: images in,
                probabilities out, for any number of images
 
 The file also contains the model's sizes, GELU, image size, mean, std and class
-names; for stablehlo they are in a second file, OUTPUT.json.
+names; for stablehlo and onnx they are in a second file, OUTPUT.json.
+
+An onnx file runs after pip install onnxruntime:
+
+  import onnxruntime
+  session = onnxruntime.InferenceSession("b16.onnx")
+  (probabilities,) = session.run(None, {"images": images})
 
 A stablehlo file runs without this package, after pip install jax flatbuffers:
 
@@ -56,6 +64,7 @@ from mlpmixer_flax.cli import add_model, exit_status, leave, load_model, make_pa
 from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.inference.hub_folder import TANH_IN_TIMM, write_hub
 from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.inference.onnx_file import write_onnx
 from mlpmixer_flax.inference.stablehlo import write_stablehlo
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, publish, shown
@@ -78,6 +87,7 @@ FORMATS: dict[str, Callable[..., list[str]]] = {
     "npz": _write_npz,
     "safetensors": _write_safetensors,
     "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
     "hub": write_hub,
 }
 

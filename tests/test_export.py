@@ -99,7 +99,7 @@ def test_weights_of_a_file_are_converted_to_the_other_format_with_their_metadata
     assert (after.preprocess, after.class_names) == (before.preprocess, before.class_names)
 
 
-@pytest.mark.parametrize("format", ["npz", "safetensors", "stablehlo"])
+@pytest.mark.parametrize("format", ["npz", "safetensors", "stablehlo", "onnx", "hub"])
 def test_a_file_that_cannot_be_written_is_an_error(run, tmp_path, format):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to .*file/folder .*: choose another place"):

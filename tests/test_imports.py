@@ -106,7 +106,10 @@ def test_every_imported_package_is_declared():
     used = {name.split(".")[0] for file in LIBRARY for name in imports(file)}
     used -= {PACKAGE, *sys.stdlib_module_names}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *project["optional-dependencies"]["hub"]]
+    lines = [
+        *project["dependencies"],
+        *(line for extra in ("hub", "onnx") for line in project["optional-dependencies"][extra]),
+    ]
     declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
     missing = {name for name in used if not declared & {normal(home) for home in homes.get(name, [name])}}
     assert not missing, f"Add to pyproject.toml's dependencies what provides {sorted(missing)}."

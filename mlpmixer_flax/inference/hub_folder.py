@@ -1,12 +1,11 @@
 """Writes a model as a folder that timm reads unchanged, and the Hugging Face hub shows: weights, config, card."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.atomic import make_folder, replacing, write_json
 from mlpmixer_flax.inference.card import model_card
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.model import Model
@@ -51,13 +50,14 @@ def write_hub(folder: Path, model: Model, *, metadata: dict[str, Any], hub_name:
     config = timm_config(model)
     notes = write_safetensors(folder / WEIGHTS_FILE, model.params, metadata=metadata)
     with replacing(folder / CONFIG_FILE) as file:
-        file.write(_encoded(json.dumps(config, indent=2, ensure_ascii=False)))
+        write_json(file, config)
     card = folder / CARD_FILE
     if card.exists():
         notes.append(f"{shown(card)} exists and is kept: remove it for a new one")
     else:
         with replacing(card) as file:
-            file.write(_encoded(model_card(model, config, name=hub_name or folder.absolute().name)))
+            text = model_card(model, config, name=hub_name or folder.absolute().name)
+            file.write(text.encode(errors="backslashreplace"))  # names may have bytes that are not text
         notes.append(f"{shown(card)} is a model card: add the licence, and what only you know")
     if config["architecture"] == OTHER_SIZE:
         notes.append(f"timm has no name for this size: {CARD_FILE} shows how to create the model")
@@ -119,7 +119,3 @@ def _ratio(dim: int, of: int) -> float:
 
 def _per_channel(values: Any, channels: int) -> list[float]:
     return list(values) * (channels if len(values) == 1 else 1)
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode(errors="backslashreplace")  # names may have bytes that are not text

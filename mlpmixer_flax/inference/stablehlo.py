@@ -1,6 +1,5 @@
 """Writes a model as StableHLO: a file that JAX runs without this package, on CPU, GPU and TPU."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.atomic import replacing, write_json
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.remote import shown
 
@@ -31,8 +30,7 @@ def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> li
     bar = tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None)
     # Both are opened before the work, so that a missing permission is found, and stay as they were if one fails.
     with bar, replacing(beside) as description, replacing(path) as file:
-        text = json.dumps(metadata, indent=2, ensure_ascii=False)
-        description.write(text.encode(errors="backslashreplace"))  # names may have bytes that are not text
+        write_json(description, metadata)
         params = jax.device_put(model.params)
         predict = jax.jit(lambda images: model.probabilities(params, images, cropped=True))
         predict = jax.export.export(predict, platforms=PLATFORMS)
