@@ -1,11 +1,12 @@
 """Writes files atomically: a reader sees the old file or the complete new one, also after a crash."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import pass_on
@@ -50,3 +51,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_json(file: BinaryIO, content: Any) -> None:
+    """Writes a JSON text for people and programs; bytes of a file name that are not text become escapes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write(text.encode(errors="backslashreplace"))

@@ -7,11 +7,22 @@ The model is that of a run or of other weights. The format is one of:
   safetensors  weights in timm's layout, for timm and for --config.init_from=;
                if they were trained with tanh GELU, create timm's model with
                act_layer=timm.layers.GELUTanh
+  hub          a folder to share: weights, their config.json, and a model card.
+               timm reads it unchanged; --push=OWNER/NAME uploads it to the
+               Hugging Face hub
+  onnx         the whole model, for ONNX Runtime, OpenVINO or a web browser:
+               images in, probabilities out, for any number of images
   stablehlo    the whole model, ready to run on CPU, GPU or TPU: images in,
                probabilities out, for any number of images
 
 The file also contains the model's sizes, GELU, image size, mean, std and class
-names; for stablehlo they are in a second file, OUTPUT.json.
+names; for stablehlo and onnx they are in a second file, OUTPUT.json.
+
+An onnx file runs after pip install onnxruntime:
+
+  import onnxruntime
+  session = onnxruntime.InferenceSession("b16.onnx")
+  (probabilities,) = session.run(None, {"images": images})
 
 A stablehlo file runs without this package, after pip install jax flatbuffers:
 
@@ -39,79 +50,72 @@ Keep the run or an npz file, which do not age, so that you can export again.
 """
 
 import argparse
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.export
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from mlpmixer_flax import UserError, __version__
-from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.cli import add_model, exit_status, leave, load_model, make_parser, path
 from mlpmixer_flax.data.files import check_no_url
+from mlpmixer_flax.inference.hub_folder import TANH_IN_TIMM, write_hub
 from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.inference.onnx_file import write_onnx
+from mlpmixer_flax.inference.stablehlo import write_stablehlo
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, publish, shown
 from mlpmixer_flax.text import printable, wrap
+from mlpmixer_flax.weights import hub
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 
-WRITERS = {"npz": write_npz, "safetensors": write_safetensors}  # the formats that hold weights only
-FORMATS = (*WRITERS, "stablehlo")
-PLATFORMS = ("cpu", "cuda", "tpu")
+
+def _write_npz(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
+    return write_npz(path, model.params, metadata=metadata)
 
 
-def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
-    """Writes the model with its weights, serialized by jax.export, and the metadata as JSON beside it.
-
-    The file contains one function: images uint8 (b, h, w, c), for any b, already cropped to the model's size
-    -> probabilities float32 (b, classes). Returns notes for the user.
-
-    Raises:
-      UserError: a file cannot be written.
-    """
-    beside = Path(f"{path}.json")
-    size_px = model.preprocess["image_size_px"]
-    shape = jax.export.symbolic_shape(f"b, {size_px}, {size_px}, {model.channels}")
-    bar = tqdm(desc="exporting", total=2, delay=2, leave=False, disable=None)
-    # Both are opened before the work, so that a missing permission is found, and stay as they were if one fails.
-    with bar, replacing(beside) as description, replacing(path) as file:
-        text = json.dumps(metadata, indent=2, ensure_ascii=False)
-        description.write(text.encode(errors="backslashreplace"))  # names may have bytes that are not text
-        params = jax.device_put(model.params)
-        predict = jax.jit(lambda images: model.probabilities(params, images, cropped=True))
-        predict = jax.export.export(predict, platforms=PLATFORMS)
-        exported = predict(jax.ShapeDtypeStruct(shape, jnp.uint8))
-        bar.update()
-        file.write(exported.serialize())
-        bar.update()
-    return [
-        f"class names and preprocessing -> {shown(beside)}",
-        f"takes images uint8 (b, {size_px}, {size_px}, {model.channels}), on {', '.join(PLATFORMS)}: "
-        "--help shows how to use the file",
-    ]
+def _write_safetensors(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
+    notes = write_safetensors(path, model.params, metadata=metadata)
+    return [*notes, TANH_IN_TIMM] if model.module.gelu == "tanh" else notes
 
 
-def export(model: Model, output: str | os.PathLike[str], *, format: str) -> list[str]:
-    """Writes a model or its weights to a file, and creates the folder of the file; returns notes for the user.
+# Format -> function that writes a model to a path and returns sentences for the user
+FORMATS: dict[str, Callable[..., list[str]]] = {
+    "npz": _write_npz,
+    "safetensors": _write_safetensors,
+    "stablehlo": write_stablehlo,
+    "onnx": write_onnx,
+    "hub": write_hub,
+}
+
+
+def export(model: Model, output: str | os.PathLike[str], *, format: str, hub_name: str = "") -> list[str]:
+    """Writes a model or its weights to a file or folder, and creates the folder of it; returns notes for the user.
 
     Args:
-      output: the file; an existing one is replaced.
-      format: "stablehlo" or a key of WRITERS.
+      output: the file, or for "hub" the folder; existing files are replaced.
+      format: a key of FORMATS.
+      hub_name: for "hub", the OWNER/NAME to which the folder is uploaded; "" = it is not.
 
     Raises:
-      UserError: the format is unknown, or the file cannot be written.
+      UserError: the format is unknown, a file cannot be written, or the hub does not take it.
     """
     if format not in FORMATS:
         raise UserError(f"format={format!r} is unknown: choose one of {', '.join(FORMATS)}")
+    if hub_name and format != "hub":
+        raise UserError(f"format={format} cannot be uploaded to {hub_name}: choose format=hub")
     if copy := copy_of(output):
         output = copy
     check_no_url(os.fspath(output), name="output")
     output = Path(os.path.expanduser(output))
+    write = FORMATS[format]
+    if hub_name:
+        hub.check_name(hub_name)
+        hub.create(hub_name)
+        write = partial(write, hub_name=hub_name)
     make_folder(output.parent)
     metadata: dict[str, Any] = {
         "model": model.config.get("model") or _sizes(model.module),
@@ -125,17 +129,12 @@ def export(model: Model, output: str | os.PathLike[str], *, format: str) -> list
     if model.step is not None:
         metadata["step"] = model.step
         name = f"step {model.step} of {name}"
-    if format == "stablehlo":
-        notes = write_stablehlo(output, model, metadata=metadata)
-    else:
-        notes = WRITERS[format](output, model.params, metadata=metadata)
+    notes = write(output, model, metadata=metadata)
     publish(*[file for file in (output, Path(f"{output}.json")) if file.exists()])
-    if format == "safetensors" and model.module.gelu == "tanh":
-        notes.append(
-            "in timm, create the model with act_layer=timm.layers.GELUTanh, because the weights were trained with "
-            "tanh GELU"
-        )
-    return [f"{name} -> {shown(output)} ({output.stat().st_size / 2**20:.1f} MiB)", *notes]
+    if hub_name:
+        notes += hub.push(output, hub_name)
+    size = sum(file.stat().st_size for file in [output, *output.glob("*")] if file.is_file())
+    return [f"{name} -> {shown(output)} ({size / 2**20:.1f} MiB)", *notes]
 
 
 def _sizes(module: MlpMixer) -> dict[str, Any]:
@@ -153,16 +152,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         examples="  python -m mlpmixer_flax.export --workdir=runs/b16 \\\n"
         "      --format=safetensors --output=b16.safetensors\n"
         "  python -m mlpmixer_flax.export --weights=imagenet1k/Mixer-B_16 \\\n"
-        "      --format=stablehlo --output=b16.stablehlo",
+        "      --format=stablehlo --output=b16.stablehlo\n"
+        "  python -m mlpmixer_flax.export --workdir=runs/b16 \\\n"
+        "      --format=hub --output=shared/b16 --push=OWNER/NAME",
     )
     add_model(parser)
-    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument(
+        "--format", choices=FORMATS, required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}"
+    )
     parser.add_argument(
         "--output",
         type=path,
         required=True,
         metavar="FILE",
-        help="file to write; its folder is created, and an existing file is replaced",
+        help="file (for hub: folder) to write; its folder is created, and existing files are replaced",
+    )
+    parser.add_argument(
+        "--push",
+        default="",
+        metavar="OWNER/NAME",
+        help="with --format=hub: also upload the files to this model on the Hugging Face hub; a new one is public",
     )
     return parser.parse_args(argv)
 
@@ -180,8 +189,12 @@ def _run(arguments: argparse.Namespace) -> None:
             f"--output={arguments.output} does not fit --format={arguments.format}: give --format={suffix}, or a name "
             f"that ends in .{arguments.format}"
         )
+    if arguments.push:
+        if arguments.format != "hub":
+            raise UserError(f"--push={arguments.push} is for --format=hub only: give that, or leave it out")
+        hub.check_name(arguments.push)  # before weights are read
     model = load_model(arguments)
-    notes = export(model, arguments.output, format=arguments.format)
+    notes = export(model, arguments.output, format=arguments.format, hub_name=arguments.push)
     if arguments.checkpoint == "last" and model.config["ema_decay"]:
         notes.append(
             "these are not the weights that the run evaluated (its EMA): --checkpoint=ema exports the EMA"

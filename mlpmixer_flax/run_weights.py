@@ -59,6 +59,7 @@ class Run:
     class_names: list[str]  # in the order of the head's outputs
     step: int  # of the checkpoint that has the weights
     params: dict[str, Any]  # a tree of float32 numpy arrays
+    scores: dict[str, Any]  # of these weights, by name ("test/accuracy"); {} if they were not evaluated
 
 
 def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
@@ -75,8 +76,11 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
       UserError: the directory is not a run directory, or the weights do not exist or cannot be read.
     """
     config = read_config_of_run(workdir)
-    step, params = read_weights(workdir, checkpoint or default_checkpoint(workdir))
-    return Run(config, read_class_names(workdir), step, params)
+    checkpoint = checkpoint or default_checkpoint(workdir)
+    step, params = read_weights(workdir, checkpoint)
+    ema_evaluated = checkpoint == "last" and config["ema_decay"]  # the scores are then those of other weights
+    scores = {} if ema_evaluated else read_scores(workdir / "checkpoints" / str(step))
+    return Run(config, read_class_names(workdir), step, params, scores)
 
 
 def default_checkpoint(workdir: Path) -> str:
@@ -200,6 +204,17 @@ def read_scores(checkpoint: Path) -> dict[str, Any]:
     Raises:
       OSError: they cannot be read.
     """
+    return accuracy_of(_scores(checkpoint))
+
+
+def read_scores(checkpoint: Path) -> dict[str, Any]:
+    """Returns the scores of a checkpoint, by name; {} if it has none that can be read."""
+    with contextlib.suppress(OSError):
+        return _scores(checkpoint)
+    return {}
+
+
+def _scores(checkpoint: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         check_files(checkpoint, "metrics")
         scores = read_json(checkpoint / "metrics" / "metrics")

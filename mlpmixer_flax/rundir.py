@@ -4,7 +4,6 @@ Training writes them; all later programs read them. `run_weights` reads the weig
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.atomic import make_folder, replacing, write_json
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import fetch, url_of
@@ -140,6 +139,4 @@ def write_run(
         contents["data"] = data
     for name, content in contents.items():
         with replacing(workdir / f"{name}.json") as file:
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            # A path may have bytes that are not text; as escapes they are valid JSON.
-            file.write(text.encode(errors="backslashreplace"))
+            write_json(file, content)

@@ -153,7 +153,7 @@ def test_help_fits_80_columns_and_its_examples_are_parsed(program, capsys, monke
         "predict --workdir=runs/b16 --weights=imagenet1k/Mixer-B_16 a.jpg",
         "predict --weights=imagenet1k/Mixer-B_17 a.jpg",
         "train --config=configs/digits.py --config.total_stepz=3",
-        "export --workdir=runs/b16 --format=onnx --output=b16.onnx",
+        "export --workdir=runs/b16 --format=tflite --output=b16.tflite",
     ],
 )
 def test_a_wrong_command_is_found(command):

@@ -76,6 +76,7 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
         multi_label=is_multi_label(workdir),
         config=config,
         step=run.step,
+        scores=run.scores,
     )
 
 

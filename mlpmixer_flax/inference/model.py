@@ -53,6 +53,8 @@ class Model:
     step: int | None = None  # of the run's checkpoint; None for weights
     multi_label: bool = False  # whether the run's images have several labels each; False for weights
     flip: bool = False  # logits are the mean of those of an image and of its mirror image; twice the work
+    # Of an evaluation of these weights in training, by name ("test/accuracy"); {} if there was none
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 

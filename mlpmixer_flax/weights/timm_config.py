@@ -145,11 +145,11 @@ def _check_model(trained: Mapping[str, Any], arguments: Mapping[str, Any], weigh
 def _gelu(
     trained: Mapping[str, Any], arguments: Mapping[str, Any], weights: Weights, notes: list[str]
 ) -> str:
-    layer = arguments.get("act_layer")
+    layer = arguments.get("act_layer") or trained.get("act_layer")  # the second from inference/hub_folder.py
     if layer:
         if layer not in GELU_OF:
             raise UserError(
-                f"model_args.act_layer={layer!r:.60} is not a GELU, which every model here uses: give other weights"
+                f"act_layer={layer!r:.60} is not a GELU, which every model here uses: give other weights"
             )
         return GELU_OF[layer]
     # timm's own files of Google's weights do not say that these were trained with tanh GELU. Weights that were

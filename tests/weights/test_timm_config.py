@@ -213,7 +213,7 @@ REFUSED = {
     "patch_size": ({"model_args__patch_size": 16}, r"patch_size=\(16, 16\), but"),
     "pooling": ({"global_pool": "max", "model_args": ...}, "global_pool='max' is not the mean over tokens"),
     "no pooling": ({"model_args__global_pool": ""}, "global_pool='' is not the mean over tokens"),
-    "activation": ({"model_args__act_layer": "silu"}, "model_args.act_layer='silu' is not a GELU"),
+    "activation": ({"model_args__act_layer": "silu"}, "act_layer='silu' is not a GELU"),
     "quick GELU": ({"model_args__act_layer": "quick_gelu"}, "'quick_gelu' is not a GELU"),
     "gMixer": ({"architecture": "gmixer_24_224"}, "'gmixer_24_224' is not an MLP-Mixer: give other weights"),
     "ResMLP": ({"architecture": "resmlp_12_224"}, "'resmlp_12_224' is not an MLP-Mixer"),
