@@ -79,7 +79,10 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
     checkpoint = checkpoint or default_checkpoint(workdir)
     step, params = read_weights(workdir, checkpoint)
     ema_evaluated = checkpoint == "last" and config["ema_decay"]  # the scores are then those of other weights
-    scores = {} if ema_evaluated else read_scores(workdir / "checkpoints" / str(step))
+    scores = {}
+    if not ema_evaluated:
+        with contextlib.suppress(OSError):  # a checkpoint without scores
+            scores = read_scores(workdir / "checkpoints" / str(step))
     return Run(config, read_class_names(workdir), step, params, scores)
 
 
@@ -204,17 +207,6 @@ def read_scores(checkpoint: Path) -> dict[str, Any]:
     Raises:
       OSError: they cannot be read.
     """
-    return accuracy_of(_scores(checkpoint))
-
-
-def read_scores(checkpoint: Path) -> dict[str, Any]:
-    """Returns the scores of a checkpoint, by name; {} if it has none that can be read."""
-    with contextlib.suppress(OSError):
-        return _scores(checkpoint)
-    return {}
-
-
-def _scores(checkpoint: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         check_files(checkpoint, "metrics")
         scores = read_json(checkpoint / "metrics" / "metrics")

@@ -107,7 +107,7 @@ def test_every_imported_package_is_declared():
     used -= {PACKAGE, *sys.stdlib_module_names}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["hub"], *extras["onnx"], *extras["parquet"]]
+    lines = [*project["dependencies"], *extras["hub"], *extras["onnx"]]
     declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
     missing = {name for name in used if not declared & {normal(home) for home in homes.get(name, [name])}}
     assert not missing, f"Add to pyproject.toml's dependencies what provides {sorted(missing)}."

@@ -177,13 +177,9 @@ def _read_csv(content: bytes, path: str) -> tuple[list[str], _Rows]:
 
 
 def _read_parquet(content: bytes, path: str) -> tuple[list[str], _Rows]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(
-            f'table {path!r} is Parquet: run pip install "mlpmixer-flax[parquet]", or save the table as CSV'
-        ) from None
+    import pyarrow  # here, because few tables are Parquet, and importing it takes a while
+    import pyarrow.parquet as parquet
+
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
         columns = list(file.schema_arrow.names)
