@@ -20,6 +20,8 @@ from pathlib import Path
 import chex
 import orbax.checkpoint as ocp
 
+from mlpmixer_flax.training.report import TIMINGS
+
 # Everything random is on.
 SMALL = {
     "model.hidden_dim": 16,
@@ -50,7 +52,7 @@ def result(workdir: Path):
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore((workdir / "checkpoints" / str(step) / "default").absolute())
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return state, [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+    return state, [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 def main() -> int:

@@ -159,7 +159,7 @@ def _run_updates(
                 return
         unlogged = Unlogged(workdir)
         recent = Recent(config.batch_size, unlogged.read(start))
-        for step, batch in enumerate(batches, start + 1):
+        for step, batch in enumerate(recent.timing(batches), start + 1):
             state, metrics = update(state, sharding.put_batch({**batch, **signal_row(signals)}, setup.mesh))
             recent.add(step, metrics)
             reporter.advance()

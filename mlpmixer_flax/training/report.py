@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tensorboardX import summary
 from tqdm import tqdm
 
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.dataloader import Batch
 from mlpmixer_flax.faults import naming
 from mlpmixer_flax.reading import open_file, read_json
 from mlpmixer_flax.rundir import saved_steps
@@ -24,6 +25,9 @@ from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.signals import SIGNAL
 from mlpmixer_flax.training.step import Metrics
 from mlpmixer_flax.training.tracker import Tracker
+
+# What is measured between two logs: the speed, and the share of the time, from 0 to 1, in which a batch was waited for
+TIMINGS = ("images_per_second", "data_wait")
 
 
 class Recent:
@@ -38,8 +42,17 @@ class Recent:
         self.waiting: list[tuple[int, Metrics]] = []
         self.fetched = fetched  # by update; at the start those of an earlier process, from `Unlogged`
         self.timed = 0  # updates of this process since the last summary
+        self.waited = 0.0  # seconds since then in which the next batch was not ready
         self.started = time.monotonic()
         self.signal = 0  # the number of the signal with which all processes stop; see `signals.agreeing`
+
+    def timing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches, and notes how long it waits for each."""
+        asked = time.monotonic()
+        for batch in batches:
+            self.waited += time.monotonic() - asked
+            yield batch
+            asked = time.monotonic()
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Adds the metrics of an update, and fetches those of the one before."""
@@ -61,12 +74,16 @@ class Recent:
             self.fetched.append(values)
 
     def summary(self) -> dict[str, float]:
-        """Returns means since the last summary by their TensorBoard names, and `images_per_second`."""
+        """Returns means since the last summary by their TensorBoard names, and TIMINGS."""
         self._fetch(keep=0)
-        rows, speed = self.fetched, self.timed * self.batch_size / (time.monotonic() - self.started)
-        self.fetched, self.timed, self.started = [], 0, time.monotonic()
+        rows, seconds = self.fetched, time.monotonic() - self.started
+        timings = {
+            "images_per_second": self.timed * self.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self.fetched, self.timed, self.waited, self.started = [], 0, 0.0, time.monotonic()
         means = {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        return {**means, "images_per_second": speed}
+        return {**means, **timings}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from mlpmixer_flax.train import main
 from mlpmixer_flax.training import mirror, remote_lock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.remote_lock import RemoteLock
-from mlpmixer_flax.training.report import read_metrics
+from mlpmixer_flax.training.report import TIMINGS, read_metrics
 
 CHANGES = {
     "model.hidden_dim": 8,
@@ -72,7 +72,7 @@ def complete(url):
 
 def rows(workdir):
     return [
-        {key: value for key, value in row.items() if key != "images_per_second"}
+        {key: value for key, value in row.items() if key not in TIMINGS}
         for row in read_metrics(Path(workdir) / "metrics.jsonl")
     ]
 

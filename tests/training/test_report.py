@@ -306,12 +306,35 @@ def test_recent_returns_means_and_speed_since_the_last_summary(clock):
     clock.now += 4
     summary = recent.summary()
     assert summary == pytest.approx(
-        {"train/loss": 3.0, "train/accuracy": 0.3, "images_per_second": 3 * 32 / 4}
+        {"train/loss": 3.0, "train/accuracy": 0.3, "images_per_second": 3 * 32 / 4, "data_wait": 0.0}
     )
     assert all(type(value) is float for value in summary.values())
     recent.add(4, values(10.0))
     clock.now += 2
-    assert recent.summary() == {"train/loss": 10.0, "train/accuracy": 0.5, "images_per_second": 16.0}
+    assert recent.summary() == {
+        "train/loss": 10.0,
+        "train/accuracy": 0.5,
+        "images_per_second": 16.0,
+        "data_wait": 0.0,
+    }
+
+
+def test_the_wait_for_batches_is_a_share_of_the_time(clock):
+    recent = Recent(32, [])
+
+    def batches():
+        for _ in range(2):
+            clock.now += 3
+            yield {}
+            clock.now += 2  # the next batch is begun only when it is asked for
+
+    for step, _ in enumerate(recent.timing(batches()), 1):
+        recent.add(step, values(1.0))
+        clock.now += 1
+    assert recent.summary()["data_wait"] == pytest.approx((3 + 2 + 3) / (3 + 1 + 2 + 3 + 1 + 2))
+    clock.now += 1
+    recent.add(3, values(1.0))
+    assert recent.summary()["data_wait"] == 0
 
 
 def test_a_pause_does_not_count_in_the_speed(clock):
