@@ -31,6 +31,7 @@ from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.remote import copy_of
 from mlpmixer_flax.text import listed, quoted
 
+_COLUMNS = ("file", "label", "labels", "split")
 SEPARATOR = "|"  # between the labels of an image
 FORM = "the expected columns are file, label (or labels, separated by '|') and split"
 _LARGEST_BYTES = 2**30  # of a file; the table is read into memory
@@ -113,7 +114,8 @@ def _read(path: str, file: str, stamp: tuple[int, int]) -> Table:
     columns, rows = _READERS[os.path.splitext(path)[1].lower()](content, path)
     multi_label = _check_columns(columns, path)
     splits = _splits(rows, path, labels="labels" if multi_label else "label", has_split="split" in columns)
-    notes = _left_out(columns, path)
+    others = [name for name in columns if name not in _COLUMNS]
+    notes = [f"columns of {path!r} that are not used: {quoted(others, 5)}"] if others else []
     if not multi_label and any(
         SEPARATOR in name for rows in splits.values() for row in rows for name in row.classes
     ):
@@ -183,7 +185,7 @@ def _read_parquet(content: bytes, path: str) -> tuple[list[str], _Rows]:
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
         columns = list(file.schema_arrow.names)
-        wanted = [name for name in columns if name in ("file", "label", "labels", "split")]
+        wanted = [name for name in columns if name in _COLUMNS]
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         if sum(group.total_byte_size for group in groups) > _LARGEST_BYTES:  # uncompressed
             raise ValueError(f"its content has more than {_LARGEST_BYTES:,} bytes")
@@ -217,11 +219,6 @@ def _check_columns(columns: list[str], path: str) -> bool:
             f"{FORM}, separated by commas"
         )
     return "labels" in columns
-
-
-def _left_out(columns: list[str], path: str) -> list[str]:
-    others = [name for name in columns if name not in ("file", "label", "labels", "split")]
-    return [f"columns of {path!r} that are not used: {quoted(others, 5)}"] if others else []
 
 
 def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str, list[Listed]]:
