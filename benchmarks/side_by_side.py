@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -96,10 +97,16 @@ def serve(task: dict[str, Any]) -> None:
 
 
 def ask(process: "subprocess.Popen[str]", calls: int) -> float:
-    """Returns the seconds that a side needs for a number of calls."""
+    """Returns the seconds that a side needs for a number of calls; the process is stopped before and afterwards.
+
+    Otherwise threads of libraries that wait busily would take the cores from the next side.
+    """
     assert process.stdin and process.stdout
+    process.send_signal(signal.SIGCONT)
     print(calls, file=process.stdin, flush=True)
-    return float(process.stdout.readline())
+    seconds = float(process.stdout.readline())
+    process.send_signal(signal.SIGSTOP)
+    return seconds
 
 
 def compare(
@@ -108,7 +115,8 @@ def compare(
     """Returns images per second of each turn, by side."""
     processes = [side.start(model, kind, batch_size) for side in sides]
     try:
-        ready = [ask(process, 1) for process in processes]  # all of them wait now: nothing compiles any more
+        for process in processes:
+            ask(process, 1)  # all are ready afterwards: nothing compiles any more
         ready = [ask(process, 1) for process in processes]
         calls = [max(1, round(TURN_SECONDS / seconds)) for seconds in ready]
         speeds: list[list[float]] = [[] for _ in sides]

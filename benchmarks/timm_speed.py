@@ -7,7 +7,7 @@
 Training has AdamW and no augmentation. On a GPU the weights are in the channels-last layout, and autocast computes in
 bfloat16; on a CPU everything is float32. Each line is measured eagerly and with torch.compile. For a comparison, run
 both commands one after the other on a machine without other work, and compare the best lines of each.
-Results: docs/measurements.md
+Results: docs/performance.md
 """
 
 import argparse

@@ -124,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _describe_process() -> str:
     """Returns what was changed in this process for speed, as a line; "" if nothing was."""
     used = ["huge pages"] * uses_huge_pages() + ["compiled programs are kept"] * bool(compiled_folder())
-    return f"for speed: {', '.join(used)} (docs/performance.md says how to switch it off)" if used else ""
+    return f"for speed: {', '.join(used)}; see docs/performance.md" if used else ""
 
 
 def _config(arguments: argparse.Namespace) -> ConfigDict:

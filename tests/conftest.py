@@ -20,6 +20,7 @@ from made_datasets import encode, write_dataset
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Whatever one of them has compiled, the others read from here.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="mlpmixer-flax-compiled-"))
+os.environ.setdefault("MLPMIXER_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"] + "/cache")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

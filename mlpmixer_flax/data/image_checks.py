@@ -10,6 +10,7 @@ from itertools import combinations
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.checked import Checked, look_at, read_checked, write_checked
 from mlpmixer_flax.data.images import inspect_image
 from mlpmixer_flax.data.listing import (
     COLOR_SHAPE,
@@ -54,8 +55,8 @@ def open_files(
                 f"{'; '.join([listing.form, *listing.notes])}"
             )
         files = [file for name in listing.counts() for file in files_of(listing, name)]
-    sizes = {file: _size(os.path.join(listing.root, file)) for file in files}
-    flaws, oddities = _inspect(listing.root, tuple(sizes), tuple(sizes.values()))
+    stamps = {file: look_at(os.path.join(listing.root, file)) for file in files}
+    flaws, oddities = _inspect(listing.root, tuple(stamps), tuple(stamps.values()))
     if flaws and not skip_bad_images:
         _inspect.cache_clear()  # a notebook user may repair the images and try again
         raise UserError(
@@ -76,7 +77,7 @@ def open_files(
             listing.root,
             files=[file for file, _ in good],
             labels=[label for _, label in good],
-            sizes=[sizes[file] for file, _ in good],
+            sizes=[stamps[file][0] for file, _ in good],
         ),
         num_classes=len(listing.class_names),
         image_shape=COLOR_SHAPE,
@@ -117,35 +118,44 @@ def _print_once(notes: tuple[str, ...]) -> None:
         print(wrap(note))
 
 
-# A run opens two splits of one folder, and the check takes long. Files that have another size are checked again.
+# A run opens two splits of one folder. Files that have changed are checked again.
 @functools.lru_cache(maxsize=1)
 def _inspect(
-    root: str, files: tuple[str, ...], sizes: tuple[int, ...]
+    root: str, files: tuple[str, ...], stamps: tuple[tuple[int, int], ...]
 ) -> tuple[dict[str, str], dict[str, set[Note]]]:
-    """Reads all files; returns file -> what is wrong with it, if it cannot be used, and file -> its notes."""
+    """Returns file -> what is wrong with it, if it cannot be used, and file -> its notes.
+
+    Reads the files that have changed since an earlier check, or that could not be used then.
+
+    Args:
+      stamps: of the files, from `checked.look_at`.
+    """
+    earlier = read_checked(root)
+    now = dict(zip(files, stamps, strict=True))
+    good = {file: found for file, found in earlier.items() if now.get(file, found[:2]) == found[:2]}
+    unknown = [file for file in files if file not in good]
+    flaws = {}
     # Threads are enough: Pillow decodes without holding the interpreter's lock.
     with (
-        tqdm(desc="checking images", total=len(files), unit="img", delay=2, leave=False, disable=None) as bar,
+        tqdm(
+            desc="checking images", total=len(unknown), unit="img", delay=2, leave=False, disable=None
+        ) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        flaws, oddities = {}, {}
-        found = pool.map(inspect_image, (os.path.join(root, file) for file in files))
-        for file, (flaw, notes) in zip(files, found, strict=True):
+        found = pool.map(inspect_image, (os.path.join(root, file) for file in unknown))
+        for file, (flaw, notes) in zip(unknown, found, strict=True):
             bar.update()
-            if flaw is not None:
+            if flaw is None:
+                good[file] = Checked(*now[file], tuple(note.name for note in notes))
+            else:
                 flaws[file] = flaw
-            elif notes:
-                oddities[file] = notes
     if flaws:
         check_folder(root)  # otherwise all of its images would seem to be bad
-    return flaws, oddities
-
-
-def _size(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1  # deleted a moment ago, or a broken link: the check says so
+    if good != earlier:
+        write_checked(root, good)
+    return flaws, {
+        file: {Note[name] for name in good[file].notes} for file in files if file in good and good[file].notes
+    }
 
 
 def _groups(listing: Listing, run_splits: tuple[SplitLike, SplitLike]) -> dict[str, list[str]]:
@@ -187,7 +197,7 @@ def _same_contents(root: str, files: list[str]) -> dict[str, bytes]:
     """Returns file -> hash of its content, for the files that have the size of another; the others are unique."""
     by_size = defaultdict(list)
     for file in files:
-        by_size[_size(os.path.join(root, file))].append(file)
+        by_size[look_at(os.path.join(root, file))[0]].append(file)
     alike = [file for group in by_size.values() if len(group) > 1 for file in group]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = pool.map(_hash_content, (os.path.join(root, file) for file in alike))

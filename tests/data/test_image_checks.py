@@ -238,7 +238,7 @@ def test_a_photo_that_is_replaced_between_two_openings_is_checked_again(tmp_path
 # --- too little memory
 
 LITTLE_MEMORY = """
-import resource, sys
+import os, resource, sys
 import numpy as np
 from mlpmixer_flax.data.images import open_image
 from mlpmixer_flax.dataloader import open_examples
@@ -248,6 +248,7 @@ options = {"image_size_px": 4, "cache_bytes": 0, "skip_bad_images": True}
 examples = open_examples(f"folder:{path}", "train", **options)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000,) * 2)
+os.utime(f"{path}/train/a/large.png")  # so that it is checked again
 for step in (
     lambda: examples.read(np.arange(len(examples))),
     lambda: open_examples(f"folder:{path}", "train+validation", **options),

@@ -91,7 +91,10 @@ def test_a_key_that_changes_no_update_may_change_between_two_starts(finished, tm
 
 
 def test_all_keys_that_may_change_are_tested_above():
-    elsewhere = {"mesh.fsdp"}  # tests/training/test_elastic.py, which has several devices
+    elsewhere = {
+        "mesh.fsdp",  # tests/training/test_elastic.py, which has several devices
+        "tracker",  # tests/training/test_tracker.py, which has trackers
+    }
     assert {*EXACT, *elsewhere, "accumulation_steps", "model.remat"} == {*CHANGE_NO_UPDATE}
 
 

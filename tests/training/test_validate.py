@@ -38,7 +38,7 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
             {"augment__randaugment_ops": ("rotat",)},
             "randaugment_ops has an unknown op 'rotat': did you mean 'rotate'",
         ),
-        ({"optimizer__name": "lamb"}, "unknown optimizer.name 'lamb': choose one of adam, adamw, sgd"),
+        ({"optimizer__name": "lamb"}, "unknown optimizer.name 'lamb': choose one of adam, adamw, muon, sgd"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan must be a number"),
         (
             {"optimizer__name": "adam", "optimizer__weight_decay": 0.1},

@@ -1,0 +1,78 @@
+"""Tests that a start reads only the images that have changed since they were checked."""
+
+import os
+
+import pytest
+from made_folders import names, open_split, write
+
+from mlpmixer_flax import UserError
+from mlpmixer_flax.data import checked, image_checks
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "photos"
+    write(path, *names("train/a", 3), *names("train/b", 3), "val/a/0.png", "val/b/0.png")
+    return path
+
+
+def open_again(folder, **options):
+    image_checks._inspect.cache_clear()  # as in a new process
+    return open_split(folder, "train", **options)
+
+
+def damage(file, *, keep_time):
+    """Replaces the content of a file by as many zeros."""
+    before = file.stat()
+    file.write_bytes(bytes(before.st_size))
+    if keep_time:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_unchanged_files_are_not_read_again(folder):
+    open_again(folder)
+    damage(folder / "train/a/1.png", keep_time=True)  # nobody does this: it shows that the file is not read
+    assert len(open_again(folder)) == 6
+
+
+def test_changed_new_and_bad_files_are_read_again(folder):
+    open_again(folder)
+    damage(folder / "train/a/1.png", keep_time=False)
+    write(folder, "train/b/new.png", data=b"no image")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"2 of 7 images(.|\n)*a/1\.png(.|\n)*b/new\.png"):
+            open_again(folder)
+    write(folder, "train/a/1.png", "train/b/new.png")
+    assert len(open_again(folder)) == 7
+
+
+def test_notes_about_images_are_kept(folder, capsys):
+    from PIL import Image
+
+    Image.new("I;16", (6, 6), 3000).save(folder / "train/a/0.png")
+    told = []
+    for _ in range(2):
+        image_checks._print_once.cache_clear()
+        open_again(folder)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] and "took 4095 for white" in " ".join(told[0].split())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"5", b'{"reader": 1}', b"\xff", b'{"reader": "%s", "files": {"a": 3}}']
+)
+def test_a_damaged_list_is_not_used(folder, content):
+    open_again(folder)
+    (file,) = (folder.parent / "cache/checked-images").iterdir()
+    file.write_bytes(content.replace(b"%s", checked._READER.encode()))
+    assert len(open_again(folder)) == 6
+    assert len(checked.read_checked(str(folder))) == 6  # written again
+
+
+def test_without_a_place_for_the_list_everything_is_read(folder, monkeypatch):
+    monkeypatch.setenv("MLPMIXER_CACHE", "/proc/none")
+    assert len(open_again(folder)) == 6
+    damage(folder / "train/a/1.png", keep_time=True)
+    with pytest.raises(UserError, match="1 of 6 images"):
+        open_again(folder)
