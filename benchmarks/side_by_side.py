@@ -26,8 +26,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlpmixer_flax import huge_pages
+
 TURN_SECONDS = 1.0
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as our programs set it; for all sides
 LIBRARIES = ("ours", "timm", "timm-compiled")
 
 
@@ -45,7 +46,8 @@ class Side:
         task = json.dumps({"words": words, "model": model, "kind": kind, "batch_size": batch_size})
         return subprocess.Popen(
             [interpreter, __file__, f"--serve={task}"],
-            env={**HUGE_PAGES, **os.environ, **self.variables},
+            # All sides have the huge pages of our programs, unless their variables say otherwise.
+            env={huge_pages.VARIABLE: huge_pages.VALUE, **os.environ, **self.variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

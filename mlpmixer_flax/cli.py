@@ -223,9 +223,8 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
         and threading.current_thread() is threading.main_thread()
     ):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # see `quiet_ctrl_c`
-    with contextlib.suppress(
-        UserError, OSError
-    ):  # without a place for files, programs only start more slowly
+    # Without a place for files, programs only start more slowly.
+    with contextlib.suppress(UserError, OSError):
         keep_compiled()
     for name, level in _LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)

@@ -69,6 +69,7 @@ from mlpmixer_flax.inference.scores import (
     open_split,
     per_class,
     score_images,
+    table_of_classes,
 )
 from mlpmixer_flax.remote import publish, shown
 from mlpmixer_flax.run_weights import default_checkpoint
@@ -252,12 +253,7 @@ def as_table(classes: Sequence[Mapping[str, Any]]) -> str:
     If more than 20 classes have images, only the 10 worst and the 10 best are shown.
     """
     head = f"{'class':<22}{'images':>8}{'precision':>11}{'recall':>8}{'F1':>8}  mistaken for (times)"
-    seen = [row for row in classes if row["images"]]
-    if len(seen) <= 20:
-        return "\n".join([head, *map(_as_line, seen)])
-    ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["recall"])]
-    worst, best = ranked[:10], ranked[:-11:-1]
-    return "\n".join([f"the 10 worst of {len(seen):,} classes", head, *worst, "", "the 10 best", head, *best])
+    return "\n".join(table_of_classes(classes, head, _as_line, by="recall"))
 
 
 def _as_line(row: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-_VARIABLE, _VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+VARIABLE, VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 def use_huge_pages() -> None:
@@ -16,14 +16,14 @@ def use_huge_pages() -> None:
     pages of 2 MiB is decided by its environment when a process starts. Nothing that is computed depends on it. A user
     who has set GLIBC_TUNABLES, also to nothing, has chosen otherwise.
     """
-    if _VARIABLE in os.environ or sys.platform != "linux":
+    if VARIABLE in os.environ or sys.platform != "linux":
         return
     with contextlib.suppress(OSError):
         if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
-            os.environ[_VARIABLE] = _VALUE
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            command = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(sys.executable, command, {**os.environ, VARIABLE: VALUE})
 
 
 def uses_huge_pages() -> bool:
     """Returns whether `use_huge_pages` has started this process."""
-    return os.environ.get(_VARIABLE) == _VALUE
+    return os.environ.get(VARIABLE) == VALUE

@@ -68,9 +68,10 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
     Args:
       workdir: the run directory.
       checkpoint: "best": the weights with the best validation score, or test score if the run was evaluated on a
-        test split; config.best_by says which score, usually the accuracy; they are an EMA if the run keeps one. "last": the parameters of the newest
-        checkpoint. "ema": their moving average, if the run keeps one. The number of a saved step, "300": its
-        weights; they are an EMA if the run keeps one. None: as `default_checkpoint` says.
+        test split; config.best_by says which score, usually the accuracy; they are an EMA if the run keeps one.
+        "last": the parameters of the newest checkpoint. "ema": their moving average, if the run keeps one. The
+        number of a saved step, "300": its weights; they are an EMA if the run keeps one. None: as
+        `default_checkpoint` says.
 
     Raises:
       UserError: the directory is not a run directory, or the weights do not exist or cannot be read.

@@ -16,6 +16,7 @@ import jax
 import jax.export
 import numpy as np
 import pytest
+from elsewhere import predict_elsewhere
 from PIL import ExifTags, Image, ImageOps
 from safetensors.numpy import load_file
 
@@ -177,20 +178,6 @@ def test_the_program_fails_without_a_traceback(tmp_path):
 
 LOADER = textwrap.dedent(re.search(r"flatbuffers:\n\n(.*?)\n\n", help_text, re.DOTALL)[1])
 
-ELSEWHERE = """
-import sys
-import numpy as np
-
-loader, given, found = sys.argv[1:]
-results = {}
-for size, images in np.load(given).items():
-    exec(loader)
-    results[size] = probabilities
-np.savez(found, class_names=class_names, **results)
-loaded = {name.split(".")[0] for name in sys.modules}
-assert not loaded & {"mlpmixer_flax", "flax", "optax", "orbax", "ml_collections"}, loaded
-"""
-
 
 @pytest.fixture(scope="module")
 def stablehlo(run, tmp_path_factory):
@@ -205,14 +192,14 @@ def test_the_five_lines_of_the_help_predict_the_same_in_a_process_without_our_pa
     run, stablehlo, tmp_path
 ):
     assert len(LOADER.splitlines()) == 5
-    rng = np.random.default_rng(0)
-    given = {str(n): rng.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8) for n in (1, 3, 8)}
-    np.savez(tmp_path / "given.npz", **given)
-    command = [sys.executable, "-c", ELSEWHERE, LOADER, tmp_path / "given.npz", tmp_path / "found.npz"]
-    done = subprocess.run(command, cwd=stablehlo.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    found, model = np.load(tmp_path / "found.npz"), load_run(run, "best")
+    given, found = predict_elsewhere(
+        LOADER,
+        tmp_path,
+        cwd=stablehlo.parent,
+        without="flax optax orbax ml_collections",
+        kept="class_names",
+    )
+    model = load_run(run, "best")
     assert tuple(found["class_names"]) == model.class_names
     predict = jax.jit(partial(model.probabilities, model.params))
     for size, images in given.items():

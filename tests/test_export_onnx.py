@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 import textwrap
 from functools import partial
@@ -11,6 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from elsewhere import predict_elsewhere
 
 from mlpmixer_flax import MlpMixer, UserError, load
 from mlpmixer_flax.export import __doc__ as help_text
@@ -22,19 +22,6 @@ pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 LINES = textwrap.dedent(re.search(r"install onnxruntime:\n\n(.*?)\n\n", help_text, re.DOTALL)[1])
-ELSEWHERE = """
-import sys
-import numpy as np
-
-lines, given, found = sys.argv[1:]
-results = {}
-for size, images in np.load(given).items():
-    exec(lines)
-    results[size] = probabilities
-np.savez(found, **results)
-loaded = {name.split(".")[0] for name in sys.modules}
-assert not loaded & {"mlpmixer_flax", "jax", "flax", "onnx"}, loaded
-"""
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +33,8 @@ def file(digits_run, tmp_path_factory):
 
 
 def test_the_lines_of_the_help_predict_the_same_in_a_process_without_jax(file, digits_run, tmp_path):
-    rng = np.random.default_rng(0)
-    given = {str(n): rng.integers(0, 256, (n, 8, 8, 1)).astype(np.uint8) for n in (1, 3, 8)}
-    np.savez(tmp_path / "given.npz", **given)
-    command = [sys.executable, "-c", ELSEWHERE, LINES, tmp_path / "given.npz", tmp_path / "found.npz"]
-    done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found, model = np.load(tmp_path / "found.npz"), load(digits_run)
+    given, found = predict_elsewhere(LINES, tmp_path, cwd=file.parent, without="jax flax onnx")
+    model = load(digits_run)
     for size, images in given.items():
         assert found[size].dtype == np.float32 and found[size].shape == (len(images), 10)
         np.testing.assert_allclose(

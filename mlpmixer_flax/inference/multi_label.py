@@ -16,7 +16,7 @@ from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.inference.forward import Rows
 from mlpmixer_flax.inference.model import Model
-from mlpmixer_flax.inference.scores import rows_of_split
+from mlpmixer_flax.inference.scores import rows_of_split, table_of_classes
 from mlpmixer_flax.limits import show
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.text import pad
@@ -107,12 +107,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     if "flip" in found:
         lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
     head = f"{'class':<28}{'images':>8}{'av. prec.':>11}{'threshold':>11}{'precision':>11}{'recall':>8}"
-    seen = [row for row in found["per_class"] if row["images"]]
-    if len(seen) <= 20:
-        return "\n".join([*lines, head, *map(_as_line, seen), ""])
-    ranked = [_as_line(row) for row in sorted(seen, key=lambda row: row["average_precision"])]
-    title = f"the 10 worst of {len(seen):,} classes"
-    return "\n".join([*lines, title, head, *ranked[:10], "", "the 10 best", head, *ranked[:-11:-1], ""])
+    table = table_of_classes(found["per_class"], head, _as_line, by="average_precision")
+    return "\n".join([*lines, *table, ""])
 
 
 def _score_lines(found: Mapping[str, Any]) -> list[str]:

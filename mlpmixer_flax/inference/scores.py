@@ -6,7 +6,7 @@ float (n,).
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -200,3 +200,18 @@ def confident_mistakes(rows: Rows, count: int = 30) -> np.ndarray:
     """Returns the indices of the `count` wrong predictions with the highest confidence, highest first."""
     wrong = np.flatnonzero(rows["best"][:, 0] != rows["label"])
     return wrong[np.argsort(-rows["confidence"][wrong], kind="stable")[:count]]
+
+
+def table_of_classes(
+    classes: Sequence[Mapping[str, Any]], head: str, as_line: Callable[[Mapping[str, Any]], str], *, by: str
+) -> list[str]:
+    """Returns the lines of a table of all classes that have images.
+
+    If there are more than 20, only the 10 worst and the 10 best are shown, by the key `by` of their rows.
+    """
+    seen = [row for row in classes if row["images"]]
+    if len(seen) <= 20:
+        return [head, *map(as_line, seen)]
+    ranked = [as_line(row) for row in sorted(seen, key=lambda row: row[by])]
+    worst, best = ranked[:10], ranked[:-11:-1]
+    return [f"the 10 worst of {len(seen):,} classes", head, *worst, "", "the 10 best", head, *best]

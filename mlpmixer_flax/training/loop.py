@@ -26,12 +26,12 @@ from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.multi_label import evaluate_multi_label
-from mlpmixer_flax.training.processes import ending_all, from_lead, together
+from mlpmixer_flax.training.processes import ending_all, from_lead, is_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
 from mlpmixer_flax.training.setup import Setup, Steps, compile_steps
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
-from mlpmixer_flax.training.step import TrainState
-from mlpmixer_flax.training.tracker import start_tracker
+from mlpmixer_flax.training.step import PreviewStep, TrainState
+from mlpmixer_flax.training.tracker import Tracker
 
 # Receives the scores of an evaluation, by their names in metrics.jsonl, with "step"
 OnEvaluation = Callable[[dict[str, float]], object]
@@ -125,7 +125,7 @@ def _run_updates(
         start_step=start,
         total_steps=intervals.total_steps,
         steps_per_epoch=setup.steps_per_epoch,
-        tracker=start_tracker(config, workdir, rows=read_metrics(workdir / "metrics.jsonl")),
+        tracker=_start_tracker(config, workdir) if config.tracker else None,
     )
     skipped = _skipped(setup, "train", setup.train_batches)
     batches = iterate(setup.train_batches, start, intervals.total_steps, num_workers=config.num_workers)
@@ -138,8 +138,8 @@ def _run_updates(
         closing(reporter),
         closing(batches),
     ):
-        if start == 0:
-            reporter.beginning(flatten(config), _first_images(setup, steps))
+        if steps.preview:
+            reporter.beginning(flatten(config), _first_images(setup, steps.preview))
 
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
             # Of several processes, none may leave an evaluation before the others.
@@ -191,9 +191,14 @@ def _run_updates(
                 raise Interrupted(stopping, step)
 
 
-def _first_images(setup: Setup, steps: Steps) -> np.ndarray:
+def _start_tracker(config: ConfigDict, workdir: Path) -> Tracker | None:
+    """Returns the tracker of the first process, which has the rows of metrics.jsonl already; None in the others."""
+    return Tracker(config, workdir, rows=read_metrics(workdir / "metrics.jsonl")) if is_lead() else None
+
+
+def _first_images(setup: Setup, preview: PreviewStep) -> np.ndarray:
     """Returns images of the first batch as the first update sees them, uint8 (n, h, w, c)."""
-    return jax.device_get(steps.preview(sharding.put_batch(setup.train_batches[0], setup.mesh)))
+    return jax.device_get(preview(sharding.put_batch(setup.train_batches[0], setup.mesh)))
 
 
 def _is_evaluated(workdir: Path, step: int) -> bool:

@@ -223,7 +223,7 @@ class Steps:
     state: TrainState
     update: TrainStep
     score: EvalStep
-    preview: PreviewStep
+    preview: PreviewStep | None  # None if the run continues
 
 
 def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | None) -> Steps:
@@ -265,8 +265,9 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
     # The main thread only waits, so that Ctrl-C can interrupt it.
     with ThreadPoolExecutor() as pool:
         started_state, update = pool.submit(start), pool.submit(compile_update)
-        score, preview = pool.submit(compile_score), pool.submit(compile_preview)
-    steps = Steps(started_state.result(), update.result(), score.result(), preview.result())
+        score = pool.submit(compile_score)
+        preview = pool.submit(compile_preview) if state is None else None
+    steps = Steps(started_state.result(), update.result(), score.result(), preview and preview.result())
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return steps
 

@@ -16,7 +16,6 @@ from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.images import first_line
 from mlpmixer_flax.reading import read_json
-from mlpmixer_flax.training.processes import is_lead
 
 # config.tracker, if it is not "" -> function that returns the arguments of its `init` that choose a run, from the name of the run
 TRACKERS = {
@@ -44,8 +43,8 @@ def check_tracker(name: str) -> None:
     )
 
 
-def start_tracker(config: ConfigDict, workdir: Path, *, rows: list[dict[str, float]]) -> "Tracker | None":
-    """Returns the run of the tracker, which continues if the run in `workdir` does; None if config names no tracker.
+class Tracker:
+    """The run of a tracker, which continues if the run in `workdir` does. It does nothing after a call has failed.
 
     Only the first of several processes has one.
 
@@ -53,11 +52,6 @@ def start_tracker(config: ConfigDict, workdir: Path, *, rows: list[dict[str, flo
       rows: those of metrics.jsonl so far. A run that continues from a checkpoint computes the last of them again, and
         they are not sent again.
     """
-    return Tracker(config, workdir, rows=rows) if config.tracker and is_lead() else None
-
-
-class Tracker:
-    """The run of a tracker; `start_tracker` makes one. It does nothing after a call has failed."""
 
     def __init__(self, config: ConfigDict, workdir: Path, *, rows: list[dict[str, float]]):
         self._name, self._run = config.tracker, None

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from test_fsdp import VALUES as FSDP_VALUES
 
 from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.training.optimizer import make_optimizer
@@ -96,20 +97,10 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling takes nea
 for workdir, changes in json.loads(sys.argv[1]):
     fit(load_config("digits.py", changes), workdir)
 """
-VALUES = {
-    "batch_size": 32,
-    "accumulation_steps": 2,
-    "freeze": "stem",
-    "ema_decay": 0.9,
-    "model.num_blocks": 1,
-    "model.hidden_dim": 16,
-    "model.tokens_mlp_dim": 8,
-    "model.channels_mlp_dim": 32,
-    "augment.mixup_alpha": 0.0,
+VALUES = FSDP_VALUES | {
+    "model.dropout_rate": 0.0,
+    "optimizer.sam_rho": 0.0,
     "optimizer.name": "muon",
-    "optimizer.learning_rate": 0.03,
-    "optimizer.weight_decay": 0.1,
-    "schedule.name": "constant",
     "total_steps": 6,
     "log_every_steps": 1,
     "eval_every_steps": 6,
