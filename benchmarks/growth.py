@@ -2,9 +2,9 @@
 
     python benchmarks/growth.py --output=docs/growth.png
 
-Each panel changes one size of mixer_nano4 on images of 32 px with batches of 32. The last one reads batches of 128 images of
-32 px from datasets in memory, over a whole epoch, so that the shuffling is counted too. Both axes are logarithmic: the dotted
-line is what grows in proportion. Takes five minutes on 2 CPU cores. Results: docs/performance.md
+Each panel changes one size of mixer_nano4 on images of 32 px with batches of 32; with hidden_dim, the width of the channel MLPs
+changes too. The last one reads batches of 128 images of 32 px from datasets in memory, over whole epochs, so that shuffling
+is counted too. Takes five minutes on 2 CPU cores. Results: docs/performance.md
 """
 
 import argparse
@@ -12,7 +12,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,15 +23,30 @@ from mlpmixer_flax.dataloader import TrainBatches, iterate, open_examples
 from mlpmixer_flax.inference.drawing import new_figure
 from mlpmixer_flax.training.speed import prepare, time_calls
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BASE = {"batch_size": 32}
-# What a panel changes -> a function from its size to the changed keys, and the sizes.
-SIZES: dict[str, tuple[Callable[[int], dict[str, Any]], Sequence[int]]] = {
-    "tokens (image size)": (lambda n: {"preprocess.image_size_px": 4 * round(n**0.5)}, (16, 64, 256, 1024)),
-    "blocks": (lambda n: {"model.num_blocks": n}, (2, 4, 8, 16, 32)),
-    "hidden_dim": (lambda n: {"model.hidden_dim": n, "model.channels_mlp_dim": 2 * n}, (64, 128, 256, 512)),
-    "batch_size": (lambda n: {"batch_size": n}, (1, 8, 32, 128, 512)),
+Results = dict[str, dict[str, list[list[float]]]]  # panel -> curve -> size -> times, sorted
+
+
+class Panel(NamedTuple):
+    """What one panel changes."""
+
+    sizes: Sequence[int]
+    power: int  # of the size, with which the time of an image may grow: the dotted line
+    changes: Callable[[int], dict[str, Any]] | None = None  # of the config; None = the number of images
+
+
+PANELS = {
+    "tokens": Panel((16, 64, 256, 1024), 1, lambda n: {"preprocess.image_size_px": 4 * round(n**0.5)}),
+    "blocks": Panel((2, 4, 8, 16, 32), 1, lambda n: {"model.num_blocks": n}),
+    "hidden_dim": Panel(
+        (64, 128, 256, 512), 2, lambda n: {"model.hidden_dim": n, "model.channels_mlp_dim": 2 * n}
+    ),
+    "images in a batch": Panel((1, 8, 32, 128, 512), 0, lambda n: {"batch_size": n}),
+    "images in the dataset": Panel((1_000, 10_000, 100_000, 1_000_000), 0),
 }
-NUM_IMAGES = (1_000, 10_000, 100_000, 1_000_000)
 
 
 def time_model(kind: str, changes: dict[str, Any]) -> list[float]:
@@ -43,7 +58,7 @@ def time_model(kind: str, changes: dict[str, Any]) -> list[float]:
 
 
 def time_reading(num_images: int) -> list[float]:
-    """Returns microseconds per image, reading a whole epoch or a million images, five times."""
+    """Returns microseconds per image of five epochs, sorted."""
     source = dataclasses.replace(open_examples("digits", "train").source, records=range(num_images))
     examples = dataclasses.replace(
         open_examples("digits", "train"),
@@ -62,40 +77,53 @@ def time_reading(num_images: int) -> list[float]:
     return sorted(times)
 
 
+def measure() -> Results:
+    """Measures all panels and prints them."""
+    results: Results = {}
+    for name, panel in PANELS.items():
+        for kind in ("training", "inference") if panel.changes else ("reading",):
+            unit = "ms" if panel.changes else "µs"
+            print(f"{name}, {kind}, {unit} per image (lowest to highest of five):")
+            curve = results.setdefault(name, {}).setdefault(kind, [])
+            for size in panel.sizes:
+                times = time_model(kind, panel.changes(size)) if panel.changes else time_reading(size)
+                curve.append(times)
+                print(
+                    f"  {size:>9,}  {statistics.median(times):.3g} ({times[0]:.3g} to {times[-1]:.3g})",
+                    flush=True,
+                )
+            jax.clear_caches()
+    return results
+
+
+def draw(results: Results) -> "Figure":
+    """Returns a panel for each size, with logarithmic axes."""
+    figure = new_figure(5, "Time per image as one size grows; dotted: the growth that the design allows")
+    axes = figure.subplots(2, 3).flat
+    for ax, (name, panel) in zip(axes, PANELS.items(), strict=False):
+        for kind, curve in results[name].items():
+            medians = [statistics.median(times) for times in curve]
+            (line,) = ax.loglog(panel.sizes, medians, marker="o", label=kind)
+            allowed = [medians[0] * (size / panel.sizes[0]) ** panel.power for size in panel.sizes]
+            ax.loglog(panel.sizes, allowed, ":", color=line.get_color())
+        ax.set_xticks(panel.sizes, [str(n) if n < 1_000 else f"{n // 1_000}k" for n in panel.sizes])
+        ax.minorticks_off()
+        ax.set_xlabel(name)
+        ax.set_ylabel("ms per image" if panel.changes else "µs per image")
+        ax.set_ylim(ax.get_ylim()[0] / 2, ax.get_ylim()[1] * 5)
+        ax.legend(fontsize="small", loc="upper left")
+    figure.axes[-1].set_axis_off()  # there are fewer panels than places
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default="growth.png", metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()
-    figure = new_figure(2.8)
-    panels = figure.subplots(1, len(SIZES) + 1)
-    for panel, (name, (changes, sizes)) in zip(panels, SIZES.items(), strict=False):
-        for kind in ("training", "inference"):
-            times = [time_model(kind, changes(size)) for size in sizes]
-            print(f"{name}, {kind}, ms per image (lowest to highest of five):")
-            draw(panel, sizes, times, label=kind)
-            jax.clear_caches()
-        panel.set_title(name)
-    times = [time_reading(n) for n in NUM_IMAGES]
-    print("training images, reading, µs per image:")
-    draw(panels[-1], NUM_IMAGES, times, label="reading")
-    panels[-1].set_title("training images")
-    panels[0].set_ylabel("ms per image")
-    panels[-1].set_ylabel("µs per image")
-    panels[0].legend(fontsize="small")
-    figure.savefig(arguments.output, dpi=100)
+    draw(measure()).savefig(arguments.output, dpi=110)
     print(f"wrote {arguments.output}")
-
-
-def draw(panel: Any, sizes: Sequence[int], times: Sequence[list[float]], *, label: str) -> None:
-    """Draws and prints times by size; a dotted line grows in proportion from the first point."""
-    medians = [statistics.median(each) for each in times]
-    for size, each, median in zip(sizes, times, medians, strict=True):
-        print(f"  {size:>9,}  {median:.3g} ({each[0]:.3g} to {each[-1]:.3g})", flush=True)
-    (line,) = panel.plot(sizes, medians, marker="o", label=label)
-    panel.plot(sizes, [medians[0] * size / sizes[0] for size in sizes], ":", color=line.get_color())
-    panel.set_xscale("log"), panel.set_yscale("log")
 
 
 if __name__ == "__main__":
