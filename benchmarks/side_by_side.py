@@ -5,12 +5,11 @@
         --side="timm: /path/to/torch/venv/bin/python timm" \\
         --side="timm compiled: /path/to/torch/venv/bin/python timm-compiled"
 
-A side is a name, a colon, variables of the environment if it needs any, a Python interpreter, and what it measures: "ours"
-(with KEY=VALUE behind it to change the config), "plain" (the same, but dense layers multiply as Flax does by itself, and as
-those of the original do), "timm" or "timm-compiled". Two releases of JAX are two sides with the interpreters of two virtual
-environments. Other work on the machine slows all sides of a turn alike, so the ratios hold where the speeds themselves do
-not: a line has the median speed of each side, and the median, lowest and highest ratio of its turns to those of the first
-side. Results: docs/performance.md
+A side is a name, a colon, variables of the environment if it needs any, a Python interpreter, and what it measures:
+"ours" (with KEY=VALUE behind it to change the config), "timm" or "timm-compiled". Two releases of JAX are two sides with
+the interpreters of two virtual environments. Other work on the machine slows all sides of a turn alike, so the ratios hold
+where the speeds themselves do not: a line has the median speed of each side, and the median, lowest and highest ratio
+of its turns to those of the first side. Results: docs/performance.md
 """
 
 import argparse
@@ -30,7 +29,7 @@ from typing import Any
 from mlpmixer_flax import huge_pages
 
 TURN_SECONDS = 1.0
-LIBRARIES = ("ours", "plain", "timm", "timm-compiled")
+LIBRARIES = ("ours", "timm", "timm-compiled")
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,11 @@ def parse_side(text: str) -> Side:
 def prepare(words: Sequence[str], model: str, kind: str, batch_size: int) -> Callable[[int], object]:
     """Returns a function that runs what is measured n times."""
     library, *overrides = words
-    if library in ("ours", "plain"):
-        import jax
-
-        from mlpmixer_flax import models
+    if library == "ours":
         from mlpmixer_flax.benchmark import named_config
         from mlpmixer_flax.config import flatten, resolve
         from mlpmixer_flax.training.speed import prepare
 
-        if library == "plain":
-            models._matmul = jax.lax.dot_general
         config = named_config(model)
         for override in overrides:
             key, _, value = override.partition("=")
