@@ -56,7 +56,17 @@ _OMIHUB = {
     "augment.mix_probability": 0.5,
     "augment.label_smoothing": 0.1,
 }
-_OMIHUB_SOURCE = "[omihub777/MLP-Mixer-CIFAR](https://github.com/omihub777/MLP-Mixer-CIFAR), README"
+# Source, accuracy, and what else is reported
+_OMIHUB_REPORTED = (
+    "[omihub777/MLP-Mixer-CIFAR](https://github.com/omihub777/MLP-Mixer-CIFAR), README",
+    90.83,
+    "0.67 M parameters, 300 epochs, 3 h 34 min on a P100",
+)
+_MODEL_ZOO = (
+    "[pclubiitk/model-zoo](https://github.com/pclubiitk/model-zoo/tree/master/classification/MLP-Mixer_PyTorch), README",
+    90.1,
+    "6,782,858 parameters, 80 epochs, 2 h 28 min 43 s",
+)
 
 # MDMLP: ymls/cifar10_sgd.yml of their repository. The weight decay of PyTorch's SGD goes through the momentum, so it
 # acts ten times as strongly as the same number here.
@@ -112,17 +122,13 @@ _TRAINED = {
     ),
     "nano_cifar10": Row(
         "CIFAR-10 from scratch, 0.67 M parameters, for a CPU: 100 epochs without strong augmentation",
-        _OMIHUB_SOURCE,
-        90.83,
-        "0.67 M parameters, 300 epochs, 3 h 34 min on a P100",
+        *_OMIHUB_REPORTED,
         config="nano_cifar10.py",
         remarks="A third of their epochs, with crops and mirror images only: see omihub777_nano for their recipe.",
     ),
     "omihub777_nano": Row(
         "CIFAR-10 from scratch, 0.67 M parameters, their recipe",
-        _OMIHUB_SOURCE,
-        90.83,
-        "0.67 M parameters, 300 epochs, 3 h 34 min on a P100",
+        *_OMIHUB_REPORTED,
         config="nano_cifar10.py",
         changes={**_OMIHUB, **_NANO},
         gpu=True,
@@ -131,9 +137,7 @@ _TRAINED = {
     ),
     "omihub777": Row(
         "the same with the sizes that their README gives: D_S 64, D_C 512",
-        _OMIHUB_SOURCE,
-        90.83,
-        "0.67 M parameters, 300 epochs, 3 h 34 min on a P100",
+        *_OMIHUB_REPORTED,
         config="nano_cifar10.py",
         changes={**_OMIHUB, "model.tokens_mlp_dim": 64, "model.channels_mlp_dim": 512},
         gpu=True,
@@ -142,9 +146,7 @@ _TRAINED = {
     ),
     "model_zoo": Row(
         "CIFAR-10 from scratch, 6.78 M parameters, patches of 4 x 8 px, 80 epochs",
-        "[pclubiitk/model-zoo](https://github.com/pclubiitk/model-zoo/tree/master/classification/MLP-Mixer_PyTorch), README",
-        90.1,
-        "6,782,858 parameters, 80 epochs, 2 h 28 min 43 s",
+        *_MODEL_ZOO,
         config="cifar10.py",
         changes={
             "model.patches.size": (4, 8),
@@ -159,9 +161,7 @@ _TRAINED = {
     ),
     "cifar10": Row(
         "the same task with the sizes of cifar10.py",
-        "[pclubiitk/model-zoo](https://github.com/pclubiitk/model-zoo/tree/master/classification/MLP-Mixer_PyTorch), README",
-        90.1,
-        "6,782,858 parameters, 80 epochs, 2 h 28 min 43 s",
+        *_MODEL_ZOO,
         config="cifar10.py",
         gpu=True,
         remarks="Ours has 6,533,642 parameters, and patches of 4 px.",

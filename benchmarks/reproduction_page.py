@@ -1,4 +1,8 @@
-"""Writes docs/reproduction.md: published figures beside ours. Its text follows from figures.py and measured.jsonl alone."""
+"""Writes docs/reproduction.md, published figures beside ours: python benchmarks/reproduction_page.py
+
+The text follows from figures.py and measured.jsonl alone. `reproduce.py` adds a result and writes the page; this command
+writes it again, after one of the two files was changed by hand.
+"""
 
 import json
 import statistics
@@ -38,9 +42,9 @@ The first command shows which rows can run on your machine, and runs nothing. "A
 and that do not need a GPU if there is none.
 
 "Published" is the accuracy on the test split as its authors report it (ImageNet: the validation split). "Ours" is the mean of n
-runs with different seeds, each at its end, of all test images. Rows without a figure of ours have not been run, because what they
-need was not there. Their way from the data and weights to this page is tested with shrunken stand-ins of the same layout
-(tests/test_reproduce.py).
+runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured: what the row needs, or
+the time, was not there. The way of such a row from data and weights to this page is tested with shrunken stand-ins of the same
+layout (tests/test_reproduce.py).
 """
 
 
@@ -56,6 +60,10 @@ def record(result: Result) -> None:
     results = sorted([*others, result], key=lambda each: (order.get(each["row"], -1), each["seed"]))
     with replacing(MEASURED) as file:
         file.write("".join(json.dumps(each) + "\n" for each in results).encode())
+    write_page(results)
+
+
+def write_page(results: Sequence[Result]) -> None:
     with replacing(PAGE) as file:
         file.write(page(results).encode())
 
@@ -132,3 +140,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    write_page(read_measured())
