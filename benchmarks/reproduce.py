@@ -20,21 +20,19 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import flax
 import jax
 from figures import ROWS, Row
+from machine import hardware, is_jpeg_copy, versions
 from reproduction_page import PAGE, Result, as_text, needed, read_measured, record, summarize
 
-from mlpmixer_flax import UserError, __version__, evaluate, get_dataset_info, train
+from mlpmixer_flax import UserError, evaluate, get_dataset_info, train
+from mlpmixer_flax.atomic import replacing, write_json
 from mlpmixer_flax.cli import exit_status, leave, path
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, ConfigDict
-from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.huge_pages import use_huge_pages
 from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.training.configfile import load_config
@@ -147,7 +145,17 @@ def run(task: Task) -> int:
 
 
 def result_of(task: Task) -> Result:
-    """Returns what a finished run measured, as a line of measured.jsonl."""
+    """Returns what a finished run measured; stored in the run, with the machine and the day on which it ended."""
+    file = task.run / "result.json"
+    if task.is_trial or not file.exists():
+        result = measure(task)
+        with replacing(file) as opened:
+            write_json(opened, result)
+    return json.loads(file.read_text())
+
+
+def measure(task: Task) -> Result:
+    """Returns the result of a run that has just ended, as a line of measured.jsonl."""
     result = {"row": task.name, "seed": task.seed}
     if task.row.weights:
         scores = json.loads((task.run / "scores.json").read_text())
@@ -165,35 +173,10 @@ def result_of(task: Task) -> Result:
     dataset, data_dir, _ = needs_of(task)
     return result | {
         "hardware": hardware(),
-        "versions": f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, "
-        f"mlpmixer-flax {__version__}",
+        "versions": versions(),
         "data": "JPEG copy" if is_jpeg_copy(dataset, data_dir) else "",
         "date": f"{datetime.date.today()}",
     }
-
-
-def hardware() -> str:
-    """Returns the devices in words: "2 cores of AMD EPYC 7B13", "4 x NVIDIA H100"."""
-    count, device = jax.device_count(), jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{count} x {device.device_kind}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    cores = f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
-    return cores + (f", {count} devices" if count > 1 else "")
-
-
-def is_jpeg_copy(dataset: str, data_dir: str) -> bool:
-    """Returns whether images that are officially without loss are stored as JPEG files here."""
-    if dataset not in ("cifar10", "mnist"):
-        return False
-    import tensorflow_datasets as tfds
-
-    source = load_builder(dataset, data_dir).as_data_source(
-        "test", decoders={"image": tfds.decode.SkipDecoding()}
-    )
-    return source[0]["image"].startswith(b"\xff\xd8")
 
 
 def show_table(tasks: Sequence[Task]) -> None:
@@ -262,6 +245,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for word in arguments.overrides:
         if not word.startswith("--config."):
             parser.error(f"unrecognized argument: {word}")
+    if arguments.seeds < 1:
+        parser.error(f"--seeds={arguments.seeds} must be at least 1")
     for name in arguments.rows:
         if name not in (*ROWS, "all"):
             parser.error(f"no row {name!r}: without a ROW, the command lists them")

@@ -22,7 +22,7 @@ from mlpmixer_flax.weights.download import cache_file
 from mlpmixer_flax.weights.files import write_safetensors
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-MODULES = ("figures", "reproduction_page", "reproduce")
+MODULES = ("figures", "machine", "reproduction_page", "reproduce")
 TINY = ["--config.model.hidden_dim=8", "--config.model.tokens_mlp_dim=6", "--config.model.channels_mlp_dim=8"]
 
 
@@ -169,6 +169,7 @@ def test_without_a_row_the_table_says_what_is_missing_and_nothing_is_run(program
     [
         (["nothing"], "no row 'nothing'"),
         (["mnist", "--device=3"], "unrecognized argument: --device=3"),
+        (["digits", "--seeds=0"], "at least 1"),
         (["mnist"], "mnist"),  # the dataset is not prepared
         (["digits", "mnist"], "mnist"),  # before anything runs
         (["digits", "--config.total_stepz=3"], "total_stepz"),
@@ -189,8 +190,10 @@ def test_help_fits_80_columns_and_its_examples_are_parsed(program, capsys, monke
         program.parse(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and max(map(len, text.splitlines())) <= 80
-    examples = [line.split()[2:] for line in text.partition("examples:\n")[2].splitlines() if line]
-    assert len(examples) == 3 and all(program.parse(words).rows for words in examples)
+    head = sys.modules["reproduction_page"].HEAD  # the top of the page has examples, too
+    shown = text.partition("examples:\n")[2] + head.partition("```")[2].partition("```")[0]
+    examples = [line.split()[2:] for line in shown.splitlines() if "python benchmarks/reproduce.py" in line]
+    assert len(examples) == 6 and sum(bool(program.parse(words).rows) for words in examples) == 5
 
 
 def test_a_result_takes_the_place_of_an_earlier_one_and_the_page_shows_mean_and_spread(program, tmp_path):
