@@ -79,29 +79,27 @@ class Task:
         return load_config(self.row.config, self.changes)
 
 
-def needs_of(task: Task) -> tuple[str, str, str]:
-    """Returns the dataset of a task, its TFDS directory, and its weights; "" = none."""
+def open_dataset(task: Task) -> None:
+    """Raises UserError if the dataset of a task cannot be opened."""
     if task.row.weights:
-        return task.imagenet, "", task.row.weights
-    return task.config.dataset, task.config.data_dir, task.config.init_from
+        get_dataset_info(task.imagenet, "validation")
+    else:
+        get_dataset_info(task.config.dataset, task.config.train_split, data_dir=task.config.data_dir)
 
 
-def split_of(task: Task) -> str:
-    """Returns the split of the dataset that a task opens first."""
-    return "validation" if task.row.weights else task.config.train_split
+def weights_of(task: Task) -> str:
+    """Returns the name of the weights that a task evaluates or starts from; "" = none."""
+    return task.row.weights or task.config.init_from
 
 
 def missing(task: Task) -> list[str]:
     """Returns what a task needs and this machine does not have, in words."""
-    dataset, data_dir, weights = needs_of(task)
     absent = []
     try:
-        get_dataset_info(
-            dataset, task.row.weights and "validation" or task.config.train_split, data_dir=data_dir
-        )
+        open_dataset(task)
     except UserError:
-        absent.append(dataset)
-    if weights in PUBLISHED and not is_cached(weights):
+        absent.append(task.imagenet if task.row.weights else task.config.dataset)
+    if (weights := weights_of(task)) in PUBLISHED and not is_cached(weights):
         absent.append("weights")
     if task.row.gpu and jax.default_backend() == "cpu":
         absent.append("GPU")
@@ -126,22 +124,23 @@ def check(task: Task) -> None:
     """Makes sure that a task can begin, and downloads its weights.
 
     Raises:
-      UserError: its dataset cannot be opened, or its weights cannot be had.
+      UserError: its dataset cannot be opened, its weights cannot be had, or a config is changed that it does not have.
     """
-    dataset, data_dir, weights = needs_of(task)
-    get_dataset_info(
-        dataset, "validation" if task.row.weights else task.config.train_split, data_dir=data_dir
-    )
-    if weights:
+    if task.row.weights and task.overrides:
+        raise UserError(f"{task.name} evaluates weights and has no config: leave out {task.overrides[0]}")
+    open_dataset(task)
+    if weights := weights_of(task):
         find(weights)
 
 
 def run(task: Task) -> int:
     """Trains or evaluates a task to its end, and returns the exit status of the program that did."""
-    if task.row.weights:
-        split = ["--split=validation", f"--dataset={task.imagenet}"]
-        return evaluate.main([f"--weights={task.row.weights}", *split, f"--output={task.run}"])
-    return train.main([f"--config={task.row.config}", f"--workdir={task.run}", *task.changes])
+    if not task.row.weights:
+        return train.main([f"--config={task.row.config}", f"--workdir={task.run}", *task.changes])
+    if (task.run / "result.json").exists():
+        return 0
+    split = ["--split=validation", f"--dataset={task.imagenet}"]
+    return evaluate.main([f"--weights={task.row.weights}", *split, f"--output={task.run}"])
 
 
 def result_of(task: Task) -> Result:
@@ -159,7 +158,7 @@ def measure(task: Task) -> Result:
     result = {"row": task.name, "seed": task.seed}
     if task.row.weights:
         scores = json.loads((task.run / "scores.json").read_text())
-        result |= {"accuracy": 100 * scores["accuracy"], "first": 0.0, "minutes": 0.0}
+        result |= {"accuracy": 100 * scores["accuracy"], "first": 0.0, "minutes": 0.0, "data": ""}
     else:
         rows = read_metrics(task.run / "metrics.jsonl")
         scores = [100 * score.value for row in rows if (score := score_of(row))]
@@ -170,11 +169,11 @@ def measure(task: Task) -> Result:
             for row, step, before in zip(timed, steps[1:], steps, strict=False)
         )
         result |= {"accuracy": scores[-1], "first": scores[0], "minutes": seconds / 60}
-    dataset, data_dir, _ = needs_of(task)
+        lossy = is_jpeg_copy(task.config.dataset, task.config.data_dir)
+        result |= {"data": "JPEG copy" if lossy else ""}
     return result | {
         "hardware": hardware(),
         "versions": versions(),
-        "data": "JPEG copy" if is_jpeg_copy(dataset, data_dir) else "",
         "date": f"{datetime.date.today()}",
     }
 

@@ -170,6 +170,7 @@ def test_without_a_row_the_table_says_what_is_missing_and_nothing_is_run(program
         (["nothing"], "no row 'nothing'"),
         (["mnist", "--device=3"], "unrecognized argument: --device=3"),
         (["digits", "--seeds=0"], "at least 1"),
+        (["sam_b16", "--config.seed=3"], "leave out --config.seed=3"),
         (["mnist"], "mnist"),  # the dataset is not prepared
         (["digits", "mnist"], "mnist"),  # before anything runs
         (["digits", "--config.total_stepz=3"], "total_stepz"),
@@ -352,6 +353,9 @@ def test_published_weights_are_scored_on_imagenet(program, name, tmp_path, monke
         if f"`{name}`" in line
     )
     assert "| 75.00 (n = 1) | imagenet2012, `" in line
+    capsys.readouterr()
+    assert program.main([name, "--imagenet=folder:imagenet"]) == 0
+    assert "top-1" not in capsys.readouterr().out  # it is not evaluated again
 
 
 def test_all_evaluated_rows_are_tested(program):
