@@ -12,7 +12,7 @@ score is also given for the mean of the logits of an image and its mirror image 
 lever that gains more than twice the standard deviation of the base is used together with the others, also for three times
 as many epochs.
 
-All levers run with the first seed before any runs with the second. A run takes 2 to 5 minutes on one busy core (SAM twice,
+All levers run with the first seed before any runs with the second. A run takes about a minute of processor time (SAM twice,
 patches of 2 px four times as much). FOLDER/table.md is written after each run. Finished runs in FOLDER are not run again, and
 an interrupted one continues. Results: docs/recipes.md
 """

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -243,7 +244,8 @@ def test_a_result_is_what_the_run_measured_at_its_end(program, tmp_path, capsys)
 def test_an_interrupted_row_continues_with_the_same_command(program, tmp_path, capsys):
     longer = "--config.total_steps=4000"
     command = [sys.executable, str(tmp_path / "benchmarks" / "reproduce.py"), "digits", longer]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout
         next(line for line in process.stdout if line.startswith("step 5/"))
         process.send_signal(signal.SIGTERM)
