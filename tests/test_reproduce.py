@@ -38,7 +38,8 @@ def program(tmp_path, monkeypatch):
     with (copy / "figures.py").open("a") as file:  # a row that can run anywhere
         file.write(
             'ROWS["digits"] = Row("digits", "nowhere", 50.0, "1 epoch", first=40.0, config="digits.py", changes='
-            '{"total_epochs": 2.0, "model.num_blocks": 1, "augment.mixup_alpha": 0.0, "eval_every_epochs": 1.0, "log_every_steps": 5})\n'
+            '{"total_epochs": 2.0, "model.num_blocks": 1, "augment.mixup_alpha": 0.0, "eval_every_epochs": 1.0, '
+            '"log_every_steps": 5})\n'
         )
     monkeypatch.syspath_prepend(str(copy))
     monkeypatch.chdir(tmp_path)
