@@ -21,6 +21,7 @@ from mlpmixer_flax.training import continuing, launch, sharding
 from mlpmixer_flax.training.advice import advising
 from mlpmixer_flax.training.begin import agree_on_workdir, begin
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
+from mlpmixer_flax.training.compiling import Steps, compile_steps
 from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
 from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
@@ -28,7 +29,7 @@ from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.multi_label import evaluate_multi_label
 from mlpmixer_flax.training.processes import ending_all, from_lead, is_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
-from mlpmixer_flax.training.setup import Setup, Steps, compile_steps
+from mlpmixer_flax.training.setup import Setup
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import PreviewStep, TrainState
 from mlpmixer_flax.training.tracker import Tracker
