@@ -1,6 +1,7 @@
-"""Compiles the functions of a run for its shapes, all at the same time."""
+"""Compiles the functions of a run for its shapes and sizes, all at the same time."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ class Steps:
     """The compiled functions of a run, and the state from which it starts."""
 
     state: TrainState
-    update: TrainStep
-    score: EvalStep
+    updates: Mapping[int, TrainStep]  # by the side of the images in px
+    scores: Mapping[int, EvalStep]
     preview: PreviewStep | None  # None if the run continues
 
 
@@ -43,16 +44,16 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
             "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
         }
 
-    def compile_update() -> TrainStep:
-        update, batch = setup.update, batch_of(setup.train_batches.examples)
+    def compile_update(update: TrainStep) -> TrainStep:
+        batch = batch_of(setup.train_batches.examples)
         if jax.process_count() > 1:
             update = agreeing(update)
             batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
         update = jax.jit(update, donate_argnums=0, out_shardings=(setup.placements, everywhere))
         return update.lower(setup.like, batch).compile()
 
-    def compile_score() -> EvalStep:
-        score = jax.jit(setup.score, out_shardings=everywhere)
+    def compile_score(score: EvalStep) -> EvalStep:
+        score = jax.jit(score, out_shardings=everywhere)
         return score.lower(setup.like.eval_params, batch_of(setup.test_batches.examples)).compile()
 
     def compile_preview() -> PreviewStep:
@@ -64,9 +65,15 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
 
     # The main thread only waits, so that Ctrl-C can interrupt it.
     with ThreadPoolExecutor() as pool:
-        started_state, update = pool.submit(start), pool.submit(compile_update)
-        score = pool.submit(compile_score)
+        started_state = pool.submit(start)
+        updates = {size_px: pool.submit(compile_update, each) for size_px, each in setup.updates.items()}
+        scores = {size_px: pool.submit(compile_score, each) for size_px, each in setup.scores.items()}
         preview = pool.submit(compile_preview) if state is None else None
-    steps = Steps(started_state.result(), update.result(), score.result(), preview and preview.result())
+    steps = Steps(
+        started_state.result(),
+        {size_px: update.result() for size_px, update in updates.items()},
+        {size_px: score.result() for size_px, score in scores.items()},
+        preview and preview.result(),
+    )
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
     return steps

@@ -22,6 +22,7 @@ from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.multi_label import make_multi_label_step
 from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
+from mlpmixer_flax.training.resolutions import models_by_size
 from mlpmixer_flax.training.step import (
     PreviewStep,
     TrainState,
@@ -49,9 +50,20 @@ class Setup:
     mesh: jax.sharding.Mesh
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
-    update: TrainStep  # (state, batch) -> (state, metrics)
-    score: EvalStep  # (parameters, batch) -> sums over the batch; rows, if images may have several labels
+    updates: Mapping[int, TrainStep]  # by size in px: (state, batch) -> (state, metrics)
+    # By size in px: (parameters, batch) -> sums over the batch; rows, if images may have several labels
+    scores: Mapping[int, EvalStep]
     preview: PreviewStep  # first batch -> images as the first update sees them
+
+    @property
+    def update(self) -> TrainStep:
+        """The update with images of the model's own size."""
+        return self.updates[self.input_shape[0]]
+
+    @property
+    def score(self) -> EvalStep:
+        """The evaluation with images of the model's own size."""
+        return self.scores[self.input_shape[0]]
 
     @cached_property
     def like(self) -> TrainState:
@@ -146,6 +158,7 @@ def make_setup(config: ConfigDict) -> Setup:
     optimizer = make_optimizer(config, schedule)
     make_score = make_multi_label_step if info["multi_label"] else make_eval_step
     cropped = train_batches.examples.cropped
+    models = models_by_size(model, config)
     return Setup(
         config=config,
         class_names=info["class_names"],
@@ -163,17 +176,23 @@ def make_setup(config: ConfigDict) -> Setup:
             save_every=in_steps(config, "save_every", steps_per_epoch),
         ),
         init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
-        update=make_train_step(
-            model,
-            optimizer,
-            schedule,
-            config,
-            mesh=mesh,
-            cropped=cropped,
-            class_weights=class_weights,
-            multi_label=info["multi_label"],
-        ),
-        score=make_score(model, config, mesh=mesh, cropped=test_batches.examples.cropped),
+        updates={
+            size_px: make_train_step(
+                resized,
+                optimizer,
+                schedule,
+                config,
+                mesh=mesh,
+                cropped=cropped,
+                class_weights=class_weights,
+                multi_label=info["multi_label"],
+            )
+            for size_px, resized in models.items()
+        },
+        scores={
+            size_px: make_score(resized, config, mesh=mesh, cropped=test_batches.examples.cropped)
+            for size_px, resized in models.items()
+        },
         preview=make_preview_step(config, num_classes=info["num_classes"], mesh=mesh, cropped=cropped),
     )
 
