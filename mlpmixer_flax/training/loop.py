@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate
 from mlpmixer_flax.remote import shown
-from mlpmixer_flax.run_weights import score_of
+from mlpmixer_flax.run_weights import score_of, sized
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, sharding
@@ -257,8 +257,8 @@ def _evaluate(
     for size_px, (of_size, _) in found.items():
         if len(setup.class_names) <= 5:
             of_size.pop("accuracy_top5", None)  # it would always be 1
-        suffix = "" if size_px == own_px else f"_{size_px}px"
-        scores |= {f"{setup.scored}/{name}{suffix}": value for name, value in of_size.items()}
+        named = {f"{setup.scored}/{name}": value for name, value in of_size.items()}
+        scores |= named if size_px == own_px else {sized(name, size_px): each for name, each in named.items()}
     scores |= _skipped(setup, setup.scored, setup.test_batches)
     return scores, dict(zip(setup.class_names, found[own_px][1].tolist(), strict=True))
 

@@ -1,19 +1,21 @@
 """Trains one model for several resolutions: each update has images of one size, and adapts the token mixing to it."""
 
+import re
+import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.optimizer import Params
-from mlpmixer_flax.weights.tokens import Transform, resampled
+from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
 MAX_SIZES = 16
+_AT_SIZE = re.compile(r".*/(?P<score>\w+)_(?P<size_px>\d+)px")  # a name of `run_weights.sized`
 
 
 def sizes_of(config: ConfigDict) -> tuple[int, ...]:
@@ -83,26 +85,26 @@ class ResizedMixer:
     def __init__(self, model: MlpMixer, own_px: int, size_px: int, *, interpolation: str):
         self.num_classes = model.num_classes
         self._model, self._size_px, self._interpolation = model, size_px, interpolation
-        height, width = model.patches["size"]
         # Made here and not while `apply` is traced, so that they are constants of the compiled program.
-        self._transforms: dict[str, Transform] = resampled(
-            (own_px // height, own_px // width), (size_px // height, size_px // width)
-        )
+        self._transforms = resampled(grid_of(model, own_px), grid_of(model, size_px))
 
     def apply(self, variables: Mapping[str, Params], images: jax.Array, **options: Any) -> jax.Array:
-        """Returns the logits of images float32 (n, own size, own size, c), as `MlpMixer.apply`."""
+        """Returns the logits of images float32 (n, own size, own size, c); arguments are those of `MlpMixer.apply`."""
         n, _, _, channels = images.shape
-        shape = (n, self._size_px, self._size_px, channels)
-        images = jax.image.resize(images, shape, self._interpolation)
-        return self._model.apply({"params": self._resample(variables["params"])}, images, **options)
+        images = jax.image.resize(images, (n, self._size_px, self._size_px, channels), self._interpolation)
+        with jax.default_matmul_precision("highest"):  # GPUs and TPUs round the factors otherwise
+            params = with_tokens(variables["params"], self._transforms)
+        return cast(jax.Array, self._model.apply({"params": params}, images, **options))
 
-    def _resample(self, params: Params) -> Params:
-        flat = flatten_dict(params, sep="/")
-        with jax.default_matmul_precision(
-            "highest"
-        ):  # as in numpy; GPUs and TPUs round the factors otherwise
-            for name in flat:
-                block, _, parameter = name.partition("/token_mixing/")
-                if parameter in self._transforms:
-                    flat[name] = self._transforms[parameter](flat[name])
-        return unflatten_dict(flat, sep="/")
+
+def split_sizes(scores: Mapping[str, float]) -> tuple[dict[str, float], str]:
+    """Returns the scores of the model's own size, and text about the others: "  accuracy at 16 px 0.5412, 24 px 0.5302"."""
+    own, others = {}, {}
+    for name, score in scores.items():
+        if found := _AT_SIZE.fullmatch(name):
+            others.setdefault(found["score"], []).append(f"{found['size_px']} px {score:.4f}")
+        else:
+            own[name] = score
+    score = "mean_average_precision" if "mean_average_precision" in others else "accuracy"
+    text = f"{score.replace('_', ' ')} at {', '.join(others.get(score, []))}"
+    return own, textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ") if others else ""
