@@ -1,25 +1,30 @@
-"""Compares one Mixer for five image sizes with five Mixers for one size each, on CIFAR-10.
+"""Compares one Mixer for five image sizes with five Mixers for one size each, on the digits and on CIFAR-10.
 
-    python benchmarks/flexible.py --workdir=FOLDER
+    python benchmarks/flexible.py digits --workdir=FOLDER
+    python benchmarks/flexible.py cifar10 --workdir=FOLDER
 
-All have the same architecture (4 blocks of width 48, patches of 4 px: 66,000 parameters at 32 px), images, updates and
-learning rate. They are trained for 1,000 updates of 128 images, on 10,000 training images, and scored on the 10,000 test
+All models of a dataset have the same architecture, training images, updates and learning rate, and are scored on all test
 images:
 
-- flexible: one model, configs/flexible_cifar10.py, for 16, 24, 32, 48 and 64 px
+- flexible: one model for all five sizes
 - specialist: one model per size
-- resampled: the specialist for 32 px, with its token mixing resampled to the other sizes and not trained further
-- made flexible: the specialist for 32 px, after 3 more epochs (234 updates) with all sizes
+- resampled: the specialist for the stored size, with its token mixing resampled to the others and not trained further
+- made flexible: the same specialist, after 3 more epochs with all sizes
 
-A seed takes about 35 minutes of one CPU core; two seeds are run. FOLDER/results.json has the scores of finished runs,
-which are not run again; a run that was interrupted continues. The table is printed, and the picture FOLDER/flexible.png
-drawn, after each run. Results: docs/resolutions.md
+`digits`: configs/digits.py, 671 updates of 64 images, three seeds. Stored are 8 px.
+`cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
+images, on 10,000 of the training images, two seeds. Stored are 32 px.
+
+On one CPU core, a seed of digits takes about 5 minutes, and one of cifar10 about 35. After each run the table is printed,
+and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
+that was interrupted continues. Results: docs/resolutions.md
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,135 +35,140 @@ from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.inference.load import load_run
 
-SIZES, OWN, SEEDS = (16, 24, 32, 48, 64), 32, (0, 1)
-COMMON: dict[str, Any] = {
-    "train_split": "train[:10000]",
-    "model.num_blocks": 4,
-    "model.hidden_dim": 48,
-    "model.tokens_mlp_dim": 48,
-    "model.channels_mlp_dim": 96,
-    "total_steps": 1000,
-    "schedule.warmup_steps": 50,
-    "log_every_steps": 100,
-    "eval_every_epochs": 0.0,
-    "save_every_steps": 50,
-}
-FINETUNING = {
-    "total_steps": 0,
-    "total_epochs": 3.0,
-    "schedule.warmup_steps": 20,
-    "optimizer.learning_rate": 1e-3,
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained; `finetuning` changes `changes` for the model that is made flexible."""
+
+    config: str
+    sizes: tuple[int, ...]  # in px
+    seeds: tuple[int, ...]
+    changes: dict[str, Any]
+    finetuning: dict[str, Any]
+
+
+_END_ONLY = {"log_every_steps": 100, "eval_every_epochs": 0.0, "save_every_steps": 50}
+_THREE_EPOCHS = {"total_steps": 0, "total_epochs": 3.0, "optimizer.learning_rate": 1e-3}
+EXPERIMENTS = {
+    "digits": Experiment(
+        config="digits.py",
+        sizes=(4, 6, 8, 12, 16),
+        seeds=(0, 1, 2),
+        changes=_END_ONLY,
+        finetuning=_THREE_EPOCHS,
+    ),
+    "cifar10": Experiment(
+        config="flexible_cifar10.py",
+        sizes=(16, 24, 32, 48, 64),
+        seeds=(0, 1),
+        changes={
+            **_END_ONLY,
+            "train_split": "train[:10000]",
+            "model.num_blocks": 4,
+            "model.hidden_dim": 48,
+            "model.tokens_mlp_dim": 48,
+            "model.channels_mlp_dim": 96,
+            "total_steps": 1000,
+            "schedule.warmup_steps": 50,
+        },
+        finetuning={**_THREE_EPOCHS, "schedule.warmup_steps": 20},
+    ),
 }
 KINDS = ("specialist", "flexible", "resampled", "made flexible")
 
 Results = dict[str, dict[str, float]]  # "flexible, seed 0" -> size in px -> accuracy in %
 
 
-def train(workdir: Path, **changes: Any) -> dict[str, float]:
+def train(experiment: Experiment, workdir: Path, **changes: Any) -> dict[str, float]:
     """Trains a run to its end, or continues it; returns its accuracies in %, by size in px."""
-    config = load_config("flexible_cifar10.py", {**COMMON, **changes})
+    config = load_config(experiment.config, {**experiment.changes, **changes})
     scores, own = fit(config, workdir), config.preprocess.image_size_px
     suffixes = {size: "" if size == own else f"_{size}px" for size in config.resolutions_px or (own,)}
     return {str(size): 100 * scores[f"test/accuracy{suffix}"] for size, suffix in suffixes.items()}
 
 
-def experiment(workdir: Path, done: Results) -> Iterator[Results]:
+def run(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Results]:
     """Runs what is not done; yields the accuracies of each new run by its name, the most telling runs first."""
-    for seed in SEEDS:
-
-        def folder(kind: str, seed: int = seed) -> Path:
-            return workdir / f"{kind.replace(' ', '_')}-seed{seed}"
-
-        def name(kind: str, seed: int = seed) -> str:
-            return f"{kind}, seed {seed}"
-
-        def specialist(size: int, seed: int = seed) -> dict[str, float]:
-            changes = {"preprocess.image_size_px": size, "resolutions_px": ()}
-            return train(folder(f"specialist {size}"), seed=seed, **changes)
-
-        if name("flexible") not in done:
-            yield {name("flexible"): train(folder("flexible"), seed=seed)}
-        for size in (OWN, *(size for size in SIZES if size != OWN)):
-            if str(size) not in done.get(name("specialist"), {}):
-                scores = {**done.get(name("specialist"), {}), **specialist(size)}
-                yield {name("specialist"): scores}
-            if size == OWN and name("resampled") not in done:
-                model = load_run(folder(f"specialist {OWN}"))
-                sized = {size: model if size == OWN else resampled(model, size) for size in SIZES}
-                yield {name("resampled"): {str(size): accuracy(each) for size, each in sized.items()}}
-            if size == OWN and name("made flexible") not in done:
-                changes = {**FINETUNING, "init_from": str(folder(f"specialist {OWN}"))}
-                yield {name("made flexible"): train(folder("made flexible"), seed=seed, **changes)}
+    sizes, stored = experiment.sizes, load_config(experiment.config).preprocess.image_size_px
+    for seed in experiment.seeds:
+        names = {kind: f"{kind}, seed {seed}" for kind in KINDS}
+        of_stored = workdir / f"specialist_{stored}-seed{seed}"
+        if names["flexible"] not in done:
+            folder = workdir / f"flexible-seed{seed}"
+            yield {names["flexible"]: train(experiment, folder, seed=seed, resolutions_px=sizes)}
+        for size in (stored, *(size for size in sizes if size != stored)):
+            before = done.get(names["specialist"], {})
+            if str(size) not in before:
+                folder, changes = (
+                    workdir / f"specialist_{size}-seed{seed}",
+                    {"preprocess.image_size_px": size},
+                )
+                scores = train(experiment, folder, seed=seed, resolutions_px=(), **changes)
+                yield {names["specialist"]: {**before, **scores}}
+            if size == stored and names["resampled"] not in done:
+                model = load_run(of_stored)
+                sized = {size: model if size == stored else resampled(model, size) for size in sizes}
+                yield {names["resampled"]: {str(size): accuracy(each) for size, each in sized.items()}}
+            if size == stored and names["made flexible"] not in done:
+                changes = {**experiment.finetuning, "init_from": str(of_stored)}
+                folder = workdir / f"made_flexible-seed{seed}"
+                scores = train(experiment, folder, seed=seed, resolutions_px=sizes, **changes)
+                yield {names["made flexible"]: scores}
 
 
 def scores_of(done: Results, kind: str, size: int) -> list[float]:
     """Returns the accuracies of all seeds that are done."""
-    found = (done.get(f"{kind}, seed {seed}", {}).get(str(size)) for seed in SEEDS)
-    return [score for score in found if score is not None]
+    found = [scores for name, scores in sorted(done.items()) if name.startswith(f"{kind}, seed ")]
+    return [scores[str(size)] for scores in found if str(size) in scores]
 
 
-def table(done: Results) -> list[str]:
+def table(sizes: Sequence[int], done: Results) -> list[str]:
     """Returns a row per size: the mean over the seeds that are done and, if there are several, each."""
 
     def cell(kind: str, size: int) -> str:
         scores = scores_of(done, kind, size)
-        each = f" ({', '.join(f'{score:.2f}' for score in scores)})" if len(scores) > 1 else ""
-        return f"{statistics.mean(scores):.2f}{each}" if scores else "–"
+        each = f" ({', '.join(f'{score:.1f}' for score in scores)})" if len(scores) > 1 else ""
+        return f"{statistics.mean(scores):.1f}{each}" if scores else "–"
 
-    return [
-        f"| size | tokens | {' | '.join(KINDS)} |",
-        f"|---|---|{'---|' * len(KINDS)}",
-        *(
-            f"| {size} px | {size // 4}x{size // 4} | {' | '.join(cell(kind, size) for kind in KINDS)} |"
-            for size in SIZES
-        ),
-    ]
+    rows = [f"| {size} px | {' | '.join(cell(kind, size) for kind in KINDS)} |" for size in sizes]
+    return [f"| size | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}", *rows]
 
 
-def picture(done: Results) -> Figure:
+def picture(sizes: Sequence[int], done: Results) -> Figure:
     """Returns the accuracies over the sizes: a line through the means of each kind, and a dot per seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for kind, marker in zip(KINDS, "sovD", strict=True):
-        found = {size: scores for size in SIZES if (scores := scores_of(done, kind, size))}
-        if not found:
-            continue
-        means = [statistics.mean(scores) for scores in found.values()]
-        (line,) = axes.plot(list(found), means, marker=marker, label=kind)
+        found = {size: scores for size in sizes if (scores := scores_of(done, kind, size))}
+        (line,) = axes.plot(
+            list(found), list(map(statistics.mean, found.values())), marker=marker, label=kind
+        )
         for size, scores in found.items():
             axes.plot([size] * len(scores), scores, ".", color=line.get_color(), alpha=0.5)
-    axes.set(xticks=SIZES, xlabel="side of the images, px", ylabel="test accuracy, %")
+    axes.set(xticks=sizes, xlabel="side of the images, px", ylabel="test accuracy, %")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
-
-
-def report(done: Results, workdir: Path) -> None:
-    """Writes the results and the picture, and prints the table."""
-    with replacing(workdir / "results.json") as file:
-        file.write(json.dumps(done, indent=1).encode())
-    picture(done).savefig(workdir / "flexible.png", dpi=110)
-    print("", *table(done), "", sep="\n", flush=True)
-
-
-def read(workdir: Path) -> Results:
-    """Returns the results of finished runs."""
-    file = workdir / "results.json"
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--workdir", type=Path, required=True, help="directory for runs; takes 100 MB")
-    workdir = parser.parse_args().workdir
+    arguments = parser.parse_args()
+    experiment, workdir = EXPERIMENTS[arguments.experiment], arguments.workdir / arguments.experiment
     workdir.mkdir(parents=True, exist_ok=True)
-    done = read(workdir)
-    for new in experiment(workdir, done):
+    file = workdir / "results.json"
+    done: Results = json.loads(file.read_text()) if file.exists() else {}
+    for new in run(experiment, workdir, done):
         done |= new
-        report(done, workdir)
-    report(done, workdir)
+        with replacing(file) as opened:
+            opened.write(json.dumps(done, indent=1).encode())
+        picture(experiment.sizes, done).savefig(workdir / "flexible.png", dpi=110)
+        print("", *table(experiment.sizes, done), "", sep="\n", flush=True)
+    print("", *table(experiment.sizes, done), sep="\n")
 
 
 if __name__ == "__main__":
