@@ -1,6 +1,8 @@
 """Tests one model that is trained for several resolutions: the draw of sizes, gradients, scores, resuming, devices."""
 
 import json
+import re
+import shutil
 from collections import Counter
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from jax.test_util import check_grads
+from test_docs import ROOT, run, words_of
 from test_processes import arguments, finish, rows, start_all, state_at
 
 from mlpmixer_flax import UserError, fit, load, load_config
@@ -27,9 +30,8 @@ SIZES = (4, 8, 16)
 CHANGES = {
     "resolutions_px": SIZES,
     "model.hidden_dim": 16,
-    "model.tokens_mlp_dim": 8,
     "model.channels_mlp_dim": 16,
-    "model.num_blocks": 1,
+    "model.num_blocks": 2,  # the model of `digits_run`
     "model.dropout_rate": 0.1,
     "augment.mixup_alpha": 0.0,  # slow to compile
     "augment.crop_padding_px": 1,
@@ -248,10 +250,27 @@ def test_a_size_that_the_model_does_not_know_is_said_or_refused(digits_run, caps
 
 
 def test_trained_weights_are_made_flexible(digits_run):
-    changes = {"init_from": str(digits_run), "model.num_blocks": 2, "model.tokens_mlp_dim": 32}
-    setup = make_setup(settle(config_with(**changes), {}))
+    setup = make_setup(settle(config_with(init_from=str(digits_run)), {}))
     state = start_state(setup, initial_params(setup))
     jax.tree.map(np.testing.assert_array_equal, state.params, read_weights(digits_run, "ema")[1])
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_do_what_they_say(digits_run, flexible, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(digits_run, tmp_path / "runs" / "digits")
+    page = (ROOT / "docs" / "resolutions.md").read_text()
+    blocks = re.findall(r"^```\n(python -m.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for command in "".join(blocks).replace("\\\n", "").splitlines():
+        program, options = words_of(command)
+        # With the small model that is compiled already
+        small = arguments({key: value for key, value in CHANGES.items() if key != "resolutions_px"})[1:]
+        assert run(program, [*options, *(small if program == "train" else [])]) == 0, command
+    assert "accuracy at 4 px 0." in capsys.readouterr().out
+    assert load("own_size.npz").preprocess["image_size_px"] == 8
+    ours = load("runs/any_size").at_size(16).params
+    jax.tree.map(np.testing.assert_array_equal, load("16px.safetensors").params, ours)
+    assert any("test/accuracy_16px" in row for row in rows(tmp_path / "runs" / "made_flexible"))
 
 
 def test_progress_shows_other_sizes_in_a_line_of_their_own():
