@@ -155,7 +155,7 @@ def compiled_between():
     """Names of what JAX compiles, noted from the start."""
     noted = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: (
+        lambda event, duration_secs, **kwargs: (
             noted.append(event) if event.endswith("backend_compile_duration") else None
         )
     )
