@@ -19,10 +19,9 @@ from mlpmixer_flax.evaluate import main as evaluate
 from mlpmixer_flax.export import main as export
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.run_weights import read_weights
-from mlpmixer_flax.training.compiling import start_state
 from mlpmixer_flax.training.report import TIMINGS
 from mlpmixer_flax.training.resolutions import ResizedMixer, models_by_size, size_of_update, split_sizes
-from mlpmixer_flax.training.setup import initial_params, make_setup, settle
+from mlpmixer_flax.training.setup import initial_params, make_setup, settle, start_state
 from mlpmixer_flax.weights.adapt import adapt
 from mlpmixer_flax.weights.tokens import resampled, with_tokens
 
