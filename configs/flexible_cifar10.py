@@ -2,7 +2,7 @@
 
     python -m mlpmixer_flax.train --config=configs/flexible_cifar10.py --workdir=runs/flexible
 
-Each update has images of one of these sizes. On average an update takes 1.6 times as long as one at 32 px. To make
+Each update has images of one of these sizes. On average they have 1.6 times the tokens of images of 32 px. To make
 trained weights flexible instead, start from them, with a short run and a lower learning rate:
 
     python -m mlpmixer_flax.train --config=configs/flexible_cifar10.py --workdir=runs/made_flexible \\

@@ -69,7 +69,7 @@ class Model:
     def at_size(self, size_px: int) -> Self:
         """Returns the model for images of another size, with its token-mixing weights resampled.
 
-        A model that was trained with `config.resolutions_px` is as good at these sizes; another one loses accuracy.
+        A model that was trained with `config.resolutions_px` is made for these sizes; another one loses accuracy.
         `scores` are those of this size, if the run measured them.
 
         Raises:
