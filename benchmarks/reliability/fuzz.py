@@ -185,7 +185,7 @@ def read_checksums(folder: Path, data: bytes) -> None:
     (folder / "default").mkdir()
     (folder / "default" / "a").write_bytes(b"a")
     write_checksums(folder)
-    (folder / "sha256.json").write_bytes(data)
+    (folder / "xxh3_128.json").write_bytes(data)
     with contextlib.suppress(ValueError):  # both of its callers take it for a damaged checkpoint
         check_files(folder, "default")
 
@@ -255,7 +255,7 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], None]]] = {
     "scores of a checkpoint": (as_json(METRICS[1]), read_scores),
     "data.json": (as_json(DATA), read_data_record),
     "unlogged.json": (as_json({"5": [{"loss": 2.5}]}), read_unlogged),
-    "sha256.json": (as_json({"default/a": "ca97"}), read_checksums),
+    "xxh3_128.json": (as_json({"default/a": "ca97"}), read_checksums),
     "config.json of timm": (as_json(TIMM_CONFIG), read_hub_model),
     "images": (image_files(), read_image),
     "names in a folder": (
