@@ -282,7 +282,7 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path, capsys, part):
     save(tmp_path / "run", {1: 0.5, 2: 0.9})
     random = np.random.default_rng(0)
     files = files_with_content(tmp_path / "run" / "checkpoints" / "2" / part)
-    assert len(files) >= 2
+    assert len(files) >= (1 if part == "metrics" else 2)  # Orbax 0.12.0 writes one file of metrics
     for file in files:
         data = bytearray(file.read_bytes())
         data[random.integers(len(data))] ^= 1 << random.integers(8)
