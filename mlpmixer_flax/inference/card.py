@@ -158,6 +158,8 @@ def _training(model: Model) -> str:
     start = (
         "the weights " + config["init_from"].rpartition("/")[2] if config["init_from"] else "random weights"
     )
+    if config["distill_from"]:
+        start += ", and learned the predictions of " + config["distill_from"].rpartition("/")[2]
     optimizer = config["optimizer"]
     return (
         f"{sizes} Started from {_text(start)}; {model.step:,} updates of {config['batch_size']:,} images with "
