@@ -2,7 +2,7 @@
 
     python benchmarks/distillation.py --workdir=FOLDER
 
-The teacher has the sizes of mixer_nano4 with 4 blocks (0.35 M parameters, patches of 4 px) and learns from labels for 1,000
+The teacher has the sizes of mixer_nano4 with 4 blocks (0.34 M parameters, patches of 4 px) and learns from labels for 1,000
 updates. The student has the sizes of mixer_digits with patches of 8 px (67,000 parameters). It learns for 800 updates of 128
 images, from labels, and from the teacher at two temperatures, each with two seeds. All use Muon and random crops and
 flips. Training images are the first 45,000 of CIFAR-10's. The other 5,000, "held out", are there to choose a row by; nothing is

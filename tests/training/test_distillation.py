@@ -167,6 +167,7 @@ def test_a_killed_run_ends_with_the_same_bits_also_if_its_teacher_has_moved(whol
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_devices_that_share_the_teacher_train_like_one(whole, digits_run, tmp_path):
     run(digits_run, tmp_path / "two", devices=2, **{"mesh.fsdp": 2})
