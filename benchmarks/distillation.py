@@ -7,7 +7,7 @@ has the sizes of mixer_digits with patches of 8 px, as the teacher (67,000 param
 from the teacher at two temperatures, each with two seeds. All use Muon and random crops and flips. Training images are the first
 45,000 of CIFAR-10's. The other 5,000, "held out", are there to choose a row by; nothing is chosen by the 10,000 test images.
 
-Finished runs in FOLDER are not run again, and one that was stopped goes on.
+Takes about a quarter of an hour on 2 CPU cores. Finished runs in FOLDER are not run again, and one that was stopped goes on.
 Results: docs/recipes.md
 """
 
