@@ -51,7 +51,9 @@ def run_program(command, **environment):
 )
 def test_programs_start_with_huge_pages_unless_the_user_says_otherwise(tmp_path, command):
     # The time of a page fault is not measured here: benchmarks/side_by_side.py does.
-    (tmp_path / "sitecustomize.py").write_text("import os; print(os.environ.get('GLIBC_TUNABLES'))")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os; print(os.environ.get('GLIBC_TUNABLES'), flush=True)"
+    )
     path = os.pathsep.join([str(tmp_path), *sys.path])
     started = run_program(command, PYTHONPATH=path).split("\n")
     assert started[:2] == ["None", "glibc.malloc.hugetlb=1"] and "Mixer" in "".join(started[2:])

@@ -1,0 +1,76 @@
+"""Compares our model with the same one whose dense layers multiply as Flax does by itself, and as the original's do.
+
+    python benchmarks/plain_dense.py --model=s16,s32,b16,b32 --batch_size=1,8,32
+    python benchmarks/plain_dense.py --model=l16,l32 --batch_size=1,8
+
+Both programs live in one process and take turns, so that whatever else the machine does slows both alike. The ratio is the
+time of the plain program over ours: above 1, ours is faster. Processor time is given too, since it does not grow while
+another program has the cores. Takes a minute per line for large models on 2 CPU cores. Results: docs/performance.md
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+
+from mlpmixer_flax import models
+from mlpmixer_flax.benchmark import named_config
+from mlpmixer_flax.config import resolve
+from mlpmixer_flax.huge_pages import use_huge_pages
+from mlpmixer_flax.training.speed import KINDS, Run, prepare
+
+TURN_SECONDS = 1.5
+
+
+def compare(name: str, kind: str, batch_size: int, *, turns: int) -> str:
+    """Returns a line of the table."""
+    config = resolve(named_config(name), {})
+    config.batch_size = batch_size
+    ours, runs = models._matmul, {}
+    for side, dot_general in (("ours", ours), ("plain", jax.lax.dot_general)):
+        models._matmul = dot_general
+        runs[side] = prepare(config, kind, batch_size, num_classes=1000).run
+        runs[side](1)
+    models._matmul = ours
+    started = time.perf_counter()
+    runs["ours"](1)
+    calls = max(1, round(TURN_SECONDS / (time.perf_counter() - started)))
+    ratios = []
+    for turn in range(turns):
+        order = ("ours", "plain") if turn % 2 else ("plain", "ours")
+        times = {side: measure(runs[side], calls) for side in order}
+        ratios.append([plain / own for own, plain in zip(times["ours"], times["plain"], strict=True)])
+        rate = batch_size * calls / times["ours"][0]
+    wall, processor = (sorted(each) for each in zip(*ratios, strict=True))
+    return (
+        f"{name:<7}{kind:<11}{batch_size:>5}{rate:>10,.3g}   {statistics.median(wall):.2f} "
+        f"({wall[0]:.2f} to {wall[-1]:.2f}){statistics.median(processor):>12.2f}"
+    )
+
+
+def measure(run: Run, calls: int) -> tuple[float, float]:
+    """Returns seconds, and seconds of processor time."""
+    started, processor = time.perf_counter(), time.process_time()
+    run(calls)
+    return time.perf_counter() - started, time.process_time() - processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="s16", metavar="NAMES", help="with commas (default: %(default)s)")
+    parser.add_argument("--batch_size", default="8", metavar="N,...", help="default: %(default)s")
+    parser.add_argument("--turns", type=int, default=6, metavar="N", help="default: %(default)s")
+    arguments = parser.parse_args()
+    use_huge_pages()  # as our programs do
+    print(f"{'model':<7}{'kind':<11}{'batch':>5}{'images/s':>10}   plain / ours        processor")
+    for name in arguments.model.split(","):
+        for kind in KINDS:
+            for batch_size in map(int, arguments.batch_size.split(",")):
+                print(compare(name, kind, batch_size, turns=arguments.turns), flush=True)
+
+
+if __name__ == "__main__":
+    main()
