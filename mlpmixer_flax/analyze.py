@@ -201,11 +201,12 @@ def _check_options(arguments: argparse.Namespace) -> None:
 def _config_to_shuffle(arguments: argparse.Namespace) -> ConfigDict:
     """Returns the config that shuffle trains; raises UserError as `load_config`, or if it starts from weights."""
     config = load_config(arguments.config, arguments.overrides)
-    if config.init_from:
-        raise UserError(
-            f"init_from={config.init_from!r} cannot be used for shuffle, because it was trained on images that are not "
-            "shuffled: set --config.init_from= (empty)"
-        )
+    for key in ("init_from", "distill_from"):
+        if config[key]:
+            raise UserError(
+                f"{key}={config[key]!r} cannot be used for shuffle, because it was trained on images that are not "
+                f"shuffled: set --config.{key}= (empty)"
+            )
     return config
 
 

@@ -172,6 +172,10 @@ def get_config() -> ConfigDict:
         ""  # layers that do not learn: "stem,MixerBlock_0"; "all_but_head" = linear probe; "" = none
     )
 
+    # Distillation: learn the predictions of a larger model for the same augmented images, instead of the labels
+    config.distill_from = ""  # the teacher: any name of weights with a head, as for init_from; "" = off
+    config.distill_temperature = 1.0  # divides the logits of both; above 1, improbable classes count more
+
     # Optimisation
     config.loss = "softmax"  # or "sigmoid": one binary cross-entropy per class
     config.class_weights = ""  # "balanced", or "rare=5,usual=0.5" (others 1); scaled to average 1 over the training images; in the training loss only

@@ -235,10 +235,10 @@ def _subject(found: Mapping[str, Any]) -> str:
 def _as_text(found: Mapping[str, Any]) -> str:
     """Returns the scores as text of 80 columns."""
     head = f"{printable(_subject(found))}: {found['images']:,} images"
-    lines = [head, "", *_score_lines(found), ""]
+    lines = [head, "", *_score_lines(found), "", as_table(found["per_class"]), ""]
     if "flip" in found:
         lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
-    return "\n".join([*lines, as_table(found["per_class"]), ""])
+    return "\n".join(lines)
 
 
 def _score_lines(found: Mapping[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "augment.randaugment_magnitude": (0, 30, "the scale ends there"),
     "batch_size": (1, 2**24, "larger batches do not fit into memory"),
     "cache_bytes": (0, 2**60, "no machine has more memory"),
+    "distill_temperature": (0.01, 1000, _USEFUL),
     "early_stopping_evals": (0, 2**31 - 1, _COUNT),
     "ema_decay": (0, 0.999999, _BELOW_1),
     "eval_every_epochs": (0, 1e6, _EPOCHS),

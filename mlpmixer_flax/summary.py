@@ -21,12 +21,13 @@ from mlpmixer_flax.cli import add_names, exit_status, leave, make_parser
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.inference.forward import check_positive
-from mlpmixer_flax.inference.load import load_run, module_of
+from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, split_frozen
 from mlpmixer_flax.training.table import summarize
 from mlpmixer_flax.weights.catalog import PUBLISHED
+from mlpmixer_flax.weights.module import module_of
 from mlpmixer_flax.weights.source import find
 
 

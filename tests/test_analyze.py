@@ -166,6 +166,10 @@ def test_weights_have_no_curves_and_no_dataset(model, tmp_path, capsys, monkeypa
             ["shuffle", "--config.init_from=a.npz"],
             "init_from='a.npz' cannot be used for shuffle, because it was trained on images that are not shuffled: set --config.init_from=",
         ),
+        (
+            ["shuffle", "--config.distill_from=a.npz"],
+            "distill_from='a.npz' cannot be used for shuffle, because",
+        ),
         (["shuffle", "--foo"], "cannot use '--foo': to change a key of the config, give --config.KEY=VALUE"),
         (
             ["shuffle", "--lr=1"],

@@ -108,6 +108,18 @@ def test_the_card_has_no_private_path_no_html_and_no_scores_of_other_weights(dig
     assert load(digits_run, checkpoint="ema").scores["test/accuracy"] > 0.5
 
 
+def test_the_card_of_a_run_with_a_table_and_several_labels(digits_run):
+    model = load(digits_run)
+    config = {**model.config, "dataset": "table:/home/ann/secret/scenes.csv"}
+    scores = {"validation/accuracy": 0.5, "validation/mean_average_precision": 0.75, "validation/loss": 1.25}
+    changed = dataclasses.replace(model, config=config, scores=scores, loss="sigmoid", multi_label=True)
+    card = model_card(changed, timm_config(changed), name="ann/scenes")
+    assert "secret" not in card and "Trained on `a table of labels, scenes.csv`, split" in card
+    assert "| validation | mean average precision | 75.00 % |" in card
+    assert "| validation | all labels right | 50.00 % |" in card and "| validation | loss | 1.25 |" in card
+    assert "central crop" not in card  # which would keep everything
+
+
 def test_a_card_that_exists_is_kept_and_the_rest_is_replaced(folder, digits_run, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "README.md").write_text("license: mit")

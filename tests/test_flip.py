@@ -36,6 +36,7 @@ def test_evaluate_says_the_scores_with_flip_apart_from_the_plain_ones(digits_run
         shown = float(re.search(r"top-1 accuracy +([\d.]+)%", part)[1])
         assert shown == pytest.approx(100 * scores["accuracy"], abs=0.01)
     assert found["flip"]["accuracy"] != found["accuracy"]
+    assert "mistaken for" in parts[0]  # the rows per class are without the flip
     assert len(found["mistakes"]) == round(100 * (1 - found["accuracy"]))  # those without the flip
 
 

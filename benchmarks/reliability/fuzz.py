@@ -172,7 +172,7 @@ def read_scores(folder: Path, data: bytes) -> None:
 
 def read_data_record(folder: Path, data: bytes) -> None:
     (folder / "data.json").write_bytes(data)
-    check_data(folder, read_record(folder), DATA, moved=None)
+    check_data(folder, read_record(folder), DATA)
 
 
 def read_unlogged(folder: Path, data: bytes) -> None:

@@ -22,14 +22,16 @@ _PERCENT = {
     "accuracy": "accuracy",
     "accuracy_top5": "top-5 accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "mean_average_precision": "mean average precision",
 }
+_KINDS = {"folder": "a folder of images", "table": "a table of labels"}  # kinds of datasets that have a path
 _FITS = {"crop": "the central square is cut out", "pad": "padded with gray", "stretch": "stretched"}
 
 
 def model_card(model: Model, config: Mapping[str, Any], *, name: str) -> str:
     """Returns the card in Markdown, for the README.md beside the weights.
 
-    It has no path of this machine: of a folder of images it names only the folder.
+    It has no path of this machine: of a folder or a table it has only the name.
 
     Args:
       config: the content of config.json, as `hub_folder.timm_config` returns it.
@@ -100,12 +102,12 @@ def _code(lines: list[str]) -> str:
 
 
 def _figures(model: Model) -> str:
-    rows = []
+    rows, names = [], _PERCENT | ({"accuracy": "all labels right"} if model.multi_label else {})
     for key, value in sorted(model.scores.items()):
         scored, _, score = key.partition("/")
         if scored in SCORED and isinstance(value, (int, float)):
             shown = f"{value:.2%}".replace("%", " %") if score in _PERCENT else f"{value:.4g}"
-            rows.append(f"| {scored} | {_PERCENT.get(score, score)} | {shown} |")
+            rows.append(f"| {scored} | {names.get(score, score)} | {shown} |")
     if not rows:
         return "None were stored with the weights: add those that you measured, on which images and how many."
     split = model.config.get("test_split", "")
@@ -126,8 +128,8 @@ def _data(model: Model) -> str:
         return f"Unknown: add on which images the model was trained.\n\n{classes}"
     config = model.config
     dataset = config["dataset"]
-    if dataset.startswith("folder:"):  # only its name: the path may be private
-        dataset = f"a folder of images, {dataset.rstrip('/').replace(':', '/').rpartition('/')[2]}"
+    if kind := _KINDS.get(dataset.partition(":")[0]):  # only its name: the path may be private
+        dataset = f"{kind}, {dataset.rstrip('/').replace(':', '/').rpartition('/')[2]}"
     return (
         f"Trained on `{_text(dataset)}`, split `{_text(config['train_split'])}`; evaluated on split "
         f"`{_text(config['test_split'])}`.\n\n{classes}"
@@ -137,10 +139,11 @@ def _data(model: Model) -> str:
 def _preprocessing(model: Model) -> str:
     preprocess, channels = model.preprocess, {1: "gray", 3: "RGB", 4: "RGBA"}[model.channels]
     size_px, mean, std = (preprocess[key] for key in ("image_size_px", "mean", "std"))
+    share = preprocess["crop_fraction"]
+    crop = f"the central crop keeps {share:.4g} of each side; " if share < 1 else ""
     return (
         f"{channels} images of {size_px}x{size_px} px. Images that are not square: {_FITS[preprocess.get('fit', 'crop')]}; "
-        f"the central crop keeps {preprocess['crop_fraction']:g} of each side; resized with "
-        f"{preprocess['interpolation']} interpolation. Pixels in [0, 1], minus mean {_values(mean)}, divided by std "
+        f"{crop}resized with {preprocess['interpolation']} interpolation. Pixels in [0, 1], minus mean {_values(mean)}, divided by std "
         f"{_values(std)}."
     )
 
@@ -158,6 +161,8 @@ def _training(model: Model) -> str:
     start = (
         "the weights " + config["init_from"].rpartition("/")[2] if config["init_from"] else "random weights"
     )
+    if config["distill_from"]:
+        start += ", and learned the predictions of " + config["distill_from"].rpartition("/")[2]
     optimizer = config["optimizer"]
     return (
         f"{sizes} Started from {_text(start)}; {model.step:,} updates of {config['batch_size']:,} images with "

@@ -1,14 +1,11 @@
 """Loads trained models by name: published weights, files, URLs, the Hugging Face hub, run directories."""
 
 import contextlib
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
@@ -23,11 +20,10 @@ from mlpmixer_flax.run_weights import open_run
 from mlpmixer_flax.rundir import fetch_run, is_multi_label
 from mlpmixer_flax.text import listed
 from mlpmixer_flax.training.losses import LOSSES
-from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.validate import complete
 from mlpmixer_flax.weights import source as weight_source
 from mlpmixer_flax.weights.adapt import sizes_of
-from mlpmixer_flax.weights.files import Weights
+from mlpmixer_flax.weights.module import module_of, shapes_of
 
 
 def load(source: str | Path, *, checkpoint: str | int | None = None) -> Model:
@@ -92,7 +88,7 @@ def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, nam
     }
     wrong = [key for key, value in stated.items() if sizes.get(key) != value]
     if not wrong:  # only then, because a damaged config may state any number of blocks
-        shapes = _shapes_of(module, (side_px, side_px, sizes["channels"]))
+        shapes = shapes_of(module, (side_px, side_px, sizes["channels"]))
         like: dict[str, Any] = flatten_dict(dict(shapes), sep="/")
         wanted = {key: leaf.shape for key, leaf in like.items()}
         wrong = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
@@ -101,14 +97,6 @@ def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, nam
             f"{name} contradicts itself: config.json and class_names.json are of another model than the weights "
             f"({listed(wrong, 3)}): restore the files, or choose another run"
         )
-
-
-def _shapes_of(module: MlpMixer, image_shape: tuple[int, int, int]) -> Params:
-    """Returns the parameters of a module as jax.ShapeDtypeStruct, for images (height, width, channels)."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    # All blocks have the same shapes, and tracing a thousand of them takes seconds.
-    shapes = jax.eval_shape(module.clone(num_blocks=1).init, jax.random.key(0), images)["params"]
-    return {**shapes, **{f"MixerBlock_{i}": shapes["MixerBlock_0"] for i in range(module.num_blocks)}}
 
 
 def _load_weights(source: str) -> Model:
@@ -124,11 +112,11 @@ def _load_weights(source: str) -> Model:
     if not class_names:  # a file of ours that has no room for the names says how many there are
         numbered = "num_classes" in origin
         class_names = numbers(module.num_classes) if numbered else imagenet_names(module.num_classes)
-    like = _shapes_of(module, image_shape)
+    like = shapes_of(module, image_shape)
     return Model(
         name=source,
         module=module,
-        params=weight_source.load(source, like, head="keep"),
+        params=weight_source.load_found(weights, like, name=source, head="keep"),
         preprocess=_preprocess(source, origin["preprocess"], image_shape),
         class_names=tuple(class_names),
         loss=loss,
@@ -171,34 +159,3 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(
         isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
     )
-
-
-def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, int]]:
-    """Returns the Linen module of weights and the (height, width, channels) of its images, from array shapes.
-
-    Raises:
-      UserError: the weights have no head, or are not those of a Mixer; the message contains `name`.
-    """
-    sizes = sizes_of(weights.shapes)
-    if "classes" not in sizes or "tokens" not in sizes:
-        raise UserError(
-            f"{name} has no {'head' if 'tokens' in sizes else 'Mixer blocks'}: give other weights"
-        )
-    for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim"):
-        if key not in sizes:
-            raise UserError(f"{name} has no arrays that tell model.{key}: give other weights")
-        check_limits(f"model.{key}", sizes[key])
-    module = MlpMixer(
-        num_classes=sizes["classes"],
-        patches={"size": sizes["patches.size"]},
-        **{key: sizes[key] for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")},
-        **{key: value for key, value in weights.metadata["model"].items() if key in ("gelu", "dtype")},
-    )
-    area_px = sizes["tokens"] * math.prod(sizes["patches.size"])
-    side_px = weights.metadata["preprocess"].get("image_size_px", math.isqrt(area_px))
-    if not isinstance(side_px, int) or side_px * side_px != area_px:
-        raise UserError(
-            f"the metadata of {name} has preprocess.image_size_px={show(side_px)}, but its arrays are for images of "
-            f"{area_px:,} pixels: write the file again"
-        )
-    return module, (side_px, side_px, sizes["channels"])

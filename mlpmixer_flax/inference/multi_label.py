@@ -103,12 +103,12 @@ def as_text(found: Mapping[str, Any]) -> str:
     If more than 20 classes have images, only the 10 with the lowest and the 10 with the highest average precision
     are shown.
     """
-    lines = [*_score_lines(found), ""]
-    if "flip" in found:
-        lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
     head = f"{'class':<28}{'images':>8}{'av. prec.':>11}{'threshold':>11}{'precision':>11}{'recall':>8}"
     table = table_of_classes(found["per_class"], head, _as_line, by="average_precision")
-    return "\n".join([*lines, *table, ""])
+    lines = [*_score_lines(found), "", *table, ""]
+    if "flip" in found:
+        lines += ["with --flip, from each image and its mirror image:", *_score_lines(found["flip"]), ""]
+    return "\n".join(lines)
 
 
 def _score_lines(found: Mapping[str, Any]) -> list[str]:

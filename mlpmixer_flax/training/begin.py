@@ -53,6 +53,8 @@ def begin(
         for batches in (setup.train_batches, setup.test_batches):
             check_workers(batches, config.num_workers)
         data = record.make_record(config, setup.train_batches.examples, setup.test_batches.examples)
+        if setup.teacher:
+            data[record.TEACHER] = setup.teacher.digest
         if is_lead():
             check_tracker(config.tracker)
             _check_continuing(setup, workdir, changes, data=data)
@@ -80,7 +82,7 @@ def _check_continuing(
     """Checks classes, data and length of a run that has checkpoints; otherwise it begins anew."""
     if saved_steps(workdir):
         continuing.check_class_names(workdir, setup.class_names)
-        moved = next((change for change in changes if change.key == "dataset"), None)
+        moved = [change for change in changes if change.key in continuing.MOVABLE]
         record.check_data(workdir, record.read_record(workdir), data, moved=moved)
         continuing.check_length(workdir, setup.config, steps_per_epoch=setup.steps_per_epoch)
 
@@ -116,6 +118,9 @@ def _describe(setup: Setup, workdir: Path) -> None:
         print(f"each update has images of one of these sizes: {', '.join(map(str, sizes_of(config)))} px")
     if setup.class_weights is not None:
         print(describe_class_weights(setup.class_weights, setup.class_names))
+    if setup.teacher:
+        size = sum(array.size for array in jax.tree.leaves(setup.teacher.params))
+        print(f"learns the predictions of {config.distill_from}, a Mixer with {size:,} parameters")
     shared = count_overlap(config.dataset, config.train_split, config.test_split, data_dir=config.data_dir)
     if shared:
         print(

@@ -35,6 +35,7 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
     started = time.monotonic()
     everywhere, rows = sharding.replicated(setup.mesh), sharding.split_by_rows(setup.mesh)
     n = setup.config.batch_size
+    of_teacher = setup.teacher.place(setup.mesh) if setup.teacher else ()
 
     def batch_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
         labels = examples.as_array([])
@@ -50,7 +51,8 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
             update = agreeing(update)
             batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
         update = jax.jit(update, donate_argnums=0, out_shardings=(setup.placements, everywhere))
-        return update.lower(setup.like, batch).compile()
+        compiled = update.lower(setup.like, batch, of_teacher).compile()
+        return lambda state, batch: compiled(state, batch, of_teacher)
 
     def compile_score(score: EvalStep) -> EvalStep:
         score = jax.jit(score, out_shardings=everywhere)

@@ -17,6 +17,8 @@ from mlpmixer_flax.rundir import read_class_names, saved_steps
 from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.optimizer import make_schedule
 
+MOVABLE = ("dataset", "distill_from")  # keys that name files; `record.check_data` compares their content
+
 
 class Change(NamedTuple):
     """A key of the config with another value than at the start before."""
@@ -60,8 +62,8 @@ def usable_workdir(workdir: str | Path) -> Path:
 def compare_configs(workdir: Path, stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[Change]:
     """Returns the keys that have other values than in the stored config, if a run may continue with them.
 
-    These are the keys that change no update, the length of the run (see `check_length`), and the name of the
-    dataset, because data may be moved (see `record.check_data`).
+    These are the keys that change no update, the length of the run (see `check_length`), and the names of dataset and
+    teacher, because files may be moved (see `record.check_data`).
 
     Args:
       stored: the config in the run directory as plain data, or {} when the run begins. A key that is new in this
@@ -81,7 +83,7 @@ def compare_configs(workdir: Path, stored: Mapping[str, Any], config: Mapping[st
         for key in sorted(before | now)
         if before.get(key) != now.get(key)
     ]
-    allowed = {*CHANGE_NO_UPDATE, *LENGTH, "dataset"}
+    allowed = {*CHANGE_NO_UPDATE, *LENGTH, *MOVABLE}
     if refused := [change for change in changes if change.key not in allowed]:
         raise UserError(f"{another_config(workdir, refused)}: choose another --workdir")
     return changes

@@ -14,7 +14,8 @@ from mlpmixer_flax.training.sharding import AXES, BY_ROWS, COPIED, gather, state
 
 Rows = tuple[jax.Array, ...]  # arrays with one row per image
 Means = tuple[Any, Params]  # (the means of what the loss function returns, the gradient of the mean loss)
-Gradient = Callable[[tuple[Params, Params], Rows], Means]  # ((learning, frozen), rows) -> means
+# ((parameters that learn, others), rows) -> means; the others are those of frozen layers and of a teacher
+Gradient = Callable[[tuple[Params, Params], Rows], Means]
 
 
 def make_gradient(
@@ -23,7 +24,7 @@ def make_gradient(
     """Returns the gradient of a mean loss, and the means of what the loss function returns.
 
     Args:
-      loss_fn: (learning, frozen, *rows) -> (mean loss, another mean).
+      loss_fn: (parameters that learn, others, *rows) -> (mean loss, another mean).
       microbatches: `config.accumulation_steps`: how many parts of its rows a device computes one after another.
       reproducible: `config.reproducible`.
       mesh: the devices of parameters and batch.

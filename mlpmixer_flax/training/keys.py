@@ -20,6 +20,8 @@ _OTHER_NAMES = {
     "class_weights": "balanced class_weight",
     "data_dir": "tfds_data_dir tfds_dir",
     "dataset": "data data_path dataset_dir dataset_name folder image_folder path photos root train_dir",
+    "distill_from": "distill distillation kd teacher teacher_model teacher_path",
+    "distill_temperature": "kd_temperature tau temperature",
     "early_stopping_evals": "early_stop early_stopping early_stopping_patience patience",
     "ema_decay": "ema model_ema",
     "eval_every_epochs": "eval_every eval_freq eval_interval val_interval",

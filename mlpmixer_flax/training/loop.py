@@ -105,7 +105,7 @@ def fit(
                         on_evaluation=on_evaluation,
                     )
                 best = checkpoints.best()
-        return from_lead(lambda: _finish(workdir, best, seconds=time.monotonic() - started))
+        return from_lead(lambda: _finish(workdir, best, best_by=best_by, seconds=time.monotonic() - started))
 
 
 def _run_updates(
@@ -268,12 +268,12 @@ def _skipped(setup: Setup, name: str, batches: TrainBatches | TestBatches) -> di
     return {f"{name}/skipped_images": batches.examples.skipped} if setup.config.skip_bad_images else {}
 
 
-def _finish(workdir: Path, best: BestCheckpoint | None, *, seconds: float) -> dict[str, float]:
+def _finish(workdir: Path, best: BestCheckpoint | None, *, best_by: str, seconds: float) -> dict[str, float]:
     """Prints the result and where it is; returns the last scores."""
     evaluations = [row for row in read_metrics(workdir / "metrics.jsonl") if score_of(row)]
     last = evaluations[-1] if evaluations else {}
     elapsed = f"in {tqdm.format_interval(seconds)}"
-    if score := score_of(last):
+    if score := score_of(last, best_by):
         print(f"done: {score} after {last['step']} steps, {elapsed}")
     else:
         print(f"done: {elapsed}")

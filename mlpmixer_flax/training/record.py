@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.continuing import Change, another_config
 
 FILE = "data.json"  # in the run directory
+TEACHER = "teacher"  # in the record of a run with distillation: `Teacher.digest`
 _MOST_FILES = 100_000  # of a split; longer lists are not stored, and changes are then only counted
 
 
@@ -90,28 +91,34 @@ def check_data(
     stored: Mapping[str, Any],
     record: Mapping[str, Any],
     *,
-    moved: Change | None,
+    moved: Sequence[Change] = (),
 ) -> None:
-    """Checks that a run continues with the data with which it began.
+    """Checks that a run continues with the data, and the teacher, with which it began.
 
     Args:
-      stored, record: from `read_record` and `make_record`.
-      moved: the change of config.dataset, if it has another name now.
+      stored, record: from `read_record` and `make_record`; with TEACHER if there is one.
+      moved: the changes of `continuing.MOVABLE`: of those keys that have another value now.
 
     Raises:
-      UserError: the data is not the same; or it has another name and nothing was recorded.
+      UserError: data or teacher are not the same; or have another name and nothing was recorded.
     """
     if not stored:
         if moved:
-            raise UserError(f"{another_config(workdir, [moved])}: choose another --workdir")
+            raise UserError(f"{another_config(workdir, moved)}: choose another --workdir")
         return
+    advice = f"start a new run from this one with --config.init_from={workdir} and another --workdir"
+    if stored.get(TEACHER) != record.get(TEACHER):
+        raise UserError(
+            f"the teacher of the run in {workdir} has other weights than when the run began: restore the weights, or {advice}"
+        )
     differences = _compare(stored, record)
     if differences:
-        cause = f"{moved.now} does not have the data of the run in {workdir}" if moved else ""
+        names = [change.now for change in moved if change.key == "dataset"]
+        cause = f"{names[0]} does not have the data of the run in {workdir}" if names else ""
         raise UserError(
             f"{cause or f'the data of the run in {workdir} has changed since the run began'} "
-            f"({'; '.join(differences)}), and that would change its length and the order of its images: restore "
-            f"the data, or start a new run from this one with --config.init_from={workdir} and another --workdir"
+            f"({'; '.join(differences)}), and that would change its length and the order of its images: restore the data, or "
+            f"{advice}"
         )
 
 

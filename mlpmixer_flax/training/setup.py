@@ -18,6 +18,7 @@ from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.class_weights import weights_of
 from mlpmixer_flax.training.devices import check_devices, check_jax
+from mlpmixer_flax.training.distillation import Teacher, load_teacher
 from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.multi_label import make_multi_label_step
@@ -33,6 +34,7 @@ from mlpmixer_flax.training.step import (
 )
 from mlpmixer_flax.training.validate import check_labels, validate
 from mlpmixer_flax.weights import source
+from mlpmixer_flax.weights.origin import comparable
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class Setup:
     model: MlpMixer
     input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
     class_weights: np.ndarray | None  # float32 (classes,), or None if all images weigh the same
+    teacher: Teacher | None  # the model of config.distill_from
     mesh: jax.sharding.Mesh
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
-    updates: Mapping[int, TrainStep]  # by size in px: (state, batch) -> (state, metrics)
+    # By size in px: (state, batch, parameters of the teacher if there is one) -> (state, metrics)
+    updates: Mapping[int, TrainStep]
     # By size in px: (parameters, batch) -> sums over the batch; rows, if images may have several labels
     scores: Mapping[int, EvalStep]
     preview: PreviewStep  # first batch -> images as the first update sees them
@@ -100,7 +104,7 @@ def settle(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
       UserError: the result is not a valid config, or the weights cannot be found.
     """
     origin = stored or (source.describe(config.init_from) if config.init_from else {})
-    origin = {key: _canonical(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
+    origin = {key: comparable(value) for key, value in flatten_dict(dict(origin), sep=".").items()}
     settled = resolve(config, origin)
     validate(settled)  # again, because the metadata of weights may say anything
     if config.init_from and not stored:
@@ -113,18 +117,8 @@ def _print_origin(config: ConfigDict, settled: ConfigDict, origin: Mapping[str, 
         value = flatten(settled)[key]
         if key in origin and is_left_open(config, key):
             print(f"{key}={value}, as in the training of {config.init_from}")
-        elif key in origin and origin[key] != _canonical(value):
+        elif key in origin and origin[key] != comparable(value):
             print(f"{key}={value}, although {config.init_from} was trained with {origin[key]}")
-
-
-def _canonical(value: Any) -> Any:
-    """Returns a list, which JSON has instead of a tuple, as a tuple; equal values of all channels become one.
-
-    One value fits any number of channels.
-    """
-    if not isinstance(value, (list, tuple)):
-        return value
-    return tuple(value[:1] if len(value) > 1 and all(element == value[0] for element in value) else value)
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:
@@ -153,6 +147,7 @@ def make_setup(config: ConfigDict) -> Setup:
 
     model = MlpMixer(num_classes=info["num_classes"], **config.model.to_dict())
     input_shape = (config.preprocess.image_size_px, config.preprocess.image_size_px, channels)
+    teacher = load_teacher(config, class_names=info["class_names"], image_shape=input_shape)
     warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)
     schedule = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     optimizer = make_optimizer(config, schedule)
@@ -168,6 +163,7 @@ def make_setup(config: ConfigDict) -> Setup:
         model=model,
         input_shape=input_shape,
         class_weights=class_weights,
+        teacher=teacher,
         mesh=mesh,
         intervals=Intervals(
             total_steps=total_steps,
@@ -186,6 +182,7 @@ def make_setup(config: ConfigDict) -> Setup:
                 cropped=cropped,
                 class_weights=class_weights,
                 multi_label=info["multi_label"],
+                teacher=teacher and teacher.module,
             )
             for size_px, resized in models.items()
         },

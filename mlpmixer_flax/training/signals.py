@@ -77,9 +77,9 @@ def signal_row(noted: Sequence[int]) -> dict[str, np.ndarray]:
 def agreeing(update: TrainStep) -> TrainStep:
     """Returns the update with one more metric: the greatest signal that any process has noted, int32."""
 
-    def agreed(state: TrainState, batch):
+    def agreed(state: TrainState, batch, of_teacher):
         images = {name: rows for name, rows in batch.items() if name != SIGNAL}
-        state, metrics = update(state, images)
+        state, metrics = update(state, images, of_teacher)
         return state, {**metrics, SIGNAL: batch[SIGNAL].max()}
 
     return agreed

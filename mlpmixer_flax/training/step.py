@@ -13,6 +13,7 @@ from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.class_weights import unsmoothed
+from mlpmixer_flax.training.distillation import divergence
 from mlpmixer_flax.training.dropout import dropout_by_image
 from mlpmixer_flax.training.gradients import make_gradient
 from mlpmixer_flax.training.losses import LOSSES, all_right
@@ -38,7 +39,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 Metrics = dict[str, jax.Array]  # float32 scalars
-TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch), see `make_train_step`
 PreviewStep = Callable[[DeviceBatch], jax.Array]
 
 
@@ -72,8 +73,9 @@ def make_train_step(
     cropped: bool = False,
     class_weights: np.ndarray | None = None,
     multi_label: bool = False,
+    teacher: MlpMixer | None = None,
 ) -> TrainStep:
-    """Returns the update: (state, batch) -> (state, metrics).
+    """Returns the update: (state, batch) -> (state, metrics), or with a teacher (state, batch, its parameters).
 
     Metrics are loss and accuracy before the update (compared with the augmented labels), global norms of the
     gradient and of the updated parameters (only of those that learn), and the learning rate. All randomness
@@ -81,13 +83,15 @@ def make_train_step(
     stored. `mesh` has the devices of state and batch. `cropped` is `Examples.cropped`: True if the host has cropped
     the images already. `class_weights` has a weight per class, from `class_weights.weights_of`.
     With `multi_label`, images may have several labels, and the accuracy is the share of images of which all are right.
+    With a `teacher`, the loss compares with its predictions for the augmented images, see `distillation`.
 
     If `optimizer.sam_rho` is above 0, the gradient is computed at parameters that are moved uphill by this
     distance (SAM, arXiv 2010.01412). The direction uphill comes from the whole batch, with the same
     augmentation and dropout.
     """
 
-    def loss_fn(learning, frozen, images, labels, keys):
+    def loss_fn(learning, fixed, images, labels, keys):
+        frozen, of_teacher = fixed
         params, rngs = {**learning, **frozen}, {"dropout": jax.random.key(0)}
         with dropout_by_image(keys):
             logits = cast(jax.Array, model.apply({"params": params}, images, train=True, rngs=rngs))
@@ -95,7 +99,12 @@ def make_train_step(
             correct = all_right(logits, labels > 0.5)
         else:
             correct = jnp.argmax(logits, -1) == jnp.argmax(labels, -1)
-        losses = LOSSES[config.loss].per_image(logits, labels)
+        loss = LOSSES[config.loss]
+        if teacher is None:
+            losses = loss.per_image(logits, labels)
+        else:
+            taught = cast(jax.Array, teacher.apply({"params": of_teacher}, images))
+            losses = divergence(logits, taught, loss=loss, temperature=config.distill_temperature)
         if image_weights is not None:
             losses *= jnp.sum(labels * image_weights, axis=-1)
         return losses.mean(), correct.mean()
@@ -132,12 +141,15 @@ def make_train_step(
     if config.reproducible:
         uphill, apply = alone(uphill), alone(apply)
 
-    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: DeviceBatch, of_teacher: Params = ()
+    ) -> tuple[TrainState, Metrics]:
         rows = augmented(state.step, batch)
         learning, frozen = split_frozen(state.params, config.freeze)
-        (loss, accuracy), grads = gradient_at((learning, frozen), rows)
+        fixed = (frozen, of_teacher)
+        (loss, accuracy), grads = gradient_at((learning, fixed), rows)
         if config.optimizer.sam_rho:
-            _, grads = gradient_at((uphill(learning, grads), frozen), rows)
+            _, grads = gradient_at((uphill(learning, grads), fixed), rows)
         state, metrics = apply(state, grads)
         return state, {"loss": loss, "accuracy": accuracy, **metrics}
 

@@ -196,6 +196,11 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"augment.label_smoothing=1 leaves no class for class_weights={show(config.class_weights)} to weigh: set a lower value"
         )
+    if config.distill_from and config.augment.label_smoothing:
+        raise UserError(
+            f"augment.label_smoothing={config.augment.label_smoothing} has no effect with distill_from, because the teacher's "
+            "predictions replace the labels: set it to 0, or distill_from to nothing"
+        )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
         raise UserError("schedule.name='rsqrt' needs a warmup: set schedule.warmup_steps to 1 or more")

@@ -51,7 +51,7 @@ def with_origin(weights: Weights, known: Mapping[str, Any]) -> Weights:
         differing += [
             f"{section}.{key}={theirs[key]!r:.40} instead of {elsewhere[key]!r:.40}"
             for key in theirs
-            if _comparable(theirs[key]) != _comparable(elsewhere.get(key, theirs[key]))
+            if comparable(theirs[key]) != comparable(elsewhere.get(key, theirs[key]))
         ]
     if "class_names" in own and list(own["class_names"]) != list(
         known.get("class_names", own["class_names"])
@@ -69,7 +69,7 @@ def with_origin(weights: Weights, known: Mapping[str, Any]) -> Weights:
     return replace(weights, metadata=metadata, notes=tuple(notes))
 
 
-def _comparable(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Returns a list as a tuple, and equal values of all channels as one."""
     if not isinstance(value, (list, tuple)):
         return value

@@ -70,7 +70,19 @@ def load(
       UserError: the weights cannot be found, downloaded or read, or do not fit the model; the message lists
         all reasons why they do not fit.
     """
-    weights = find(source)
+    return load_found(find(source), like, name=str(source), grid=grid, head=head, class_names=class_names)
+
+
+def load_found(
+    weights: Weights,
+    like: Params,
+    *,
+    name: str,
+    grid: tuple[int, int] | None = None,
+    head: str = "auto",
+    class_names: Sequence[str] = (),
+) -> Params:
+    """Returns weights from `find`, adapted to a model as by `load`; notes and errors call them `name`."""
     theirs = weights.metadata.get("class_names")
     params, notes = adapt(
         {**weights.shapes, **dict.fromkeys(weights.unknown, ())},  # so that unknown names are reported
@@ -80,10 +92,10 @@ def load(
         source_grid=_grid(weights),
         head=head,
         same_classes=list(theirs) == list(class_names) if theirs and class_names else None,
-        name=str(source),
+        name=name,
     )
     for note in [*notes, *weights.notes]:
-        print(f"{source}: {note}")
+        print(f"{name}: {note}")
     return params
 
 

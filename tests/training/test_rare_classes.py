@@ -78,6 +78,7 @@ def test_a_run_with_rare_classes_stops_early_and_keeps_its_best_checkpoint(tmp_p
     best = max(scores, key=lambda step: (scores[step], step))
     assert f"best: validation balanced accuracy {scores[best]:.2%} at step {best};" in said
     assert read_weights(workdir, "best")[0] == best
+    assert f"done: validation balanced accuracy {scores[int(stop)]:.2%} after {stop} steps" in said
 
     follow(evaluate)
     said = capsys.readouterr().out

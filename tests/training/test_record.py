@@ -166,7 +166,7 @@ def test_another_order_of_the_same_images_is_noticed(tmp_path):
     with pytest.raises(
         UserError, match=r"since the run began \(training: the same images in another order\), and"
     ):
-        record.check_data(tmp_path, before, now, moved=None)
+        record.check_data(tmp_path, before, now)
 
 
 def test_tfds_data_that_moved_is_the_same_and_other_data_is_not(tmp_path, capsys):

@@ -74,7 +74,10 @@ def assert_same_run(workdir, expected):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_killed_runs_on_1_4_2_and_8_devices_have_the_bits_of_one_run_on_one_device(tmp_path, monkeypatch):
+def test_killed_runs_on_1_4_2_and_8_devices_have_the_bits_of_one_run_on_one_device(
+    digits_run, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(REPRODUCIBLE, "distill_from", digits_run)
     expected, workdir = tmp_path / "uninterrupted", tmp_path / "run"
     assert "on 1 x cpu" in train(expected, devices=1, monkeypatch=monkeypatch)
     for devices, until in [(1, 2), (4, 4), (2, 8)]:

@@ -64,8 +64,9 @@ for microbatches in (1, 2):
     schedule = make_schedule(config, total_steps=10, warmup_steps=0)
     optimizer = make_optimizer(config, schedule)
     weights = np.float32([0.4, 3, 1])
+    teacher = model if microbatches == 2 else None
     update, alone = (
-        make_train_step(model, optimizer, schedule, config, mesh=each, class_weights=weights)
+        make_train_step(model, optimizer, schedule, config, mesh=each, class_weights=weights, teacher=teacher)
         for each in (mesh, single)
     )
     shapes = jax.eval_shape(
@@ -74,11 +75,12 @@ for microbatches in (1, 2):
     fill = np.random.default_rng(1)
     params = jax.tree.map(lambda p: fill.normal(0, 0.5, p.shape).astype(p.dtype), shapes.params)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes).replace(params=params, ema=params)
+    taught = jax.tree.map(lambda p: fill.normal(0, 0.5, p.shape).astype(p.dtype), params) if teacher else ()
 
-    one = jax.jit(alone, compiler_options=quick)(state, batch)  # on the first device
+    one = jax.jit(alone, compiler_options=quick)(state, batch, taught)  # on the first device
     found["one device"] = len(one[1]["loss"].devices())
     jitted = jax.jit(update, donate_argnums=0, out_shardings=everywhere, compiler_options=quick)
-    four = jitted(jax.device_put(state, everywhere), placed)
+    four = jitted(jax.device_put(state, everywhere), placed, jax.device_put(taught, everywhere))
     found["replicated"] = all(
         leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(four)
     )
