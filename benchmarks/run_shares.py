@@ -23,8 +23,9 @@ from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import iterate
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
+from mlpmixer_flax.training.compiling import compile_steps
 from mlpmixer_flax.training.evaluation import evaluate
-from mlpmixer_flax.training.setup import compile_steps, make_setup
+from mlpmixer_flax.training.setup import make_setup
 from mlpmixer_flax.training.speed import prepare
 
 TURNS = 5
@@ -54,17 +55,18 @@ def measure(name: str, workdir: Path) -> Shares:
     setup = make_setup(config)
     steps = compile_steps(setup, None, params=None)
     state, n = steps.state, len(setup.test_batches)
+    (update_step,), (score_step,) = steps.updates.values(), steps.scores.values()  # of one size
     batch = sharding.put_batch(setup.train_batches[0], setup.mesh)
     infer = prepare(config, "inference", batch_size, num_classes=len(setup.class_names)).run
 
     def score() -> None:
         batches = iterate(setup.test_batches, 0, n)
-        evaluate(steps.score, state.eval_params, batches, mesh=setup.mesh)
+        evaluate(score_step, state.eval_params, batches, mesh=setup.mesh)
 
     def update(count: int) -> None:
         nonlocal state
         for _ in range(count):
-            state, _ = steps.update(state, batch)
+            state, _ = update_step(state, batch)
         jax.block_until_ready(state)
 
     update(1), score(), infer(1)

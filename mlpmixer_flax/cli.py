@@ -87,14 +87,35 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="which weights of the run: best, last, ema, or a saved step such as 300 (default: best, if the run was "
         "evaluated)",
     )
+    parser.add_argument(
+        "--image_size_px",
+        type=int,
+        metavar="N",
+        help="use the model for images of this side: its token mixing is resampled (default: the model's own size)",
+    )
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
     """Loads the model that the options of `add_model` name; prints which weights of a run these are.
 
     Raises:
-      UserError: as `load` and `start_devices`, or --checkpoint is given for weights.
+      UserError: as `load`, `Model.at_size` and `start_devices`, or --checkpoint is given for weights.
     """
+    model = _load_model(arguments)
+    size_px, own_px = arguments.image_size_px, model.preprocess["image_size_px"]
+    if size_px is None or size_px == own_px:
+        return model
+    sized = model.at_size(size_px)
+    trained = size_px in model.config.get("resolutions_px", ())
+    print(
+        f"{size_px} px instead of {own_px} px: token mixing resampled"
+        + ("" if trained else "; the model was not trained with this size, and is less accurate"),
+        flush=True,
+    )
+    return sized
+
+
+def _load_model(arguments: argparse.Namespace) -> Model:
     start_devices()
     workdir, checkpoint = arguments.workdir, arguments.checkpoint
     if workdir is None:

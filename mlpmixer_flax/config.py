@@ -137,6 +137,9 @@ def get_config() -> ConfigDict:
     config.preprocess.mean = ()  # is subtracted from pixels in [0, 1]; one value, or one per channel
     config.preprocess.std = ()  # then divides them; mean 0.5 and std 0.5 give [-1, 1]
 
+    # Several resolutions with one model: each update has images of one of these sizes
+    config.resolutions_px = ()  # sides in pixels, with image_size_px among them: (16, 24, 32, 48); () = only image_size_px
+
     # Augmentation of training images, applied in this order; everything is off in this base config
     config.augment = ConfigDict()
     config.augment.crop_padding_px = 0  # pixels of zeros around the image before a random crop to its size

@@ -21,8 +21,8 @@ The program writes to a directory:
 If images have several labels each, it writes the first two files only, with the
 average precision of each class and the threshold with its highest F1.
 
-Without --output, the directory is RUN/evaluation. If the dataset, split or
-checkpoint is not the default of the run, it becomes part of the name, as in
+Without --output, the directory is RUN/evaluation. If the dataset, split,
+checkpoint or size is not the default of the run, it is part of the name, as in
 RUN/evaluation-cifar10-train, so scores never replace scores of something else.
 For weights that are no run, the directory is evaluation-WEIGHTS-DATASET-SPLIT
 in the current one. Paths and slices are shortened, and a code is added.
@@ -143,6 +143,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "dataset": with_absolute_path(data.dataset),
         "split": data.test_split,
         "images": len(examples),
+        **({"image_size_px": arguments.image_size_px} if arguments.image_size_px else {}),
     }
     output = arguments.output or default_output(subject, model, run)
     if is_lead():
@@ -211,6 +212,8 @@ def default_output(subject: Mapping[str, Any], model: Model, run: NamedRun | Non
     others = {key: _as_name(subject[key]) for key in keys if subject[key] != own.get(key)}
     if others.get("checkpoint", "").isdigit():
         others["checkpoint"] = f"step{others['checkpoint']}"
+    if size_px := subject.get("image_size_px"):
+        others["size"] = f"{size_px}px"
     return folder / "-".join(["evaluation", *others.values()])
 
 
@@ -225,7 +228,8 @@ def _as_name(text: str) -> str:
 def _subject(found: Mapping[str, Any]) -> str:
     """Returns what was scored, for a title: "runs/b16, step 300, on cifar10, split test"."""
     step = "" if found["step"] is None else f", step {found['step']},"
-    return f"{found['model']}{step} on {found['dataset']}, split {found['split']}"
+    size = f", {found['image_size_px']} px" if "image_size_px" in found else ""
+    return f"{found['model']}{step} on {found['dataset']}, split {found['split']}{size}"
 
 
 def _as_text(found: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "preprocess.mean": (-1e3, 1e3, "pixels are from 0 to 1"),
     "preprocess.std": (1e-4, 1e3, "pixels are from 0 to 1"),
     "reproducible": (0, 2**16, "a batch has no more chunks"),
+    "resolutions_px": (1, 2**14, _SIDE),
     "save_every_epochs": (0, 1e6, _EPOCHS),
     "save_every_steps": (0, 2**31 - 1, _COUNT),
     "schedule.final_fraction": (0, 1, _SHARE),

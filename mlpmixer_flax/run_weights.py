@@ -125,6 +125,11 @@ def score_of(scores: Any, name: str = "accuracy") -> Score | None:
     return None
 
 
+def sized(name: str, size_px: int) -> str:
+    """Returns what a score is called at another size than the model's own: "test/accuracy_24px"."""
+    return f"{name}_{size_px}px"
+
+
 def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
     """Returns (step, tree of float32 numpy arrays) of the weights that `which` names.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,12 @@ from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import RowFunction, check_positive, forward, on_all_devices
 from mlpmixer_flax.inference.inputs import ImageBatches, Images
-from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.limits import check_limits
+from mlpmixer_flax.models import MlpMixer, check_patch
+from mlpmixer_flax.run_weights import sized
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
+from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
 
 class Score(NamedTuple):
@@ -62,6 +65,33 @@ class Model:
     def channels(self) -> int:
         """Number of channels of the model's images: 1 (gray), 3 (RGB) or 4 (RGBA)."""
         return self.params["stem"]["kernel"].shape[2]
+
+    def at_size(self, size_px: int) -> Self:
+        """Returns the model for images of another size, with its token-mixing weights resampled.
+
+        A model that was trained with `config.resolutions_px` is made for these sizes; another one loses accuracy.
+        `scores` are those of this size, if the run measured them.
+
+        Raises:
+          UserError: the patches of the model do not divide images of this size.
+        """
+        check_limits("preprocess.image_size_px", size_px)
+        check_patch(self.module.patches["size"], (size_px, size_px))
+        own_px = self.preprocess["image_size_px"]
+        if size_px == own_px:
+            return self
+        grids = grid_of(self.module, own_px), grid_of(self.module, size_px)
+        suffix = sized("", size_px)
+        return dataclasses.replace(
+            self,
+            params=with_tokens(self.params, resampled(*grids)),
+            preprocess={**self.preprocess, "image_size_px": size_px},
+            scores={
+                name.removesuffix(suffix): score
+                for name, score in self.scores.items()
+                if name.endswith(suffix)
+            },
+        )
 
     # --- images in, results out
 

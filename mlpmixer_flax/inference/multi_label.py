@@ -59,7 +59,7 @@ def score_multi_label(model: Model, examples: Examples, *, classes: np.ndarray, 
 
 
 def measure_multi_label(rows: Rows) -> dict[str, float]:
-    """Returns `mean_average_precision`, `accuracy` and `loss`, as `training.multi_label.evaluate_multi_label`."""
+    """Returns `mean_average_precision`, `accuracy` and `loss`, as `training.multi_label.label_scores`."""
     precisions = average_precisions(rows["label"], rows["probability"])
     right = (rows["probability"] > USUAL_THRESHOLD) == (rows["label"] > 0)
     return {

@@ -22,6 +22,7 @@ from mlpmixer_flax.training.class_weights import describe_class_weights
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.processes import check_same, check_shared, from_lead, is_lead, same_fate
+from mlpmixer_flax.training.resolutions import sizes_of
 from mlpmixer_flax.training.setup import Setup, initial_params, make_setup, settle, to_store
 from mlpmixer_flax.training.table import summarize
 from mlpmixer_flax.training.tracker import check_tracker
@@ -113,6 +114,8 @@ def _describe(setup: Setup, workdir: Path) -> None:
     )
     labels = (batches.examples.known_labels for batches in (setup.train_batches, setup.test_batches))
     print(describe_classes(setup.class_names, *labels, test_split=config.test_split))
+    if config.resolutions_px:
+        print(f"each update has images of one of these sizes: {', '.join(map(str, sizes_of(config)))} px")
     if setup.class_weights is not None:
         print(describe_class_weights(setup.class_weights, setup.class_names))
     if setup.teacher:

@@ -13,12 +13,12 @@ from flax.traverse_util import flatten_dict
 
 import mlpmixer_flax
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import ConfigDict, flatten, get_config, resolve
+from mlpmixer_flax.config import ConfigDict, flatten, get_config
 from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.limits import show
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.keys import suggest_key, suggest_option
-from mlpmixer_flax.training.validate import validate
+from mlpmixer_flax.training.validate import examples, validate
 
 
 def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | Sequence[str] = ()) -> ConfigDict:
@@ -35,7 +35,7 @@ def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | Seque
       UserError: the file is missing or broken, a key is unknown, or a value cannot be used.
     """
     config = _run_config_file(os.fspath(path))
-    values = flatten(resolve(config, {}))  # a key left open also gets an example of its type
+    values = examples()  # a key left open also has one of its type
     if isinstance(changes, Mapping):
         given = flatten_dict(dict(changes), sep=".")
         for key, value in given.items():
@@ -110,7 +110,7 @@ def _explain(error: BaseException) -> str:
     inside = frames[-1] if frames else None
     if inside is None or inside.f_globals.get("__name__", "").split(".")[0] != ml_collections.__name__:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    values = flatten(resolve(get_config(), {}))
+    values = examples()
     section, key = inside.f_locals.get("self"), inside.f_locals.get("key", inside.f_locals.get("attribute"))
     if not isinstance(section, ConfigDict) or not isinstance(key, str):
         return "a value of the config cannot be changed in this way: write config.KEY = VALUE"

@@ -1,7 +1,7 @@
 """Evaluates a model on a split: sums per batch on the devices, means over the split on the host."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,15 @@ from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.reproducible import sum_over_chunks
+from mlpmixer_flax.training.resolutions import ResizedMixer
 from mlpmixer_flax.training.step import DeviceBatch
 
 EvalStep = Callable[[Params, DeviceBatch], dict[str, jax.Array]]  # (params, batch) -> arrays by name
+Results = TypeVar("Results")
 
 
 def make_eval_step(
-    model: MlpMixer, config: ConfigDict, *, mesh: jax.sharding.Mesh, cropped: bool = False
+    model: MlpMixer | ResizedMixer, config: ConfigDict, *, mesh: jax.sharding.Mesh, cropped: bool = False
 ) -> EvalStep:
     """Returns the evaluation of a batch: (params, batch) -> sums over its unmasked images.
 
@@ -67,18 +69,16 @@ def evaluate(
     `eval_step` is a jitted `make_eval_step`. Sums and counts are added over all batches and divided once, so
     every image has the same weight, also in a partly filled last batch.
     """
-    return evaluate_classes(eval_step, params, batches, mesh=mesh)[0]
+    return class_scores(one_batch_late(eval_step, params, batches, mesh=mesh))[0]
 
 
-def evaluate_classes(
-    eval_step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
-) -> tuple[dict[str, float], np.ndarray]:
-    """Returns the scores of `evaluate`, and the accuracy per class, float64 (classes,).
+def class_scores(results: Iterable[dict[str, np.ndarray]]) -> tuple[dict[str, float], np.ndarray]:
+    """Returns the scores of `evaluate`, and the accuracy per class, float64 (classes,), from the sums of each batch.
 
     The accuracy of a class without images is NaN; `balanced_accuracy` is the mean over the other classes.
     """
     totals: dict[str, np.ndarray] = {}
-    for sums in one_batch_late(eval_step, params, batches, mesh=mesh):
+    for sums in results:
         for name, value in sums.items():
             totals[name] = totals.get(name, np.zeros(value.shape)) + value  # in float64
     count, class_count = totals.pop("count"), totals.pop("class_count")
@@ -89,9 +89,35 @@ def evaluate_classes(
     return scores, class_accuracy
 
 
+def evaluate_sizes(
+    scores: Mapping[int, EvalStep],
+    summarize: Callable[[Iterable[dict[str, np.ndarray]]], Results],
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    mesh: jax.sharding.Mesh,
+) -> dict[int, Results]:
+    """Returns the scores of each size, from one pass over the data.
+
+    Args:
+      scores: the compiled evaluation of a batch, by size.
+      summarize: from the results of all batches to scores: `class_scores` or `multi_label.label_scores`.
+    """
+
+    def at_every_size(params, batch):
+        return {size_px: score(params, batch) for size_px, score in scores.items()}
+
+    results = list(one_batch_late(at_every_size, params, batches, mesh=mesh))
+    return {size_px: summarize(each[size_px] for each in results) for size_px in scores}
+
+
 def one_batch_late(
-    step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
-) -> Iterator[dict[str, np.ndarray]]:
+    step: Callable[[Params, DeviceBatch], Any],
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[Any]:
     """Yields the results of a jitted step for each batch, fetched while the device works on the next one."""
     waiting = None
     for batch in batches:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,21 +14,23 @@ from tqdm import tqdm
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate
 from mlpmixer_flax.remote import shown
-from mlpmixer_flax.run_weights import score_of
+from mlpmixer_flax.run_weights import score_of, sized
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, sharding
 from mlpmixer_flax.training.advice import advising
 from mlpmixer_flax.training.begin import agree_on_workdir, begin
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
-from mlpmixer_flax.training.evaluation import EvalStep, evaluate_classes
+from mlpmixer_flax.training.compiling import Steps, compile_steps
+from mlpmixer_flax.training.evaluation import EvalStep, class_scores, evaluate_sizes
 from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
-from mlpmixer_flax.training.multi_label import evaluate_multi_label
+from mlpmixer_flax.training.multi_label import label_scores
 from mlpmixer_flax.training.processes import ending_all, from_lead, is_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
-from mlpmixer_flax.training.setup import Setup, Steps, compile_steps
+from mlpmixer_flax.training.resolutions import size_of_update
+from mlpmixer_flax.training.setup import Setup
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import PreviewStep, TrainState
 from mlpmixer_flax.training.tracker import Tracker
@@ -117,7 +119,7 @@ def _run_updates(
 ) -> None:
     """Runs all updates after step `start`; logs, evaluates and saves at the intervals of the setup."""
     config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
-    state, update, score = steps.state, steps.update, steps.score
+    state = steps.state
     earlier = checkpoints.best()
     best = Best(earlier and earlier.score, best_by=config.best_by)
     reporter = Reporter(
@@ -144,7 +146,7 @@ def _run_updates(
         def evaluate(step: int, state: TrainState) -> dict[str, float]:
             # Of several processes, none may leave an evaluation before the others.
             stopping = () if several else signals
-            scores, by_class = _evaluate(setup, score, state, stopping=stopping)
+            scores, by_class = _evaluate(setup, steps.scores, state, stopping=stopping)
             balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
             reporter.evaluation(step, scores, balanced=balanced)
             of_class = "average_precision" if setup.multi_label else "accuracy"
@@ -160,6 +162,7 @@ def _run_updates(
         unlogged = Unlogged(workdir)
         recent = Recent(config.batch_size, unlogged.read(start))
         for step, batch in enumerate(recent.timing(batches), start + 1):
+            update = steps.updates[size_of_update(config, step - 1)]
             state, metrics = update(state, sharding.put_batch({**batch, **signal_row(signals)}, setup.mesh))
             recent.add(step, metrics)
             reporter.advance()
@@ -230,7 +233,7 @@ class _Abandoned(Exception):
 
 
 def _evaluate(
-    setup: Setup, score: EvalStep, state: TrainState, *, stopping: Sequence[int]
+    setup: Setup, steps: Mapping[int, EvalStep], state: TrainState, *, stopping: Sequence[int]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Returns the scores of config.test_split, and the accuracy or average precision per class by class name.
 
@@ -248,13 +251,16 @@ def _evaluate(
     batches = iterate(setup.test_batches, 0, num_batches, num_workers=setup.config.num_workers)
     bar = tqdm(batches, "evaluating", num_batches, leave=False, delay=2, disable=not sys.stdout.isatty())
     with closing(batches):
-        evaluate = evaluate_multi_label if setup.multi_label else evaluate_classes
-        scores, by_class = evaluate(score, state.eval_params, until_signal(bar), mesh=setup.mesh)
-    if len(setup.class_names) <= 5:
-        scores.pop("accuracy_top5", None)  # it would always be 1
-    scores = {f"{setup.scored}/{name}": value for name, value in scores.items()}
+        summarize = label_scores if setup.multi_label else class_scores
+        found = evaluate_sizes(steps, summarize, state.eval_params, until_signal(bar), mesh=setup.mesh)
+    own_px, scores = setup.input_shape[0], {}
+    for size_px, (of_size, _) in found.items():
+        if len(setup.class_names) <= 5:
+            of_size.pop("accuracy_top5", None)  # it would always be 1
+        named = {f"{setup.scored}/{name}": value for name, value in of_size.items()}
+        scores |= named if size_px == own_px else {sized(name, size_px): each for name, each in named.items()}
     scores |= _skipped(setup, setup.scored, setup.test_batches)
-    return scores, dict(zip(setup.class_names, by_class.tolist(), strict=True))
+    return scores, dict(zip(setup.class_names, found[own_px][1].tolist(), strict=True))
 
 
 def _skipped(setup: Setup, name: str, batches: TrainBatches | TestBatches) -> dict[str, float]:

@@ -13,19 +13,19 @@ import numpy as np
 
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
-from mlpmixer_flax.dataloader import Batch
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.training.evaluation import EvalStep, one_batch_late
+from mlpmixer_flax.training.evaluation import EvalStep
 from mlpmixer_flax.training.losses import LOSSES, all_right
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.reproducible import map_chunks
+from mlpmixer_flax.training.resolutions import ResizedMixer
 from mlpmixer_flax.training.step import DeviceBatch
 
 
 def make_multi_label_step(
-    model: MlpMixer, config: ConfigDict, *, mesh: jax.sharding.Mesh, cropped: bool = False
+    model: MlpMixer | ResizedMixer, config: ConfigDict, *, mesh: jax.sharding.Mesh, cropped: bool = False
 ) -> EvalStep:
-    """Returns the evaluation of a batch: (params, batch) -> rows of all its images, for `evaluate_multi_label`.
+    """Returns the evaluation of a batch: (params, batch) -> rows of all its images, for `label_scores`.
 
     The arguments are those of `evaluation.make_eval_step`.
     """
@@ -46,18 +46,18 @@ def make_multi_label_step(
     return map_chunks(step, chunks=config.reproducible, mesh=mesh) if config.reproducible else step
 
 
-def evaluate_multi_label(
-    step: EvalStep, params: Params, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh
-) -> tuple[dict[str, float], np.ndarray]:
+def label_scores(results: Iterable[dict[str, np.ndarray]]) -> tuple[dict[str, float], np.ndarray]:
     """Returns scores over all unmasked images, and the average precision per class, float64 (classes,).
 
     The scores are `loss`, `accuracy` (the share of images of which exactly the labels have a probability above 0.5) and
     `mean_average_precision` over the classes that have images. The average precision of others is NaN.
+
+    Args:
+      results: the rows of each batch.
     """
     parts = []
-    for rows in one_batch_late(step, params, batches, mesh=mesh):
-        mask = rows.pop("mask")
-        parts.append({name: values[mask] for name, values in rows.items()})
+    for rows in results:
+        parts.append({name: values[rows["mask"]] for name, values in rows.items()})
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     precisions = average_precisions(rows["label"], rows["logit"])
     scores = {

@@ -22,6 +22,7 @@ from mlpmixer_flax.reading import open_file, read_json
 from mlpmixer_flax.rundir import saved_steps
 from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.processes import is_lead
+from mlpmixer_flax.training.resolutions import split_sizes
 from mlpmixer_flax.training.signals import SIGNAL
 from mlpmixer_flax.training.step import Metrics
 from mlpmixer_flax.training.tracker import Tracker
@@ -212,8 +213,10 @@ class Reporter:
 
         All are written. To fit into a line, it shows either `test/balanced_accuracy` (if `balanced`) or
         `test/accuracy_top5`. `test/skipped_images` stays the same, and was printed when the split was opened.
+        Other sizes of config.resolutions_px have a line of their own.
         """
         self._write(step, scalars)
+        scalars, other_sizes = split_sizes(scalars)
         hidden = ("/skipped_images", "/accuracy_top5" if balanced else "/balanced_accuracy")
         scored = next(iter(scalars)).partition("/")[0]
         shown = ", ".join(
@@ -222,6 +225,8 @@ class Reporter:
             if not name.endswith(hidden)
         )
         self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
+        if other_sizes:
+            self.say(other_sizes)
 
     def by_class(self, step: int, by_class: Mapping[str, float], *, tag: str) -> None:
         """Writes a score per class to TensorBoard; NaN means that the class has no images.

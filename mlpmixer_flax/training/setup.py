@@ -1,14 +1,11 @@
 """Sets up a run: from a config to data, model and step functions, before anything is written."""
 
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -26,7 +23,7 @@ from mlpmixer_flax.training.evaluation import EvalStep, make_eval_step
 from mlpmixer_flax.training.intervals import Intervals
 from mlpmixer_flax.training.multi_label import make_multi_label_step
 from mlpmixer_flax.training.optimizer import Params, check_frozen_head, make_optimizer, make_schedule
-from mlpmixer_flax.training.signals import SIGNAL, agreeing
+from mlpmixer_flax.training.resolutions import models_by_size
 from mlpmixer_flax.training.step import (
     PreviewStep,
     TrainState,
@@ -56,9 +53,22 @@ class Setup:
     mesh: jax.sharding.Mesh
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
-    update: TrainStep  # (state, batch, parameters of the teacher if there is one) -> (state, metrics)
-    score: EvalStep  # (parameters, batch) -> sums over the batch; rows, if images may have several labels
+    updates: Mapping[
+        int, TrainStep
+    ]  # by size in px: (state, batch[, parameters of the teacher]) -> (state, metrics)
+    # By size in px: (parameters, batch) -> sums over the batch; rows, if images may have several labels
+    scores: Mapping[int, EvalStep]
     preview: PreviewStep  # first batch -> images as the first update sees them
+
+    @property
+    def update(self) -> TrainStep:
+        """The update with images of the model's own size."""
+        return self.updates[self.input_shape[0]]
+
+    @property
+    def score(self) -> EvalStep:
+        """The evaluation with images of the model's own size."""
+        return self.scores[self.input_shape[0]]
 
     @cached_property
     def like(self) -> TrainState:
@@ -144,6 +154,7 @@ def make_setup(config: ConfigDict) -> Setup:
     optimizer = make_optimizer(config, schedule)
     make_score = make_multi_label_step if info["multi_label"] else make_eval_step
     cropped = train_batches.examples.cropped
+    models = models_by_size(model, config)
     return Setup(
         config=config,
         class_names=info["class_names"],
@@ -162,18 +173,24 @@ def make_setup(config: ConfigDict) -> Setup:
             save_every=in_steps(config, "save_every", steps_per_epoch),
         ),
         init=partial(init_state, model=model, optimizer=optimizer, config=config, image_shape=input_shape),
-        update=make_train_step(
-            model,
-            optimizer,
-            schedule,
-            config,
-            mesh=mesh,
-            cropped=cropped,
-            class_weights=class_weights,
-            multi_label=info["multi_label"],
-            teacher=teacher and teacher.module,
-        ),
-        score=make_score(model, config, mesh=mesh, cropped=test_batches.examples.cropped),
+        updates={
+            size_px: make_train_step(
+                resized,
+                optimizer,
+                schedule,
+                config,
+                mesh=mesh,
+                cropped=cropped,
+                class_weights=class_weights,
+                multi_label=info["multi_label"],
+                teacher=teacher and teacher.module,
+            )
+            for size_px, resized in models.items()
+        },
+        scores={
+            size_px: make_score(resized, config, mesh=mesh, cropped=test_batches.examples.cropped)
+            for size_px, resized in models.items()
+        },
         preview=make_preview_step(config, num_classes=info["num_classes"], mesh=mesh, cropped=cropped),
     )
 
@@ -210,64 +227,6 @@ def start_state(setup: Setup, params: Params | None) -> TrainState:
     if params is not None:
         params = sharding.put_parts(params, setup.placements.params)
     return jax.jit(setup.init, out_shardings=setup.placements)(params)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The compiled functions of a run, and the state from which it starts."""
-
-    state: TrainState
-    update: TrainStep
-    score: EvalStep
-    preview: PreviewStep | None  # None if the run continues
-
-
-def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | None) -> Steps:
-    """Compiles all functions at the same time, for the shapes of this run; prints how long that took.
-
-    If `state` is None, the run starts: the state is then created meanwhile, from `params`, as `start_state` does.
-    """
-    started = time.monotonic()
-    everywhere, rows = sharding.replicated(setup.mesh), sharding.split_by_rows(setup.mesh)
-    n = setup.config.batch_size
-
-    def batch_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
-        labels = examples.as_array([])
-        return {
-            "image": jax.ShapeDtypeStruct((n, *examples.image_shape), jnp.uint8, sharding=rows),
-            "label": jax.ShapeDtypeStruct((n, *labels.shape[1:]), labels.dtype, sharding=rows),
-            "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
-        }
-
-    def compile_update() -> TrainStep:
-        update, batch = setup.update, batch_of(setup.train_batches.examples)
-        of_teacher = setup.teacher.place(setup.mesh) if setup.teacher else ()
-        if jax.process_count() > 1:
-            update = agreeing(update)
-            batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
-        update = jax.jit(update, donate_argnums=0, out_shardings=(setup.placements, everywhere))
-        compiled = update.lower(setup.like, batch, of_teacher).compile()
-        return lambda state, batch: compiled(state, batch, of_teacher)
-
-    def compile_score() -> EvalStep:
-        score = jax.jit(setup.score, out_shardings=everywhere)
-        return score.lower(setup.like.eval_params, batch_of(setup.test_batches.examples)).compile()
-
-    def compile_preview() -> PreviewStep:
-        preview = jax.jit(setup.preview, out_shardings=everywhere)
-        return preview.lower(batch_of(setup.train_batches.examples)).compile()
-
-    def start() -> TrainState:
-        return start_state(setup, params) if state is None else state
-
-    # The main thread only waits, so that Ctrl-C can interrupt it.
-    with ThreadPoolExecutor() as pool:
-        started_state, update = pool.submit(start), pool.submit(compile_update)
-        score = pool.submit(compile_score)
-        preview = pool.submit(compile_preview) if state is None else None
-    steps = Steps(started_state.result(), update.result(), score.result(), preview and preview.result())
-    print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)
-    return steps
 
 
 def _check_channels(config: ConfigDict, channels: int) -> None:

@@ -19,6 +19,7 @@ from mlpmixer_flax.training.gradients import make_gradient
 from mlpmixer_flax.training.losses import LOSSES, all_right
 from mlpmixer_flax.training.optimizer import Params, split_frozen
 from mlpmixer_flax.training.reproducible import alone, map_chunks
+from mlpmixer_flax.training.resolutions import ResizedMixer
 
 DeviceBatch = Mapping[str, jax.Array]  # as of `dataloader`: image, label and mask
 
@@ -63,7 +64,7 @@ def init_state(
 
 
 def make_train_step(
-    model: MlpMixer,
+    model: MlpMixer | ResizedMixer,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: ConfigDict,

@@ -16,6 +16,7 @@ from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES
+from mlpmixer_flax.training.resolutions import check_resolutions
 from mlpmixer_flax.training.tracker import TRACKERS
 
 # Key -> its allowed names, from the tables that implement them
@@ -45,7 +46,7 @@ def validate(config: ConfigDict) -> None:
       UserError: a value cannot be used; the message has the key, the value and what to do.
     """
     config = resolve(config, {})
-    usual = flatten(resolve(get_config(), {}))
+    usual = examples()
     for key, value in flatten(config).items():
         _check_type(key, value, usual[key])
         try:
@@ -56,6 +57,11 @@ def validate(config: ConfigDict) -> None:
     if config.augment.randaugment_layers or config.augment.randaugment_ops:
         check_ops(config.augment.randaugment_ops)
     _validate_combinations(config)
+
+
+def examples() -> dict[str, Any]:
+    """Returns an example of the value of each key, by dotted key: the one of the base config, unless it is empty."""
+    return {**flatten(resolve(get_config(), {})), "resolutions_px": (16, 24, 32)}
 
 
 def check_labels(config: ConfigDict, *, multi_label: bool) -> None:
@@ -104,7 +110,7 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
       UserError: a value has the wrong type or is out of its range, a size of the model is missing, or the model has
         an unknown key.
     """
-    base = flatten(resolve(get_config(), {}))
+    base, usual = flatten(resolve(get_config(), {})), examples()
     given: dict[str, Any] = flatten_dict(dict(stored), sep=".")
     if missing := [key for key in _SIZES if key not in given]:
         raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
@@ -121,7 +127,7 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
             continue
         value = tuple(given[key]) if isinstance(given[key], list) else given[key]
         try:
-            _check_type(key, value, base[key])
+            _check_type(key, value, usual[key])
             check_limits(key, value)
             _check_choice(key, value)
         except UserError as error:
@@ -164,6 +170,7 @@ def _validate_combinations(config: ConfigDict) -> None:
     if len(patch) != 2:
         raise UserError(f"model.patches.size={patch!r} must be two numbers: give (height, width) in pixels")
     check_patch(patch, (size, size))
+    check_resolutions(config)
     if not config.total_steps and not config.total_epochs:
         raise UserError("total_steps and total_epochs are both 0: set one of them to the length of the run")
     if config.optimizer.name == "adam" and config.optimizer.weight_decay:
@@ -188,6 +195,11 @@ def _validate_combinations(config: ConfigDict) -> None:
     if config.class_weights and config.augment.label_smoothing == 1:
         raise UserError(
             f"augment.label_smoothing=1 leaves no class for class_weights={show(config.class_weights)} to weigh: set a lower value"
+        )
+    if config.distill_from and config.resolutions_px:
+        raise UserError(
+            f"resolutions_px={config.resolutions_px} cannot be used with distill_from, because a teacher has one size: set "
+            "resolutions_px to nothing"
         )
     if config.distill_from and config.augment.label_smoothing:
         raise UserError(

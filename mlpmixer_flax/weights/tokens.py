@@ -1,13 +1,23 @@
 """Changes token-mixing weights to another grid of tokens: exactly for tiles, approximately for any grid."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mlpmixer_flax.models import MlpMixer
 
 Grid = tuple[int, int]  # rows and columns of tokens
-Transform = Callable[[np.ndarray], np.ndarray]
+Transform = Callable[[Any], Any]  # from a numpy array to another; those of `resampled` also take JAX arrays
+
+
+def grid_of(model: MlpMixer, size_px: int) -> Grid:
+    """Returns the tokens of a model for square images of this side."""
+    height, width = model.patches["size"]
+    return size_px // height, size_px // width
 
 
 def tiled(source: Grid, tiles: Grid) -> dict[str, Transform]:
@@ -56,6 +66,23 @@ def resampled(source: Grid, target: Grid) -> dict[str, Transform]:
         "Dense_1/kernel": lambda kernel: kernel @ back.T,
         "Dense_1/bias": lambda bias: back @ bias,
     }
+
+
+def with_tokens(params: Mapping[str, Any], transforms: Mapping[str, Transform]) -> dict[str, Any]:
+    """Returns parameters of a Mixer whose token-mixing MLPs are transformed, in all blocks.
+
+    It is linear in the parameters, and may be traced and differentiated, if the transforms are those of `resampled`.
+
+    Args:
+      params: a tree of numpy or JAX arrays.
+      transforms: as `resampled` and `tiled` return them.
+    """
+    flat = flatten_dict(dict(params), sep="/")
+    for name in flat:
+        _, _, parameter = name.partition("/token_mixing/")
+        if parameter in transforms:
+            flat[name] = transforms[parameter](flat[name])
+    return unflatten_dict(flat, sep="/")
 
 
 def _resize(old: Grid, new: Grid) -> np.ndarray:

@@ -19,9 +19,10 @@ from mlpmixer_flax.data import augment
 from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.inference.multi_label import as_text, per_class, read_thresholds
 from mlpmixer_flax.predict import as_set
+from mlpmixer_flax.training.evaluation import one_batch_late
 from mlpmixer_flax.training.multi_label import (
     average_precisions,
-    evaluate_multi_label,
+    label_scores,
     make_multi_label_step,
 )
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
@@ -169,8 +170,10 @@ def tiny():
 def test_the_loss_and_the_accuracy_of_an_update_are_over_all_classes(tiny, quick_to_compile):
     config, model, state, update, batch = tiny
     _, found = jax.jit(update)(state, batch)
-    scores, _ = evaluate_multi_label(
-        jax.jit(make_multi_label_step(model, config, mesh=MESH)), state.params, [batch], mesh=MESH
+    scores, _ = label_scores(
+        one_batch_late(
+            jax.jit(make_multi_label_step(model, config, mesh=MESH)), state.params, [batch], mesh=MESH
+        )
     )
     logits = np.float64(model.apply({"params": state.params}, np.float32(batch["image"]) / 127.5 - 1))
     each = np.log1p(np.exp(-np.where(batch["label"] > 0, logits, -logits)))
@@ -190,12 +193,12 @@ def test_padding_counts_nothing_and_chunks_give_the_same_rows(tiny, quick_to_com
         {**batch, "mask": np.arange(8) >= 5},
         {**batch, "mask": np.zeros(8, bool)},
     ]
-    whole = evaluate_multi_label(step, state.params, [batch], mesh=MESH)
-    parts = evaluate_multi_label(step, state.params, padded, mesh=MESH)
+    whole = label_scores(one_batch_late(step, state.params, [batch], mesh=MESH))
+    parts = label_scores(one_batch_late(step, state.params, padded, mesh=MESH))
     assert parts[0] == pytest.approx(whole[0])
     chunked = config_with(loss="sigmoid", reproducible=4)
     step = jax.jit(make_multi_label_step(model, chunked, mesh=MESH))
-    assert evaluate_multi_label(step, state.params, padded, mesh=MESH)[0] == pytest.approx(whole[0])
+    assert label_scores(one_batch_late(step, state.params, padded, mesh=MESH))[0] == pytest.approx(whole[0])
 
 
 # --- from a table to sets

@@ -3,9 +3,9 @@
 import pytest
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import flatten, get_config, resolve
+from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.limits import LIMITS
-from mlpmixer_flax.training.validate import validate
+from mlpmixer_flax.training.validate import examples, validate
 
 
 def changed(**values):
@@ -83,6 +83,25 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
             "reproducible=8 needs a copy of the state on every device, but mesh.fsdp=2: set one of them",
         ),
         ({"augment__randaugment_layers": 1, "augment__randaugment_ops": ()}, "randaugment_ops is empty"),
+        (
+            {"resolutions_px": (4, 16)},
+            r"resolutions_px=\(4, 16\) lacks preprocess.image_size_px=8, .*: add 8, or",
+        ),
+        (
+            {"resolutions_px": (8, 9)},
+            "has 9, which patches of 2x2 px do not divide: give multiples of the patch",
+        ),
+        ({"resolutions_px": (8, 4, 4)}, r"resolutions_px=\(8, 4, 4\) has 4 twice: give each size once"),
+        ({"resolutions_px": tuple(range(2, 36, 2))}, "resolutions_px has 17 sizes, .*: give at most 16"),
+        ({"resolutions_px": (8, 0)}, r"resolutions_px=\(8, 0\) must be at least 1: change"),
+        (
+            {"resolutions_px": (8, 10**6)},
+            r"resolutions_px=\(8, 1000000\) must be at most 16384, because larger",
+        ),
+        (
+            {"resolutions_px": (8.0,)},
+            r"resolutions_px=\(8.0,\) has the wrong type: .* such as \(16, 24, 32\)",
+        ),
     ],
 )
 def test_an_unusable_value_is_named_with_the_remedy(values, message):
@@ -94,7 +113,7 @@ def test_an_unusable_value_is_named_with_the_remedy(values, message):
 def test_every_number_of_a_config_has_limits_that_its_usual_value_obeys():
     numbers = {
         key
-        for key, value in flatten(resolve(get_config(), {})).items()
+        for key, value in examples().items()
         if isinstance(value[0] if isinstance(value, tuple) else value, (int, float))
         and not isinstance(value, bool)
     }

@@ -1,0 +1,175 @@
+"""Compares one Mixer for five image sizes with five Mixers for one size each, on the digits and on CIFAR-10.
+
+    python benchmarks/flexible.py digits --workdir=FOLDER
+    python benchmarks/flexible.py cifar10 --workdir=FOLDER
+
+All models of a dataset have the same architecture, training images, updates and learning rate, and are scored on all test
+images:
+
+- flexible: one model for all five sizes
+- specialist: one model per size
+- resampled: the specialist for the stored size, with its token mixing resampled to the others and not trained further
+- made flexible: the same specialist, after 3 more epochs with all sizes
+
+`digits`: configs/digits.py, 671 updates of 64 images, three seeds. Stored are 8 px.
+`cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
+images, on 10,000 of the training images, two seeds. Stored are 32 px.
+
+On one CPU core, a seed of digits takes about 5 minutes, and one of cifar10 about 35 (estimates). After each run the table is printed,
+and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
+that was interrupted continues. Results: docs/resolutions.md
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from resolutions import accuracy, resampled
+
+from mlpmixer_flax import fit, load_config
+from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.inference.load import load_run
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained; `finetuning` changes `changes` for the model that is made flexible."""
+
+    config: str
+    sizes: tuple[int, ...]  # in px
+    seeds: tuple[int, ...]
+    changes: dict[str, Any]
+    finetuning: dict[str, Any]
+
+
+_END_ONLY = {"log_every_steps": 100, "eval_every_epochs": 0.0, "save_every_steps": 50}
+_THREE_EPOCHS = {"total_steps": 0, "total_epochs": 3.0, "optimizer.learning_rate": 1e-3}
+EXPERIMENTS = {
+    "digits": Experiment(
+        config="digits.py",
+        sizes=(4, 6, 8, 12, 16),
+        seeds=(0, 1, 2),
+        changes=_END_ONLY,
+        finetuning=_THREE_EPOCHS,
+    ),
+    "cifar10": Experiment(
+        config="flexible_cifar10.py",
+        sizes=(16, 24, 32, 48, 64),
+        seeds=(0, 1),
+        changes={
+            **_END_ONLY,
+            "train_split": "train[:10000]",
+            "model.num_blocks": 4,
+            "model.hidden_dim": 48,
+            "model.tokens_mlp_dim": 48,
+            "model.channels_mlp_dim": 96,
+            "total_steps": 1000,
+            "schedule.warmup_steps": 50,
+        },
+        finetuning={**_THREE_EPOCHS, "schedule.warmup_steps": 20},
+    ),
+}
+KINDS = ("specialist", "flexible", "resampled", "made flexible")
+
+Results = dict[str, dict[str, float]]  # "flexible, seed 0" -> size in px -> accuracy in %
+
+
+def train(experiment: Experiment, workdir: Path, **changes: Any) -> dict[str, float]:
+    """Trains a run to its end, or continues it; returns its accuracies in %, by size in px."""
+    config = load_config(experiment.config, {**experiment.changes, **changes})
+    scores, own = fit(config, workdir), config.preprocess.image_size_px
+    suffixes = {size: "" if size == own else f"_{size}px" for size in config.resolutions_px or (own,)}
+    return {str(size): 100 * scores[f"test/accuracy{suffix}"] for size, suffix in suffixes.items()}
+
+
+def run(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Results]:
+    """Runs what is not done; yields the accuracies of each new run by its name, the most telling runs first."""
+    sizes, stored = experiment.sizes, load_config(experiment.config).preprocess.image_size_px
+    for seed in experiment.seeds:
+        names = {kind: f"{kind}, seed {seed}" for kind in KINDS}
+        of_stored = workdir / f"specialist_{stored}-seed{seed}"
+        if names["flexible"] not in done:
+            folder = workdir / f"flexible-seed{seed}"
+            yield {names["flexible"]: train(experiment, folder, seed=seed, resolutions_px=sizes)}
+        for size in (stored, *(size for size in sizes if size != stored)):
+            before = done.get(names["specialist"], {})
+            if str(size) not in before:
+                folder, changes = (
+                    workdir / f"specialist_{size}-seed{seed}",
+                    {"preprocess.image_size_px": size},
+                )
+                scores = train(experiment, folder, seed=seed, resolutions_px=(), **changes)
+                yield {names["specialist"]: {**before, **scores}}
+            if size == stored and names["resampled"] not in done:
+                model = load_run(of_stored)
+                sized = {size: model if size == stored else resampled(model, size) for size in sizes}
+                yield {names["resampled"]: {str(size): accuracy(each) for size, each in sized.items()}}
+            if size == stored and names["made flexible"] not in done:
+                changes = {**experiment.finetuning, "init_from": str(of_stored)}
+                folder = workdir / f"made_flexible-seed{seed}"
+                scores = train(experiment, folder, seed=seed, resolutions_px=sizes, **changes)
+                yield {names["made flexible"]: scores}
+
+
+def scores_of(done: Results, kind: str, size: int) -> list[float]:
+    """Returns the accuracies of all seeds that are done."""
+    found = [scores for name, scores in sorted(done.items()) if name.startswith(f"{kind}, seed ")]
+    return [scores[str(size)] for scores in found if str(size) in scores]
+
+
+def table(sizes: Sequence[int], done: Results) -> list[str]:
+    """Returns a row per size: the mean over the seeds that are done and, if there are several, each."""
+
+    def cell(kind: str, size: int) -> str:
+        scores = scores_of(done, kind, size)
+        each = f" ({', '.join(f'{score:.1f}' for score in scores)})" if len(scores) > 1 else ""
+        return f"{statistics.mean(scores):.1f}{each}" if scores else "–"
+
+    rows = [f"| {size} px | {' | '.join(cell(kind, size) for kind in KINDS)} |" for size in sizes]
+    return [f"| size | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}", *rows]
+
+
+def picture(sizes: Sequence[int], done: Results) -> Figure:
+    """Returns the accuracies over the sizes: a line through the means of each kind, and a dot per seed."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for kind, marker in zip(KINDS, "sovD", strict=True):
+        found = {size: scores for size in sizes if (scores := scores_of(done, kind, size))}
+        (line,) = axes.plot(
+            list(found), list(map(statistics.mean, found.values())), marker=marker, label=kind
+        )
+        for size, scores in found.items():
+            axes.plot([size] * len(scores), scores, ".", color=line.get_color(), alpha=0.5)
+    axes.set(xticks=sizes, xlabel="side of the images, px", ylabel="test accuracy, %")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--workdir", type=Path, required=True, help="directory for runs; takes 100 MB")
+    arguments = parser.parse_args()
+    experiment, workdir = EXPERIMENTS[arguments.experiment], arguments.workdir / arguments.experiment
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / "results.json"
+    done: Results = json.loads(file.read_text()) if file.exists() else {}
+    for new in run(experiment, workdir, done):
+        done |= new
+        with replacing(file) as opened:
+            opened.write(json.dumps(done, indent=1).encode())
+        picture(experiment.sizes, done).savefig(workdir / "flexible.png", dpi=110)
+        print("", *table(experiment.sizes, done), "", sep="\n", flush=True)
+    print("", *table(experiment.sizes, done), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
