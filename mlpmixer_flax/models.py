@@ -31,7 +31,7 @@ def _matmul(x: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> j
     """Multiplies (..., d) by (d, features) as one product of two matrices, for `nn.Dense(dot_general=...)`.
 
     The result is that of `lax.dot_general`, which Dense calls otherwise. But there the gradient of the kernel sums over
-    several axes, and XLA computes such sums on a CPU two to three times slower.
+    several axes, and XLA computes such sums more slowly on a CPU: see docs/performance.md.
     """
     rows = x.reshape(-1, x.shape[-1])
     return jnp.dot(rows, kernel, precision=precision).reshape(*x.shape[:-1], -1)

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,9 +142,10 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
     for _ in range(3):
         step = _find_step(workdir, which)
         try:
-            folder = fetch((workdir / "checkpoints" / str(step) / "default").absolute())
-            checked = check_files(folder.parent, "default")
-            params = _restore(folder, which, name=str(workdir))
+            folder = fetch((workdir / "checkpoints" / str(step)).absolute(), _of_weights)
+            part = "weights" if (folder / "weights").exists() else "default"
+            checked = check_files(folder, part)
+            params = _restore(folder / part, which, name=str(workdir))
         except UserError:
             raise
         except Exception as error:  # of any class: from Orbax, TensorStore or JSON
@@ -161,6 +162,12 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
         if step in saved_steps(workdir):
             break
     raise UserError(f"checkpoint {step} in {workdir} cannot be read ({reason}): choose another")
+
+
+def _of_weights(names: Collection[str]) -> list[str]:
+    """Returns which files of a checkpoint have the weights; earlier versions saved them with all the rest."""
+    weights = [name for name in names if name.startswith("weights/")]
+    return weights or [name for name in names if name.startswith("default/")]
 
 
 def _check_finite(params: dict[str, Any], name: str) -> None:

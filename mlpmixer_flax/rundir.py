@@ -29,7 +29,8 @@ def fetch_run(workdir: Path) -> Path:
 
     Weights are copied when they are read. Of a folder that is no run, only the files in it are copied.
     """
-    fetch(workdir, lambda names: [name for name in files_of_run(names) if "/default/" not in name])
+    arrays = ("/weights/", "/default/")
+    fetch(workdir, lambda names: [n for n in files_of_run(names) if not any(part in n for part in arrays)])
     if url_of(workdir):
         for step in saved_steps(workdir):  # one that the run has deleted since
             if not (workdir / "checkpoints" / str(step) / MARKER).exists():

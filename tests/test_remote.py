@@ -177,7 +177,8 @@ def test_programs_read_a_run_and_write_into_it(run, bucket, digits_run, tmp_path
         assert f"-> {bucket}/out/{name} (" in capsys.readouterr().out.replace("\n  ", " ")
         assert len(listed(f"{bucket}/out/{name}")) == 1 and len(listed(f"{bucket}/out")) >= 1 + extra
     # Only what was needed is on this machine: the weights of one of four checkpoints.
-    assert len(list(copy_of(run).glob("checkpoints/*/default"))) == 1
+    assert len(list(copy_of(run).glob("checkpoints/*/weights"))) == 1
+    assert not list(copy_of(run).glob("checkpoints/*/default"))
 
     write(tmp_path / "photos", *names("cat", 2))
     upload(tmp_path / "photos", f"{bucket}/photos")

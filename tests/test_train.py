@@ -76,8 +76,9 @@ def rows(workdir):
 
 def last_state(workdir):
     steps = sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+    folder = (workdir / "checkpoints" / str(steps[-1])).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(steps[-1]) / "default").absolute())
+        return checkpointer.restore(folder / "default") | checkpointer.restore(folder / "weights")
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def main() -> None:
                 newest = run / "checkpoints" / str(step)
                 write.append(timed(write_checksums, newest))
                 load.append(timed(read_weights, run, "last"))
-                check.append(timed(check_files, newest, "default"))
+                check.append(timed(check_files, newest, "weights"))
                 files = [file.stat().st_size for file in newest.rglob("*") if file.is_file()]
     print(f"checkpoint of {sum(files) / 2**20:,.0f} MiB; medians of {repeat}, the first one left out")
     for name, all_of_it, part in (("save", save, write), ("load", load, check)):

@@ -50,7 +50,8 @@ def result(workdir: Path):
     """Returns the last state of a run, and its metrics without the speed."""
     step = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore((workdir / "checkpoints" / str(step) / "default").absolute())
+        folder = (workdir / "checkpoints" / str(step)).absolute()
+        state = [checkpointer.restore(folder / part) for part in ("default", "weights")]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return state, [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -28,6 +28,12 @@ class BestCheckpoint(NamedTuple):
 
     step: int
     score: Score
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Returns what is saved under which name: weights are read, and checked, without the optimizer's state."""
+    weights = {"params": state.params, "ema": state.ema}
+    return {"weights": weights, "default": state.replace(params=None, ema=None)}
 
 
 class Checkpoints:
@@ -84,7 +90,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # removes checkpoints that a killed run did not finish
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        return ocp.CheckpointManager(epath.Path(self.folder), options=options)
+        return ocp.CheckpointManager(
+            epath.Path(self.folder), options=options, item_names=("weights", "default")
+        )
 
     def _write_checksums(self) -> None:
         """Adds checksums to the checkpoint that is being saved; Orbax calls it before it commits the checkpoint."""
@@ -112,7 +120,8 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             with self._judging():
                 self._check_exists()
-                self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+                args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+                self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics, force=True)
 
     def restore(self, like: TrainState) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.
@@ -127,8 +136,7 @@ class Checkpoints:
         for step in from_lead(lambda: sorted(self._manager.all_steps(), reverse=True)):
             state = failure = None
             try:
-                checked = check_files(self.folder / str(step), "default")
-                state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                state, checked = self._restore(step, like)
             except Exception as error:  # of any class: from Orbax, TensorStore or JSON
                 pass_on(error, self.folder / str(step))
                 check_readable(self.folder / str(step))
@@ -143,13 +151,23 @@ class Checkpoints:
                     print(without_checksums(step))
                 if failures:
                     self._set_aside(failures)
-                return step, cast(TrainState, state)  # it has the structure of `like`
+                return step, state
         if failures:
             raise UserError(
                 f"none of the checkpoints {', '.join(map(str, failures))} in {self.folder} can be read: "
                 "choose another --workdir to start over"
             )
         return 0, None
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, bool]:
+        """Returns the state of a step, and whether it has checksums; raises errors of many classes."""
+        folder = self.folder / str(step)
+        # Earlier versions saved the state as one item.
+        items = _items(like) if (folder / "weights").exists() else {"default": like}
+        checked = all([check_files(folder, name) for name in items])
+        args = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return found["default"].replace(**(found["weights"] if "weights" in items else {})), checked
 
     def _set_aside(self, steps: Iterable[int]) -> None:
         damaged = self.folder.parent / "damaged"

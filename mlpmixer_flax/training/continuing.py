@@ -42,6 +42,7 @@ def usable_workdir(workdir: str | Path) -> Path:
     try:
         workdir = Path(workdir).expanduser()
         existing = next(folder for folder in [workdir, *workdir.absolute().parents] if folder.exists())
+        has_checkpoints = (workdir / "checkpoints").exists()  # fails if only this path is too long
     except (OSError, RuntimeError, ValueError) as error:  # ~ has no home directory; a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot use workdir {workdir} ({reason}): choose another") from None
@@ -51,7 +52,7 @@ def usable_workdir(workdir: str | Path) -> Path:
         raise UserError(
             f"cannot use workdir {workdir}: Orbax reads [ in a path as a pattern; choose a path without it"
         )
-    if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
+    if has_checkpoints and not (workdir / "config.json").exists():
         raise UserError(
             f"{workdir} has checkpoints but no config.json that they belong to: choose another --workdir"
         )

@@ -53,9 +53,8 @@ class Setup:
     mesh: jax.sharding.Mesh
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
-    updates: Mapping[
-        int, TrainStep
-    ]  # by size in px: (state, batch[, parameters of the teacher]) -> (state, metrics)
+    # By size in px: (state, batch, parameters of the teacher if there is one) -> (state, metrics)
+    updates: Mapping[int, TrainStep]
     # By size in px: (parameters, batch) -> sums over the batch; rows, if images may have several labels
     scores: Mapping[int, EvalStep]
     preview: PreviewStep  # first batch -> images as the first update sees them

@@ -1,5 +1,7 @@
 """Tests what a run keeps on disk, restores exactly, refuses, and survives if files are damaged."""
 
+import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -9,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mlpmixer_flax import UserError, run_weights
@@ -17,13 +20,15 @@ from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open
 from mlpmixer_flax.rundir import read_class_names, read_config, write_run
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
+from mlpmixer_flax.training.step import TrainState
 
 PLACE = sharding.replicated(sharding.make_mesh())
 
 
 def state(step):
-    tree = {"step": jnp.int32(step), "params": {"kernel": jnp.arange(6.0).reshape(2, 3) + step}, "ema": None}
-    return jax.device_put(tree, PLACE)
+    params = {"kernel": jnp.arange(6.0).reshape(2, 3) + step}
+    momentum = {"trace": {"kernel": jnp.ones((2, 3))}}
+    return jax.device_put(TrainState(jnp.int32(step), params, momentum, None), PLACE)
 
 
 def scores(accuracy):
@@ -55,7 +60,7 @@ def test_the_newest_is_restored_exactly(tmp_path):
     step, restored = restore(tmp_path)
     assert step == 2
     chex.assert_trees_all_equal(restored, state(2))
-    assert restored["params"]["kernel"].sharding == PLACE
+    assert restored.params["kernel"].sharding == PLACE
 
 
 def test_without_checkpoints_the_step_is_0(tmp_path):
@@ -101,7 +106,7 @@ def test_if_the_newest_checkpoint_is_truncated_the_one_before_is_restored(tmp_pa
     assert restore(tmp_path)[0] == 2
 
 
-@pytest.mark.parametrize("folder", [".", "default/d", "default/ocdbt.process_0", "metrics"])
+@pytest.mark.parametrize("folder", [".", "default/d", "weights/d", "weights/ocdbt.process_0", "metrics"])
 def test_an_empty_file_never_leads_to_a_wrong_state(tmp_path, folder):
     """If files of the newest checkpoint are empty, either its exact state is restored, or the older state."""
     save(tmp_path, {1: 0.5, 2: 0.6})
@@ -120,7 +125,7 @@ def test_the_best_weights_are_found_if_metrics_of_a_checkpoint_are_damaged(tmp_p
         file.write_bytes(b"")
     step, params = read_weights(tmp_path, "best")
     assert step == 2
-    chex.assert_trees_all_equal(params, jax.device_get(state(2)["params"]))
+    chex.assert_trees_all_equal(params, jax.device_get(state(2).params))
 
 
 def test_class_names_that_cannot_be_read_are_refused(tmp_path):
@@ -272,12 +277,12 @@ def test_class_names_that_are_no_list_of_names_are_refused(tmp_path, content):
         read_class_names(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["default", "metrics"])
+@pytest.mark.parametrize("part", ["weights", "default", "metrics"])
 def test_a_flipped_bit_is_found_in_every_file(tmp_path, capsys, part):
     save(tmp_path / "run", {1: 0.5, 2: 0.9})
     random = np.random.default_rng(0)
     files = files_with_content(tmp_path / "run" / "checkpoints" / "2" / part)
-    assert len(files) >= 2
+    assert len(files) >= (1 if part == "metrics" else 2)  # Orbax 0.12.0 writes one file of metrics
     for file in files:
         data = bytearray(file.read_bytes())
         data[random.integers(len(data))] ^= 1 << random.integers(8)
@@ -287,11 +292,16 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path, capsys, part):
             assert read_weights(tmp_path / "copy", "best")[0] == 1
             assert restore(tmp_path / "copy")[0] == 2
         else:
-            name = re.escape(str(file.relative_to(tmp_path / "run" / "checkpoints" / "2")))
-            with pytest.raises(
-                UserError, match=f"checkpoint 2 in .* cannot be read .*{name} is not as it was"
-            ):
-                read_weights(tmp_path / "copy", "best")
+            if part == "default":  # the weights are whole
+                step, params = read_weights(tmp_path / "copy", "best")
+                assert step == 2
+                chex.assert_trees_all_equal(params, jax.device_get(state(2).params))
+            else:
+                name = re.escape(str(file.relative_to(tmp_path / "run" / "checkpoints" / "2")))
+                with pytest.raises(
+                    UserError, match=f"checkpoint 2 in .* cannot be read .*{name} is not as it was"
+                ):
+                    read_weights(tmp_path / "copy", "best")
             step, restored = restore(tmp_path / "copy")
             assert step == 1
             chex.assert_trees_all_equal(restored, state(1))
@@ -301,17 +311,48 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path, capsys, part):
 
 def test_a_checkpoint_without_checksums_is_read_with_a_note(tmp_path, capsys):
     save(tmp_path, {1: 0.5})
-    (tmp_path / "checkpoints" / "1" / "sha256.json").unlink()
+    (tmp_path / "checkpoints" / "1" / "xxh3_128.json").unlink()
     assert read_weights(tmp_path, "best")[0] == 1
     assert capsys.readouterr().err.startswith("checkpoint 1 has no checksums")
     assert restore(tmp_path)[0] == 1
     assert capsys.readouterr().out.startswith("checkpoint 1 has no checksums")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"default/_METADATA": 3}', "5"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_checkpoints_of_earlier_versions_are_read_and_checked(tmp_path, damaged):
+    """They have one item with the whole state, and SHA-256 checksums, or none."""
+    as_run(tmp_path, 0.9)
+    folder = tmp_path / "checkpoints"
+    with ocp.CheckpointManager(folder) as manager:
+        for step in (1, 2):
+            whole = state(step).replace(ema={"kernel": jnp.full((2, 3), 7.0)})
+            manager.save(step, args=ocp.args.StandardSave(whole))
+    files = sorted(
+        file for file in (folder / "2").rglob("*") if file.is_file() and file.parent != folder / "2"
+    )
+    digests = {
+        file.relative_to(folder / "2").as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+    (folder / "2" / "sha256.json").write_text(json.dumps(digests))
+    if damaged:
+        files[-1].write_bytes(files[-1].read_bytes() + b"\0")
+        with pytest.raises(UserError, match="checkpoint 2 in .* cannot be read .* is not as it was saved"):
+            read_weights(tmp_path, "ema")
+    else:
+        assert read_weights(tmp_path, "ema")[1]["kernel"].tolist() == [[7.0] * 3] * 2
+    with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
+        step, restored = checkpoints.restore(jax.eval_shape(lambda: whole))
+        chex.assert_trees_all_equal(restored, whole.replace(step=jnp.int32(step), params=state(step).params))
+        checkpoints.save(3, whole, None)  # the run continues beside them
+    assert step == (1 if damaged else 2)
+    assert read_weights(tmp_path, "ema")[0] == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"default/_METADATA": 3, "weights/_METADATA": 3}', "5"])
 def test_damaged_checksums_count_as_damage(tmp_path, content):
     save(tmp_path, {1: None, 2: None})
-    (tmp_path / "checkpoints" / "2" / "sha256.json").write_text(content)
+    (tmp_path / "checkpoints" / "2" / "xxh3_128.json").write_text(content)
     with pytest.raises(UserError, match="checkpoint 2 in .* cannot be read"):
         read_weights(tmp_path)
     assert restore(tmp_path)[0] == 1
@@ -320,7 +361,7 @@ def test_damaged_checksums_count_as_damage(tmp_path, content):
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     tree = jax.device_get(state(1))
-    tree["params"]["kernel"] = tree["params"]["kernel"] * np.float32("nan")
+    tree.params["kernel"] = tree.params["kernel"] * np.float32("nan")
     checkpoints.save(1, jax.device_put(tree, PLACE), None)
     checkpoints.close()
     with pytest.raises(UserError, match="step 1 have values that are not finite"):
@@ -333,6 +374,6 @@ def test_what_is_no_share_of_images_is_no_accuracy(accuracy):
 
 
 def test_names_that_no_file_can_have_are_missing_files(tmp_path):
-    (tmp_path / "sha256.json").write_text(json.dumps({"default/" + "x" * 3000: "ab"}))
+    (tmp_path / "xxh3_128.json").write_text(json.dumps({"default/" + "x" * 3000: "ab"}))
     with pytest.raises(ValueError, match="is not as it was saved"):
         check_files(tmp_path, "default")

@@ -263,3 +263,8 @@ def test_classes_that_differ_from_those_of_the_run_are_refused(tmp_path):
         UserError, match=r"run with other classes \(gone: 'cat'; new: 'a cat'\): restore the dataset"
     ):
         check_class_names(tmp_path, ["a cat", "dog"])
+
+
+def test_a_path_that_is_only_too_long_with_the_names_below_it_is_refused():
+    with pytest.raises(UserError, match="cannot use workdir .*File name too long.*: choose another"):
+        usable_workdir("none/" + "9" * 4080)

@@ -24,6 +24,7 @@ from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.advice import advising, why_cpu
 from mlpmixer_flax.training.checkpoints import Checkpoints
 from mlpmixer_flax.training.report import Reporter
+from mlpmixer_flax.training.step import TrainState
 
 # The rest of a save that has failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -31,8 +32,8 @@ PLACE = sharding.replicated(sharding.make_mesh())
 
 
 def state(step):
-    tree = {"step": jnp.int32(step), "params": jnp.arange(50_000.0) + step}
-    return jax.device_put(tree, PLACE)
+    whole = TrainState(jnp.int32(step), {"kernel": jnp.arange(50_000.0) + step}, (), None)
+    return jax.device_put(whole, PLACE)
 
 
 def restore(workdir):
@@ -168,7 +169,8 @@ def options(workdir, **changes):
 def last_state(workdir):
     newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((newest / "default").absolute())
+        parts = [checkpointer.restore((newest / part).absolute()) for part in ("default", "weights")]
+    return parts[0] | parts[1]
 
 
 @pytest.mark.long
@@ -219,7 +221,7 @@ def test_a_run_that_is_deleted_ends_with_one_sentence(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes a right from root as Linux does")
-@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/10", "checkpoints/10/default/d", "data.json"])
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/10", "checkpoints/10/weights/d", "data.json"])
 def test_a_run_that_may_not_be_read_is_not_called_damaged(digits_run, tmp_path, place):
     workdir = shutil.copytree(digits_run, tmp_path / "run")
     for step in (20, 30, 40):  # so that 10 is the newest

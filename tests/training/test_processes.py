@@ -107,11 +107,13 @@ def rows(workdir):
 
 def state_at(workdir, step):
     """Returns the arrays of a checkpoint by name, whatever devices they were on."""
-    folder = (workdir / "checkpoints" / str(step) / "default").absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(folder).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-        found = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(stored, as_numpy))
+    found = []
+    for part in ("default", "weights"):
+        folder = (workdir / "checkpoints" / str(step) / part).absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            found.append(checkpointer.restore(folder, args=ocp.args.PyTreeRestore(stored, as_numpy)))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}
 
 
