@@ -196,6 +196,11 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"augment.label_smoothing=1 leaves no class for class_weights={show(config.class_weights)} to weigh: set a lower value"
         )
+    if config.distill_from and config.resolutions_px:
+        raise UserError(
+            f"resolutions_px={config.resolutions_px} cannot be used with distill_from, because a teacher has one size: set "
+            "resolutions_px to nothing"
+        )
     if config.distill_from and config.augment.label_smoothing:
         raise UserError(
             f"augment.label_smoothing={config.augment.label_smoothing} has no effect with distill_from, because the teacher's "

@@ -258,6 +258,11 @@ def test_a_teacher_that_does_not_exist_is_refused_like_other_weights(tmp_path, c
     assert "error: no weights 'runs/techer': not a published name, file" in capsys.readouterr().err
 
 
+def test_several_resolutions_are_refused():
+    with pytest.raises(UserError, match="cannot be used with distill_from, because a teacher has one size"):
+        validate(config_with(distill_from="runs/teacher", resolutions_px=(8, 16)))
+
+
 def test_label_smoothing_which_would_have_no_effect_is_refused():
     with pytest.raises(
         UserError, match="augment.label_smoothing=0.1 has no effect with distill_from, because"
