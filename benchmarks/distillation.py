@@ -3,7 +3,7 @@
     python benchmarks/distillation.py --workdir=FOLDER
 
 The teacher has the sizes of mixer_folder (0.31 M parameters) and learns from labels for 1,200 updates of 128 images. The student
-has the sizes of mixer_digits with patches of 8 px, as the teacher (67,000 parameters). It learns for 800 updates, from labels, and
+(67,000 parameters) has the sizes of mixer_digits, but patches of 8 px, like the teacher. It learns for 800 updates, from labels, and
 from the teacher at two temperatures, each with two seeds. All use Muon and random crops and flips. Training images are the first
 45,000 of CIFAR-10's. The other 5,000, "held out", are there to choose a row by; nothing is chosen by the 10,000 test images.
 

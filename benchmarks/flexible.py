@@ -11,7 +11,7 @@ images:
 - resampled: the specialist for the stored size, with its token mixing resampled to the others and not trained further
 - made flexible: the same specialist, after 3 more epochs with all sizes
 
-`digits`: configs/digits.py, 671 updates of 64 images, three seeds. Stored are 8 px.
+`digits`: configs/digits.py, 672 updates of 64 images, three seeds. Stored are 8 px.
 `cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
 images, on 10,000 of the training images, two seeds. Stored are 32 px.
 

@@ -22,6 +22,7 @@ import dataclasses
 import json
 import re
 import statistics
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,9 @@ def measure_all(folder: Path, *, seeds: int) -> None:
     found: dict[str, list[Scores]] = {}
 
     def add(name: str, changes: Changes, *, seed: int) -> None:
-        run_folder = folder / f"{re.sub('[ :,]+', '_', name)}-seed{seed}"
+        # The changes that are put together depend on the results of all other runs.
+        digest = zlib.crc32(repr(sorted(changes.items())).encode())
+        run_folder = folder / f"{re.sub('[ :,]+', '_', name)}-{digest:08x}-seed{seed}"
         found.setdefault(name, []).append(run(run_folder, {**changes, "seed": seed}))
         (folder / "table.md").write_text(table(found) + "\n")
 

@@ -12,7 +12,7 @@ with two seeds. It is scored on the 10,000 test images.
 1,000 updates, and fine-tunes it on classes 5 to 9 with 200 images per class for 10 epochs, with several learning rates and
 shares, and two seeds. It is scored on the 5,000 test images of these classes.
 
-Takes half an hour on 2 CPU cores with JAX_NUM_CPU_DEVICES=2. Finished runs in FOLDER are not run again. Results: docs/recipes.md
+Takes half an hour on 2 CPU cores. Finished runs in FOLDER are not run again. Results: docs/recipes.md
 """
 
 import argparse

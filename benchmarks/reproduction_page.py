@@ -38,13 +38,13 @@ python benchmarks/reproduce.py mnist
 python benchmarks/reproduce.py all --seeds=3
 ```
 
-The first command shows which rows can run on your machine, and runs nothing. "All" are the rows whose data and weights are there,
-and that do not need a GPU if there is none.
+The first command shows which rows can run on your machine, and runs nothing. `all` runs every row that your
+machine can run: its data and weights are there, and so is a GPU if the row needs one.
 
 "Published" is the accuracy on the test split as its authors report it (ImageNet: the validation split). "Ours" is the mean of n
 runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured: what the row needs, or
-the time, was not there. The way of such a row from data and weights to this page is tested with shrunken stand-ins of the same
-layout (tests/test_reproduce.py).
+the time, was not there. tests/test_reproduce.py runs each such row to this page, with small random weights and a few images in the same
+file layout. Minutes are those of the updates, without compilation and evaluation, if nothing else is said.
 """
 
 

@@ -7,7 +7,7 @@ classes 5 to 9 with 200 images per class and three seeds, once from the pre-trai
 This is done at 32 px, and at 64 px, where the token-mixing MLPs start as four copies (Appendix C of the paper). Both
 starts have the same data, steps and augmentation; each has its own learning rate. At the end of each run, the model is
 scored on the 5,000 test images of classes 5 to 9.
-Takes about two hours on 2 CPU cores with JAX_NUM_CPU_DEVICES=2. Finished runs in FOLDER are not run again.
+Takes about two hours on 2 CPU cores. Finished runs in FOLDER are not run again.
 Results: docs/weights.md
 """
 

@@ -104,12 +104,13 @@ def load_model(arguments: argparse.Namespace) -> Model:
     model = _load_model(arguments)
     size_px, own_px = arguments.image_size_px, model.preprocess["image_size_px"]
     if size_px is None or size_px == own_px:
+        arguments.image_size_px = None  # results are named as without the option
         return model
     sized = model.at_size(size_px)
     trained = size_px in model.config.get("resolutions_px", ())
     print(
         f"{size_px} px instead of {own_px} px: token mixing resampled"
-        + ("" if trained else "; the model was not trained with this size, and is less accurate"),
+        + ("" if trained else "; a model that was not trained with this size is less accurate"),
         flush=True,
     )
     return sized

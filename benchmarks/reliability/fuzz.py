@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pyarrow
+import xxhash
 from damage import damage
 from PIL import Image
 from pyarrow import parquet
@@ -255,7 +256,7 @@ READERS: dict[str, tuple[list[bytes], Callable[[Path, bytes], None]]] = {
     "scores of a checkpoint": (as_json(METRICS[1]), read_scores),
     "data.json": (as_json(DATA), read_data_record),
     "unlogged.json": (as_json({"5": [{"loss": 2.5}]}), read_unlogged),
-    "xxh3_128.json": (as_json({"default/a": "ca97"}), read_checksums),
+    "xxh3_128.json": (as_json({"default/a": xxhash.xxh3_128_hexdigest(b"a")}), read_checksums),
     "config.json of timm": (as_json(TIMM_CONFIG), read_hub_model),
     "images": (image_files(), read_image),
     "names in a folder": (

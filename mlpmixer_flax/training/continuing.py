@@ -83,7 +83,8 @@ def compare_configs(workdir: Path, stored: Mapping[str, Any], config: Mapping[st
         for key in sorted(before | now)
         if before.get(key) != now.get(key)
     ]
-    allowed = {*CHANGE_NO_UPDATE, *LENGTH, *MOVABLE}
+    moved = {change.key for change in changes if change.key in MOVABLE and change.before and change.now}
+    allowed = {*CHANGE_NO_UPDATE, *LENGTH, *moved}
     if refused := [change for change in changes if change.key not in allowed]:
         raise UserError(f"{another_config(workdir, refused)}: choose another --workdir")
     return changes

@@ -77,6 +77,8 @@ def _check_classes(weights: Weights, source: str, *, num_classes: int, class_nam
     theirs = weights.metadata.get("class_names") or class_names
     if num_classes != len(class_names):
         different = f"{num_classes:,} classes, but the data has {len(class_names):,}"
+    elif len(theirs) != num_classes:
+        different = f"{len(theirs):,} class names for {num_classes:,} classes"
     elif pairs := [pair for pair in zip(theirs, class_names, strict=True) if pair[0] != pair[1]]:
         different = f"the class {show(pairs[0][0])} where the data has {show(pairs[0][1])}"
     else:
