@@ -257,8 +257,8 @@ def _download(get: Callable[[], Any]) -> Any:
         return get()
     except DownloadError as error:
         raise UserError(
-            f"{error}; without a download: name a file that you have, with --weights=PATH, or in training with "
-            f"--config.init_from=PATH or --config.distill_from=PATH, or copy the cache of another computer to "
+            f"{error}; without a download: give a file that you have, with --config.init_from=PATH in training (for a "
+            f"teacher --config.distill_from=PATH) or --weights=PATH, or copy the cache of another computer to "
             f"{error.cache}, or train from random weights, with --config.init_from="
         ) from None
 
