@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from resolutions import accuracy, resampled
+from resolutions import accuracy
 
 from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.inference.load import load_run
+from mlpmixer_flax.run_weights import sized
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,9 @@ def train(experiment: Experiment, workdir: Path, **changes: Any) -> dict[str, fl
     """Trains a run to its end, or continues it; returns its accuracies in %, by size in px."""
     config = load_config(experiment.config, {**experiment.changes, **changes})
     scores, own = fit(config, workdir), config.preprocess.image_size_px
-    suffixes = {size: "" if size == own else f"_{size}px" for size in config.resolutions_px or (own,)}
-    return {str(size): 100 * scores[f"test/accuracy{suffix}"] for size, suffix in suffixes.items()}
+    usual = "test/accuracy"
+    found = {size: usual if size == own else sized(usual, size) for size in config.resolutions_px or (own,)}
+    return {str(size): 100 * scores[name] for size, name in found.items()}
 
 
 def run(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Results]:
@@ -107,8 +109,7 @@ def run(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Result
                 yield {names["specialist"]: {**before, **scores}}
             if size == stored and names["resampled"] not in done:
                 model = load_run(of_stored)
-                sized = {size: model if size == stored else resampled(model, size) for size in sizes}
-                yield {names["resampled"]: {str(size): accuracy(each) for size, each in sized.items()}}
+                yield {names["resampled"]: {str(size): accuracy(model.at_size(size)) for size in sizes}}
             if size == stored and names["made flexible"] not in done:
                 changes = {**experiment.finetuning, "init_from": str(of_stored)}
                 folder = workdir / f"made_flexible-seed{seed}"

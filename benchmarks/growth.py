@@ -59,10 +59,10 @@ def time_model(kind: str, changes: dict[str, Any]) -> list[float]:
 
 def time_reading(num_images: int) -> list[float]:
     """Returns microseconds per image of five epochs, sorted."""
-    source = dataclasses.replace(open_examples("digits", "train").source, records=range(num_images))
+    digits = open_examples("digits", "train")
     examples = dataclasses.replace(
-        open_examples("digits", "train"),
-        source=source,
+        digits,
+        source=dataclasses.replace(digits.source, records=range(num_images)),
         image_shape=(32, 32, 3),
         images=np.zeros((num_images, 32, 32, 3), np.uint8),
         labels=np.zeros(num_images, np.int32),

@@ -27,17 +27,21 @@ SCALES = (1 / 2, 3 / 4, 7 / 8, 1, 9 / 8, 5 / 4, 3 / 2, 2, 3)  # of the side of t
 BATCH_SIZE = 250
 
 
-def resampled(model: Model, size_px: int) -> Model:
-    """Returns the model for images of another size, with resampled token mixing."""
-    return _adapted(model, size_px, tokens_mlp_dim=model.module.tokens_mlp_dim)
-
-
 def tiled(model: Model, size_px: int) -> Model | None:
     """Returns the model for larger images, with token mixing per tile; None if the tiles are not whole."""
     tiles, rest = divmod(size_px, model.preprocess["image_size_px"])
     if tiles <= 1 or rest:
         return None
-    return _adapted(model, size_px, tokens_mlp_dim=model.module.tokens_mlp_dim * tiles**2)
+    sized = dataclasses.replace(
+        model,
+        module=model.module.clone(tokens_mlp_dim=model.module.tokens_mlp_dim * tiles**2),
+        preprocess={**model.preprocess, "image_size_px": size_px},
+    )
+    like = jax.eval_shape(lambda key: _init(sized, key), jax.random.key(0))
+    flat = flatten_dict(model.params, sep="/")
+    shapes = {name: array.shape for name, array in flat.items()}
+    params, _ = adapt(shapes, flat.__getitem__, like, head="keep")
+    return dataclasses.replace(sized, params=params)
 
 
 def with_random_token_mixing(model: Model) -> Model:
@@ -48,19 +52,6 @@ def with_random_token_mixing(model: Model) -> Model:
         for name, array in flatten_dict(model.params).items()
     }
     return dataclasses.replace(model, params=unflatten_dict(params))
-
-
-def _adapted(model: Model, size_px: int, *, tokens_mlp_dim: int) -> Model:
-    sized = dataclasses.replace(
-        model,
-        module=model.module.clone(tokens_mlp_dim=tokens_mlp_dim),
-        preprocess={**model.preprocess, "image_size_px": size_px},
-    )
-    like = jax.eval_shape(lambda key: _init(sized, key), jax.random.key(0))
-    flat = flatten_dict(model.params, sep="/")
-    shapes = {name: array.shape for name, array in flat.items()}
-    params, _ = adapt(shapes, flat.__getitem__, like, head="keep")
-    return dataclasses.replace(sized, params=params)
 
 
 def _init(model: Model, key: jax.Array) -> Params:
@@ -99,7 +90,7 @@ def main() -> None:
         size_px = round(model.preprocess["image_size_px"] * scale)
         if size_px % patch_px:
             continue
-        sized = resampled(model, size_px)
+        sized = model.at_size(size_px)
         models = (sized, tiled(model, size_px), with_random_token_mixing(sized))
         scores = [f"{accuracy(found):.1f}" if found else "–" for found in models]
         side = size_px // patch_px

@@ -98,13 +98,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def load_model(arguments: argparse.Namespace) -> Model:
     """Loads the model that the options of `add_model` name; prints which weights of a run these are.
 
+    If --image_size_px is the model's own size, it becomes None in `arguments`, as without the option.
+
     Raises:
       UserError: as `load`, `Model.at_size` and `start_devices`, or --checkpoint is given for weights.
     """
     model = _load_model(arguments)
     size_px, own_px = arguments.image_size_px, model.preprocess["image_size_px"]
     if size_px is None or size_px == own_px:
-        arguments.image_size_px = None  # results are named as without the option
+        arguments.image_size_px = None
         return model
     sized = model.at_size(size_px)
     trained = size_px in model.config.get("resolutions_px", ())

@@ -14,7 +14,7 @@ from mlpmixer_flax.training.evaluation import EvalStep
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.setup import Setup, start_state
 from mlpmixer_flax.training.signals import SIGNAL, agreeing
-from mlpmixer_flax.training.step import PreviewStep, TrainState, TrainStep
+from mlpmixer_flax.training.step import PreviewStep, TrainState, TrainStep, Update
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
             "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
         }
 
-    def compile_update(update: TrainStep) -> TrainStep:
+    def compile_update(update: Update) -> TrainStep:
         batch = batch_of(setup.train_batches.examples)
         if jax.process_count() > 1:
             update = agreeing(update)

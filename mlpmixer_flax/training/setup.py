@@ -27,7 +27,7 @@ from mlpmixer_flax.training.resolutions import models_by_size
 from mlpmixer_flax.training.step import (
     PreviewStep,
     TrainState,
-    TrainStep,
+    Update,
     init_state,
     make_preview_step,
     make_train_step,
@@ -54,13 +54,13 @@ class Setup:
     intervals: Intervals
     init: Callable[[Params | None], TrainState]  # from these parameters; None = from random ones
     # By size in px: (state, batch, parameters of the teacher if there is one) -> (state, metrics)
-    updates: Mapping[int, TrainStep]
+    updates: Mapping[int, Update]
     # By size in px: (parameters, batch) -> sums over the batch; rows, if images may have several labels
     scores: Mapping[int, EvalStep]
     preview: PreviewStep  # first batch -> images as the first update sees them
 
     @property
-    def update(self) -> TrainStep:
+    def update(self) -> Update:
         """The update with images of the model's own size."""
         return self.updates[self.input_shape[0]]
 

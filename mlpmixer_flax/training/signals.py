@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mlpmixer_flax.training.processes import Agreed, is_lead
-from mlpmixer_flax.training.step import TrainState, TrainStep
+from mlpmixer_flax.training.step import TrainState, Update
 
 # SIGHUP, which Windows lacks, means that the terminal was closed.
 _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
@@ -74,7 +74,7 @@ def signal_row(noted: Sequence[int]) -> dict[str, np.ndarray]:
     return {SIGNAL: np.full(jax.local_device_count(), max(noted, default=0), np.int32)}
 
 
-def agreeing(update: TrainStep) -> TrainStep:
+def agreeing(update: Update) -> Update:
     """Returns the update with one more metric: the greatest signal that any process has noted, int32."""
 
     def agreed(state: TrainState, batch, of_teacher):

@@ -39,7 +39,11 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 Metrics = dict[str, jax.Array]  # float32 scalars
-TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch), see `make_train_step`
+# The third argument has the parameters of the teacher, () without one.
+Update = Callable[[TrainState, DeviceBatch, Params], tuple[TrainState, Metrics]]
+TrainStep = Callable[
+    [TrainState, DeviceBatch], tuple[TrainState, Metrics]
+]  # a compiled Update, with its teacher
 PreviewStep = Callable[[DeviceBatch], jax.Array]
 
 
@@ -74,7 +78,7 @@ def make_train_step(
     class_weights: np.ndarray | None = None,
     multi_label: bool = False,
     teacher: MlpMixer | None = None,
-) -> TrainStep:
+) -> Update:
     """Returns the update: (state, batch) -> (state, metrics), or with a teacher (state, batch, its parameters).
 
     Metrics are loss and accuracy before the update (compared with the augmented labels), global norms of the
