@@ -37,6 +37,30 @@ def _matmul(x: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> j
     return jnp.dot(rows, kernel, precision=precision).reshape(*x.shape[:-1], -1)
 
 
+def _project_patches(
+    images: jax.Array, kernel: jax.Array, patch: tuple[int, int], padding: Any, **options: Any
+) -> jax.Array:
+    """Projects (n, height, width, channels) to (n, rows, columns, features), for `nn.Conv(conv_general_dilated=...)`.
+
+    The result is that of `lax.conv_general_dilated`, which Conv calls otherwise. On a CPU, patches are cut out and
+    multiplied by one matrix: XLA computes the gradient of such a convolution slowly there, and very slowly in a loop
+    over microbatches. See docs/performance.md.
+    """
+
+    def multiply(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        n, height, width, channels = images.shape
+        rows, columns = height // patch[0], width // patch[1]
+        patches = images.reshape(n, rows, patch[0], columns, patch[1], channels).swapaxes(2, 3)
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        tokens = jnp.dot(patches.reshape(-1, matrix.shape[0]), matrix, precision=options["precision"])
+        return tokens.reshape(n, rows, columns, -1)
+
+    def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(images, kernel, patch, padding, **options)
+
+    return jax.lax.platform_dependent(images, kernel, cpu=multiply, default=convolve)
+
+
 class MlpBlock(nn.Module):
     """Two dense layers with a GELU and dropout between them, over the last axis: (..., d) -> (..., d)."""
 
@@ -114,7 +138,8 @@ class MlpMixer(nn.Module):
         if self.gelu not in GELU:
             raise UserError(f"unknown gelu {self.gelu!r}: choose one of {', '.join(GELU)}")
 
-        x = nn.Conv(self.hidden_dim, patch, strides=patch, padding="VALID", dtype=dtype, name="stem")(images)
+        Stem = partial(nn.Conv, strides=patch, padding="VALID", conv_general_dilated=_project_patches)
+        x = Stem(self.hidden_dim, patch, dtype=dtype, name="stem")(images)
         x = x.reshape(x.shape[0], -1, self.hidden_dim)  # tokens in raster order
         Block = nn.remat(MixerBlock, static_argnums=(2,)) if self.remat else MixerBlock
         for i in range(self.num_blocks):

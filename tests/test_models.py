@@ -1,6 +1,7 @@
 """Tests that the model is that of the paper: sizes, outputs of Google's and timm's code, symmetry, gradients."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from mlpmixer_flax import UserError, config
 from mlpmixer_flax.dataloader import get_dataset_info
-from mlpmixer_flax.models import MixerBlock, MlpMixer
+from mlpmixer_flax.models import MixerBlock, MlpMixer, _project_patches
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -216,6 +217,34 @@ def test_rectangular_patches_and_any_number_of_channels(channels):
     assert params["stem"]["kernel"].shape == (2, 8, channels, 16)
     assert params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"].shape == (4 * 2, 8)
     assert jax.eval_shape(model.apply, {"params": params}, images).shape == (2, 3)
+
+
+@pytest.mark.parametrize("patch", [(4, 4), (2, 4)])
+def test_the_stem_is_a_convolution_and_its_gradient_also_computed_as_a_product(patch):
+    images, outgoing = normal(0, (3, 8, 12, 5)), normal(1, (3, 8 // patch[0], 12 // patch[1], 7))
+    layer = partial(nn.Conv, 7, patch, strides=patch, padding="VALID")
+    variables = layer().init(jax.random.key(2), images)
+
+    def results(layer):
+        computed, backward = jax.vjp(
+            lambda variables, images: layer.apply(variables, images), variables, images
+        )
+        return computed, backward(outgoing)
+
+    expected = results(layer())
+    chex.assert_trees_all_close(results(layer(conv_general_dilated=_project_patches)), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices convolve")
+def test_on_a_cpu_no_layer_is_a_convolution_because_their_gradients_are_slow():
+    model, images = MlpMixer(num_classes=3, **TINY), normal(0, (4, 8, 8, 3))
+
+    def loss(params):
+        parts = images.reshape(2, 2, 8, 8, 3)  # microbatches
+        return jnp.sum(jax.lax.map(lambda part: model.apply({"params": params}, part), parts))
+
+    program = jax.jit(jax.grad(loss)).lower(random_params(model, images)).compile().as_text()
+    assert "dot(" in program and "convolution(" not in program
 
 
 def test_a_patch_that_does_not_divide_the_image_is_refused():

@@ -1,7 +1,10 @@
-"""Compares our model with the same one whose dense layers multiply as Flax does by itself, and as the original's do.
+"""Compares our model with the same one whose layers are Flax's as they are, and so those of the original.
 
-    python benchmarks/plain_dense.py --model=s16,s32,b16,b32 --batch_size=1,8,32
-    python benchmarks/plain_dense.py --model=l16,l32 --batch_size=1,8
+Ours multiply two matrices in each dense layer, and in the stem.
+
+    python benchmarks/plain_layers.py --model=s16,s32,b16,b32 --batch_size=1,8,32
+    python benchmarks/plain_layers.py --model=l16,l32 --batch_size=1,8
+    python benchmarks/plain_layers.py --model=nano4 --batch_size=128 --microbatches=8
 
 Both programs live in one process and take turns, so that whatever else the machine does slows both alike. The ratio is the
 time of the plain program over ours: above 1, ours is faster. Processor time is given too, since it does not grow while
@@ -21,18 +24,20 @@ from mlpmixer_flax.huge_pages import use_huge_pages
 from mlpmixer_flax.training.speed import KINDS, Run, prepare
 
 TURN_SECONDS = 1.5
+PLAIN = {"_matmul": jax.lax.dot_general, "_project_patches": jax.lax.conv_general_dilated}
+OURS = {name: getattr(models, name) for name in PLAIN}
 
 
-def compare(name: str, kind: str, batch_size: int, *, turns: int) -> str:
+def compare(name: str, kind: str, batch_size: int, *, microbatches: int, turns: int) -> str:
     """Returns a line of the table."""
     config = resolve(named_config(name), {})
-    config.batch_size = batch_size
-    ours, runs = models._matmul, {}
-    for side, dot_general in (("ours", ours), ("plain", jax.lax.dot_general)):
-        models._matmul = dot_general
+    config.batch_size, config.accumulation_steps = batch_size, microbatches
+    runs = {}
+    for side, functions in (("plain", PLAIN), ("ours", OURS)):
+        for function, layer in functions.items():
+            setattr(models, function, layer)
         runs[side] = prepare(config, kind, batch_size, num_classes=1000).run
         runs[side](1)
-    models._matmul = ours
     started = time.perf_counter()
     runs["ours"](1)
     calls = max(1, round(TURN_SECONDS / (time.perf_counter() - started)))
@@ -62,6 +67,9 @@ def main() -> None:
     )
     parser.add_argument("--model", default="s16", metavar="NAMES", help="with commas (default: %(default)s)")
     parser.add_argument("--batch_size", default="8", metavar="N,...", help="default: %(default)s")
+    parser.add_argument(
+        "--microbatches", type=int, default=1, metavar="N", help="in training (default: %(default)s)"
+    )
     parser.add_argument("--turns", type=int, default=6, metavar="N", help="default: %(default)s")
     arguments = parser.parse_args()
     use_huge_pages()  # as our programs do
@@ -69,7 +77,12 @@ def main() -> None:
     for name in arguments.model.split(","):
         for kind in KINDS:
             for batch_size in map(int, arguments.batch_size.split(",")):
-                print(compare(name, kind, batch_size, turns=arguments.turns), flush=True)
+                print(
+                    compare(
+                        name, kind, batch_size, microbatches=arguments.microbatches, turns=arguments.turns
+                    ),
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
