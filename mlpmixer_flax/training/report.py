@@ -43,15 +43,17 @@ class Recent:
         self.waiting: list[tuple[int, Metrics]] = []
         self.fetched = fetched  # by update; at the start those of an earlier process, from `Unlogged`
         self.timed = 0  # updates of this process since the last summary
-        self.waited = 0.0  # seconds since then in which the next batch was not ready
+        self.waited = 0.0  # seconds since then in which the device had no batch
         self.started = time.monotonic()
         self.signal = 0  # the number of the signal with which all processes stop; see `signals.agreeing`
 
     def timing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields the batches, and notes how long it waits for each."""
+        """Yields the batches, and notes how long the device waits for each: not if it still computes the last update."""
         asked = time.monotonic()
         for batch in batches:
-            self.waited += time.monotonic() - asked
+            computed = (value for _, metrics in self.waiting for value in metrics.values())
+            if all(value.is_ready() for value in computed):
+                self.waited += time.monotonic() - asked
             yield batch
             asked = time.monotonic()
 

@@ -11,8 +11,11 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -296,7 +299,7 @@ def test_progress_bar_on_a_terminal(tmp_path, start, total, speed, shown):
 
 
 def values(loss, accuracy=0.5):
-    return {"loss": np.float32(loss), "accuracy": np.float32(accuracy)}
+    return {"loss": jnp.float32(loss), "accuracy": jnp.float32(accuracy)}
 
 
 def test_recent_returns_means_and_speed_since_the_last_summary(clock):
@@ -335,6 +338,31 @@ def test_the_wait_for_batches_is_a_share_of_the_time(clock):
     clock.now += 1
     recent.add(3, values(1.0))
     assert recent.summary()["data_wait"] == 0
+
+
+def test_a_batch_that_is_made_while_the_device_computes_is_not_waited_for():
+    recent = Recent(32, [])
+    matrix = jnp.ones((500, 500))
+    update = jax.jit(lambda x: jax.lax.fori_loop(0, 500, lambda _, y: jnp.tanh(y @ x), x)[0, 0])
+    update.lower(matrix).compile()
+
+    def batches():
+        yield {}
+        time.sleep(0.005)  # a small part of the time of the update
+        yield {}
+        recent.waiting[-1][1]["loss"].block_until_ready()
+        time.sleep(0.2)
+        yield {}
+
+    update(matrix).block_until_ready()
+    batches = recent.timing(batches())
+    next(batches)
+    recent.waited = 0.0
+    recent.add(1, {"loss": update(matrix)})
+    next(batches)
+    assert recent.waited == 0
+    next(batches)
+    assert recent.waited >= 0.2
 
 
 def test_a_pause_does_not_count_in_the_speed(clock):
