@@ -29,7 +29,7 @@ from typing import Any
 
 from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.atomic import replacing, write_json
-from mlpmixer_flax.cli import exit_status, leave
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.scores import measure, open_split, score_images
 

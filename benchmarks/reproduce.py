@@ -31,8 +31,9 @@ from reproduction_page import PAGE, Result, as_text, needed, read_measured, reco
 
 from mlpmixer_flax import UserError, evaluate, get_dataset_info, train
 from mlpmixer_flax.atomic import replacing, write_json
-from mlpmixer_flax.cli import exit_status, leave, path
+from mlpmixer_flax.cli import path
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, ConfigDict
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.huge_pages import use_huge_pages
 from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.training.configfile import load_config

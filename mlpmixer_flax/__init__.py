@@ -63,7 +63,7 @@ class UserError(ValueError):
 def quiet_ctrl_c() -> None:
     """Makes Ctrl-C end the process without a traceback while a program imports what it needs, for a second or two.
 
-    `cli.exit_status` makes it a KeyboardInterrupt again. If SIGINT is already ignored or has another handler, nothing
+    `ending.exit_status` makes it a KeyboardInterrupt again. If SIGINT is already ignored or has another handler, nothing
     changes.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

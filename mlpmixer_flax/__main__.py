@@ -42,8 +42,10 @@ def start() -> NoReturn:
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         use_huge_pages()
     status = main()
-    if "mlpmixer_flax.cli" in sys.modules:  # a program has run; importing it for a --help would take a second
-        importlib.import_module("mlpmixer_flax.cli").leave(status)
+    if (
+        "mlpmixer_flax.ending" in sys.modules
+    ):  # a program has run; importing it for a --help would take a second
+        importlib.import_module("mlpmixer_flax.ending").leave(status)
     sys.exit(status)
 
 

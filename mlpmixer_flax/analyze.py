@@ -30,17 +30,9 @@ from tqdm import tqdm
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
-from mlpmixer_flax.cli import (
-    add_dataset,
-    add_model,
-    exit_status,
-    leave,
-    load_model,
-    make_parser,
-    named_dataset,
-    path,
-)
+from mlpmixer_flax.cli import add_dataset, add_model, load_model, make_parser, named_dataset, path
 from mlpmixer_flax.config import ConfigDict, flatten, get_config
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference import figures, weight_figures
 from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.fewshot import features_of_split, few_shot

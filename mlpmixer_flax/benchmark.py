@@ -30,8 +30,9 @@ import jax
 import mlpmixer_flax.config as sizes
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
-from mlpmixer_flax.cli import exit_status, leave, make_parser, path
+from mlpmixer_flax.cli import make_parser, path
 from mlpmixer_flax.config import ConfigDict, get_config, resolve
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.speed import (

@@ -1,37 +1,20 @@
-"""Shared by all programs: options that name a model or a dataset, and the exit status."""
+"""Options that several programs have: which model, which dataset, how to find other processes."""
 
-import _thread
 import argparse
-import contextlib
-import io
-import logging
-import os
-import re
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
-
-import jax
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.compilation_cache import keep_compiled
 from mlpmixer_flax.data.files import check_no_url
-from mlpmixer_flax.faults import explain, start_devices
+from mlpmixer_flax.faults import start_devices
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.remote import copy_of
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
 from mlpmixer_flax.rundir import fetch_run
-from mlpmixer_flax.text import printable
-from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.weights.source import named_run
-
-# --- options
 
 
 def make_parser(
@@ -222,101 +205,3 @@ def named_dataset(arguments: argparse.Namespace, model: Model) -> NamedDataset:
     keys = [field.name for field in fields(NamedDataset)]
     given = {key: vars(arguments).get(key) or own.get(key) for key in keys}
     return NamedDataset(**{key: value for key, value in given.items() if value})
-
-
-# --- exit status
-
-_LOG_LEVELS = {
-    "absl": logging.CRITICAL,  # Orbax and TFDS warn about normal things; Orbax logs each error that it also raises
-    "asyncio": logging.CRITICAL,  # reports each file of a save that has failed
-    "huggingface_hub": logging.ERROR,  # warns about every retry
-    "matplotlib.font_manager": logging.ERROR,  # warns about weights of fonts
-    "PIL": logging.CRITICAL,  # logs some of the errors that it also raises, without the name of the file
-}
-
-
-def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
-    """Runs a program, prints an error without a traceback, and returns the exit status.
-
-    The status is what the program returns (None = 0); 1 if the loss diverged, nobody reads the output any more, or
-    the environment is at fault (memory, disk, driver); 2 for a UserError or a missing permission; 130 for Ctrl-C,
-    after printing `interrupted`. Any other exception is a bug and keeps its traceback.
-    """
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # see `quiet_ctrl_c`
-    # Without a place for files, programs only start more slowly.
-    with contextlib.suppress(UserError, OSError):
-        keep_compiled()
-    for name, level in _LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
-    sys.unraisablehook = _report_unraisable
-    warnings.filterwarnings(
-        "ignore", "coroutine .* was never awaited", RuntimeWarning
-    )  # as the log of asyncio
-    warnings.filterwarnings("ignore", module="PIL")  # about images, without their file names
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file name may be invalid text, or have characters that the terminal's encoding lacks.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        status = program() or 0
-        sys.stdout.flush()  # here, so that a full disk is noticed
-        return status
-    except (UserError, FloatingPointError) as error:
-        _print_error(str(error))
-        return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        _drop_output()
-        return 1
-    except KeyboardInterrupt:
-        if interrupted and is_lead():
-            print(interrupted, file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        _print_error(sentence)
-        return 2 if isinstance(error, PermissionError) else 1
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process with an exit status; the last call of every program.
-
-    After Ctrl-C it skips Python's normal shutdown, which can crash while XLA compiles. With several processes it does
-    not skip it, because that shutdown tells the other processes.
-    """
-    if status == 128 + signal.SIGINT and not jax.distributed.is_initialized():
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def _print_error(text: str) -> None:
-    """Prints an error. Names of files in it may be very long, and have characters that control the terminal."""
-    if not is_lead():  # of several processes
-        return
-    try:
-        sys.stdout.flush()  # first what was printed before, also if both go into one file
-    except OSError:
-        _drop_output()
-    lines = [printable(re.sub(r"(\S{300})\S{500,}(\S{300})", r"\1…\2", line)) for line in text.split("\n")]
-    print("error:", "\n".join(lines), file=sys.stderr)
-
-
-def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Reports an exception that nothing can catch, except those of the rest of a save that has failed already."""
-    if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        # Ctrl-C arrived inside such a call and was lost: send it again.
-        threading.Timer(0.05, _thread.interrupt_main).start()
-    elif str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
-def _drop_output() -> None:
-    """Lets what is not yet written of the output go nowhere, so that Python's end does not try again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

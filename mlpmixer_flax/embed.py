@@ -34,8 +34,6 @@ from mlpmixer_flax.cli import (
     add_dataset,
     add_model,
     check_dataset,
-    exit_status,
-    leave,
     load_model,
     make_parser,
     named_dataset,
@@ -44,6 +42,7 @@ from mlpmixer_flax.cli import (
 )
 from mlpmixer_flax.data.images import MODES, open_image
 from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.embedding import (
     Table,

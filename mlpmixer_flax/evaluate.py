@@ -47,8 +47,6 @@ from mlpmixer_flax.cli import (
     add_flip,
     add_model,
     check_dataset,
-    exit_status,
-    leave,
     load_model,
     make_parser,
     named_dataset,
@@ -56,6 +54,7 @@ from mlpmixer_flax.cli import (
 )
 from mlpmixer_flax.data.named import with_absolute_path
 from mlpmixer_flax.dataloader import Examples
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference import figures, multi_label
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.drawing import save

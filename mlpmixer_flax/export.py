@@ -60,8 +60,9 @@ import jax.numpy as jnp
 
 from mlpmixer_flax import UserError, __version__
 from mlpmixer_flax.atomic import make_folder
-from mlpmixer_flax.cli import add_model, exit_status, leave, load_model, make_parser, path
+from mlpmixer_flax.cli import add_model, load_model, make_parser, path
 from mlpmixer_flax.data.files import check_no_url
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.hub_folder import TANH_IN_TIMM, write_hub
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.onnx_file import write_onnx

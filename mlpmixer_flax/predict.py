@@ -32,16 +32,8 @@ from pathlib import Path
 from rich.cells import cell_len
 from tqdm import tqdm
 
-from mlpmixer_flax.cli import (
-    add_alone,
-    add_flip,
-    add_model,
-    exit_status,
-    leave,
-    load_model,
-    make_parser,
-    parse_names,
-)
+from mlpmixer_flax.cli import add_alone, add_flip, add_model, load_model, make_parser, parse_names
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.inputs import find_all_files, find_files

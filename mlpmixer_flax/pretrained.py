@@ -22,7 +22,8 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 
-from mlpmixer_flax.cli import exit_status, leave, make_parser
+from mlpmixer_flax.cli import make_parser
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.weights.catalog import PUBLISHED
 from mlpmixer_flax.weights.source import describe, find, load
 

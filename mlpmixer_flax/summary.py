@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import add_names, exit_status, leave, make_parser
+from mlpmixer_flax.cli import add_names, make_parser
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.models import MlpMixer

@@ -25,10 +25,11 @@ from pathlib import Path
 import jax
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.cli import add_distributed, exit_status, leave, make_parser, path
+from mlpmixer_flax.cli import add_distributed, make_parser, path
 from mlpmixer_flax.compilation_cache import compiled_folder
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.tables import is_table
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.huge_pages import uses_huge_pages
 from mlpmixer_flax.remote import NothingThere, shown

@@ -13,7 +13,8 @@ from rich.cells import cell_len
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import write_checksums
-from mlpmixer_flax.cli import add_dataset, add_model, check_dataset, exit_status, load_model
+from mlpmixer_flax.cli import add_dataset, add_model, check_dataset, load_model
+from mlpmixer_flax.ending import exit_status
 from mlpmixer_flax.text import pad, printable, shorten, shorten_start, wrap
 
 PROGRAMS = [

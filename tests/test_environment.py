@@ -22,7 +22,7 @@ from faulty_machine import (
 from made_datasets import encode
 
 from mlpmixer_flax import UserError, fit, load, load_config
-from mlpmixer_flax.cli import exit_status
+from mlpmixer_flax.ending import exit_status
 from mlpmixer_flax.export import export
 from mlpmixer_flax.export import main as export_main
 from mlpmixer_flax.train import main as train_main

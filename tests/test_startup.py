@@ -18,7 +18,7 @@ WITHOUT_CHOICE = {
 COMPILE = """
 import sys, time
 import jax
-from mlpmixer_flax.cli import exit_status
+from mlpmixer_flax.ending import exit_status
 def program():
     started = time.perf_counter()
     x = jax.jit(lambda key: jax.random.truncated_normal(key, -2, 2, (4, 4)))(jax.random.key(0))

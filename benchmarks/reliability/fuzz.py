@@ -36,13 +36,13 @@ from pyarrow import parquet
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import check_files, write_checksums
-from mlpmixer_flax.cli import exit_status
 from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.images import open_image
 from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.data.splits import read_split
 from mlpmixer_flax.data.tables import read_table
+from mlpmixer_flax.ending import exit_status
 from mlpmixer_flax.inference.load import load
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights

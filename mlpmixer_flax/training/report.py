@@ -52,7 +52,8 @@ class Recent:
         asked = time.monotonic()
         for batch in batches:
             computed = (value for _, metrics in self.waiting for value in metrics.values())
-            if all(value.is_ready() for value in computed):
+            # jax.Array does not declare `is_ready`, but all arrays have it.
+            if all(value.is_ready() for value in computed):  # pyright: ignore[reportAttributeAccessIssue]
                 self.waited += time.monotonic() - asked
             yield batch
             asked = time.monotonic()

@@ -37,7 +37,7 @@ from mlpmixer_flax.weights import source
 from mlpmixer_flax.weights.origin import comparable
 
 # How to compile a function that is called once: sooner, for a CPU, and as fast to run unless it computes for long
-RUNS_ONCE = {"xla_backend_optimization_level": 1}
+RUNS_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
 
 
 @dataclass(frozen=True)

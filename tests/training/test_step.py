@@ -23,6 +23,8 @@ from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES, make_optimiz
 from mlpmixer_flax.training.step import TrainState, init_state, make_preview_step, make_train_step
 from mlpmixer_flax.training.validate import CHOICES
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CLASSES = 3
 MESH = sharding.make_mesh()
 QUICK = {
