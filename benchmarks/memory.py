@@ -88,7 +88,8 @@ def main() -> None:
     )
     print("| changed | state and batch, MiB | during the update, MiB |", "|---|---|---|", sep="\n")
     for changed in SETTINGS:
-        overrides = [f"--config.{change}" for change in (f"batch_size={arguments.batch_size}", *changed)]
+        whole = (f"batch_size={arguments.batch_size}", "accumulation_steps=1")
+        overrides = [f"--config.{change}" for change in (*whole, *changed)]
         config = resolve(load_config(arguments.config, overrides), {})
         held, temporary = (f"{size / 2**20:,.0f}" for size in measure(config, device))
         print(f"| {', '.join(changed) or 'nothing'} | {held} | {temporary} |", flush=True)

@@ -19,7 +19,6 @@ def get_config():
     config = get_base_config()
     config.dataset = "cifar10"
     config.batch_size = 128
-    config.accumulation_steps = 8  # 16 images per microbatch fit in the caches of a CPU; on a GPU, use 1
     config.total_epochs = 100.0
     config.preprocess.image_size_px = 32
     config.preprocess.mean = (0.4914, 0.4822, 0.4465)

@@ -16,7 +16,7 @@ _USEFUL = "no training needs a larger value"
 
 # Key -> (smallest, largest, why it may not be larger)
 LIMITS: dict[str, tuple[float, float, str]] = {
-    "accumulation_steps": (1, 2**16, _USEFUL),
+    "accumulation_steps": (0, 2**16, _USEFUL),
     "augment.crop_padding_px": (0, 2**14, _SIDE),
     "augment.cutmix_alpha": (0, 1e4, _USEFUL),
     "augment.erase_probability": (0, 1, _SHARE),

@@ -50,10 +50,11 @@ def check_devices(config: ConfigDict, *, batch_size: int) -> None:
                 f"reproducible={chunks} cannot be divided by {num_devices} devices: use a number of devices that "
                 "divides it"
             )
-    parts = (chunks or num_devices) * config.accumulation_steps
+    microbatches = config.accumulation_steps
+    parts = (chunks or num_devices) * (microbatches or 1)
     if batch_size % parts:
         dividing = f"reproducible={chunks}" if chunks else f"{num_devices} devices"
+        dividing += f" x accumulation_steps={microbatches}" if microbatches else ""
         raise UserError(
-            f"batch_size={batch_size} is not divisible by {dividing} x "
-            f"accumulation_steps={config.accumulation_steps}: choose a multiple of {parts}"
+            f"batch_size={batch_size} is not divisible by {dividing}: choose a multiple of {parts}"
         )

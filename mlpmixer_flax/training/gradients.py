@@ -25,7 +25,7 @@ def make_gradient(
 
     Args:
       loss_fn: (parameters that learn, others, *rows) -> (mean loss, another mean).
-      microbatches: `config.accumulation_steps`: how many parts of its rows a device computes one after another.
+      microbatches: how many parts of its rows a device computes one after another.
       reproducible: `config.reproducible`.
       mesh: the devices of parameters and batch.
     """

@@ -17,6 +17,7 @@ from mlpmixer_flax.training.distillation import divergence
 from mlpmixer_flax.training.dropout import dropout_by_image
 from mlpmixer_flax.training.gradients import make_gradient
 from mlpmixer_flax.training.losses import LOSSES, all_right
+from mlpmixer_flax.training.microbatches import microbatches_of
 from mlpmixer_flax.training.optimizer import Params, split_frozen
 from mlpmixer_flax.training.reproducible import alone, map_chunks
 from mlpmixer_flax.training.resolutions import ResizedMixer
@@ -117,9 +118,6 @@ def make_train_step(
     if class_weights is not None:
         image_weights = unsmoothed(class_weights, smoothing=config.augment.label_smoothing)
     augmented = _make_augmented(config, num_classes=model.num_classes, cropped=cropped, mesh=mesh)
-    gradient_at = make_gradient(
-        loss_fn, microbatches=config.accumulation_steps, reproducible=config.reproducible, mesh=mesh
-    )
 
     def uphill(learning: Params, grads: Params) -> Params:
         scale = config.optimizer.sam_rho / (optax.tree.norm(grads) + 1e-12)
@@ -149,6 +147,10 @@ def make_train_step(
         state: TrainState, batch: DeviceBatch, of_teacher: Params = ()
     ) -> tuple[TrainState, Metrics]:
         rows = augmented(state.step, batch)
+        microbatches = microbatches_of(config, batch_size=len(rows[0]), mesh=mesh)
+        gradient_at = make_gradient(
+            loss_fn, microbatches=microbatches, reproducible=config.reproducible, mesh=mesh
+        )
         learning, frozen = split_frozen(state.params, config.freeze)
         fixed = (frozen, of_teacher)
         (loss, accuracy), grads = gradient_at((learning, fixed), rows)

@@ -1,0 +1,57 @@
+"""How many microbatches an update has if the config does not say."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from mlpmixer_flax.benchmark import named_config
+from mlpmixer_flax.config import resolve
+from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.microbatches import microbatches_of
+
+ON_CPU = sharding.make_mesh(devices=jax.devices("cpu")[:1])
+
+
+def images_at_once(model, batch_size, *, mesh=ON_CPU, **values):
+    config = resolve(named_config(model), {})
+    config.update(values)
+    return batch_size / microbatches_of(config, batch_size=batch_size, mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch_size", "images"),
+    [
+        ("nano4", 128, 16),
+        ("nano4", 32, 16),
+        ("nano4", 8, 8),
+        ("mnist", 64, 64),
+        ("mnist", 512, 64),
+        ("digits", 64, 64),
+        ("digits", 512, 256),
+        ("s16", 64, 8),
+        ("l32", 64, 32),  # has many parameters for its tokens
+    ],
+)
+def test_on_a_cpu_microbatches_have_the_size_that_was_fast(model, batch_size, images):
+    assert images_at_once(model, batch_size) == images
+
+
+def test_a_batch_that_only_small_numbers_divide_stays_whole():
+    assert images_at_once("nano4", 97) == 97
+    assert images_at_once("nano4", 2 * 97) == 2 * 97
+
+
+def test_chunks_are_divided_as_batches_are_whatever_the_number_of_devices():
+    assert images_at_once("nano4", 8 * 32, reproducible=8) == 8 * 16  # 16 of each chunk
+
+
+def test_what_the_config_says_is_done():
+    assert images_at_once("nano4", 128, accumulation_steps=1) == 128
+    assert images_at_once("nano4", 128, accumulation_steps=64) == 2
+
+
+def test_other_devices_get_whole_batches():
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), size=1)
+    assert images_at_once("nano4", 128, mesh=gpu) == 128
