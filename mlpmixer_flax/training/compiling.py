@@ -12,7 +12,7 @@ from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import EvalStep
 from mlpmixer_flax.training.optimizer import Params
-from mlpmixer_flax.training.setup import RUNS_ONCE, Setup, start_state
+from mlpmixer_flax.training.setup import Setup, start_state
 from mlpmixer_flax.training.signals import SIGNAL, agreeing
 from mlpmixer_flax.training.step import PreviewStep, TrainState, TrainStep, Update
 
@@ -60,7 +60,7 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
 
     def compile_preview() -> PreviewStep:
         preview = jax.jit(setup.preview, out_shardings=everywhere)
-        return preview.lower(batch_of(setup.train_batches.examples)).compile(compiler_options=RUNS_ONCE)
+        return preview.lower(batch_of(setup.train_batches.examples)).compile()
 
     def start() -> TrainState:
         return start_state(setup, params) if state is None else state

@@ -36,9 +36,6 @@ from mlpmixer_flax.training.validate import check_labels, validate
 from mlpmixer_flax.weights import source
 from mlpmixer_flax.weights.origin import comparable
 
-# How to compile a function that is called once: sooner, for a CPU, and as fast to run unless it computes for long
-RUNS_ONCE: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -228,8 +225,7 @@ def start_state(setup: Setup, params: Params | None) -> TrainState:
     """
     if params is not None:
         params = sharding.put_parts(params, setup.placements.params)
-    init = jax.jit(setup.init, out_shardings=setup.placements).lower(params)
-    return init.compile(compiler_options=RUNS_ONCE)(params)
+    return jax.jit(setup.init, out_shardings=setup.placements)(params)
 
 
 def _check_channels(config: ConfigDict, channels: int) -> None:
