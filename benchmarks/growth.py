@@ -26,7 +26,7 @@ from mlpmixer_flax.training.speed import prepare, time_calls
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASE = {"batch_size": 32}
+BASE = {"batch_size": 32, "accumulation_steps": 1}
 Results = dict[str, dict[str, list[list[float]]]]  # panel -> curve -> size -> times, sorted
 
 

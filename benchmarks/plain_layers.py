@@ -1,4 +1,4 @@
-"""Compares our model with the same one whose layers are Flax's as they are, and so those of the original.
+"""Compares our model with the same one whose layers are Flax's own, as in the original code.
 
 Ours multiply two matrices in each dense layer, and in the stem.
 

@@ -5,7 +5,7 @@
 This is the recipe of google-research/vision_transformer: SGD with momentum in bfloat16, 10,000 steps of 512
 images. They report 96.82 % in 9.6 h on four V100 (trained on 98 % of the training images, and evaluated
 without the last 272 test images). We have not measured it yet.
-If the device runs out of memory: add --config.accumulation_steps=8, then --config.model.dtype=bfloat16
+If a GPU or a TPU runs out of memory: add --config.accumulation_steps=8, then --config.model.dtype=bfloat16
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config

@@ -10,7 +10,7 @@ val, about a fifth of each class in train is used instead. Each epoch ends with 
 test photos stay new to the model and to you. The config is made for a hundred to some ten thousand photos; if
 you have fewer, increase --config.total_epochs. We have not measured it yet.
 If a mirrored image may belong to another class, as with letters: add --config.augment.flip=false
-If the device runs out of memory: add --config.accumulation_steps=4 or 8, then --config.model.dtype=bfloat16
+If a GPU or a TPU runs out of memory: add --config.accumulation_steps=4 or 8, then --config.model.dtype=bfloat16
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_b16_config

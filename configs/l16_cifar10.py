@@ -4,7 +4,7 @@
 
 This is the recipe of google-research/vision_transformer. They report 98.34 % in 10.0 h on four V100 (trained
 on 98 % of the training images, and evaluated without the last 272 test images). We have not measured it yet.
-If the device runs out of memory: add --config.accumulation_steps=16, then --config.model.dtype=bfloat16
+If a GPU or a TPU runs out of memory: add --config.accumulation_steps=16, then --config.model.dtype=bfloat16
 """
 
 from mlpmixer_flax.config import get_finetuning_config, mixer_l16_config

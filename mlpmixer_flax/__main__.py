@@ -42,9 +42,8 @@ def start() -> NoReturn:
     if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
         use_huge_pages()
     status = main()
-    if (
-        "mlpmixer_flax.ending" in sys.modules
-    ):  # a program has run; importing it for a --help would take a second
+    # Only if a program has run: importing it for a --help would take a second.
+    if "mlpmixer_flax.ending" in sys.modules:
         importlib.import_module("mlpmixer_flax.ending").leave(status)
     sys.exit(status)
 

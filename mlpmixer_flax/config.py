@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
     config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
     config.batch_size = 64  # images per update, over all devices
-    config.accumulation_steps = 0  # microbatches per update: more need less memory; 0 = as fast as possible
+    config.accumulation_steps = 0  # microbatches per update: more need less memory; 0 = chosen for speed
     config.reproducible = 0  # chunks per batch, for the same bits on up to so many devices: 8 or 16; 0 = off
     config.cache_bytes = 4 * 1024**3  # decoded size of the largest split kept in memory; others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process

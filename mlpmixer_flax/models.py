@@ -42,7 +42,7 @@ def _project_patches(
 ) -> jax.Array:
     """Projects (n, height, width, channels) to (n, rows, columns, features), for `nn.Conv(conv_general_dilated=...)`.
 
-    The result is that of `lax.conv_general_dilated`, which Conv calls otherwise. On a CPU, patches are cut out and
+    Except for rounding, the result is that of `lax.conv_general_dilated`, which Conv calls otherwise. On a CPU, patches are cut out and
     multiplied by one matrix: XLA computes the gradient of such a convolution slowly there, and very slowly in a loop
     over microbatches. See docs/performance.md.
     """

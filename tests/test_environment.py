@@ -182,7 +182,7 @@ def test_a_training_without_enough_memory_names_the_keys_that_help(tmp_path):
     assert status == 1
     assert re.fullmatch(
         r"error: not enough memory \(Out of memory allocating \d+ bytes\): end other programs that use it; training "
-        r"needs less with a higher accumulation_steps, .*: docs/recipes.md#out-of-memory\n",
+        r"needs less with a higher accumulation_steps than now, .*: docs/recipes.md#out-of-memory\n",
         err,
     )
 

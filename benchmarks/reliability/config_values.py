@@ -187,7 +187,7 @@ VALID = {
 @st.composite
 def valid(draw) -> dict[str, object]:
     """Returns values of all keys that do not depend on the machine, for a run of two steps on a few digits."""
-    microbatches, patch = draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, 4))
+    microbatches, patch = draw(st.sampled_from([0, 0, 1, 2])), draw(st.integers(1, 4))
     chunks = draw(st.sampled_from([0, 0, 0, 2]))
     drawn = {key: draw(values) for key, values in VALID.items()}
     evaluated = drawn["eval_every_steps"] or drawn["eval_every_epochs"]
@@ -196,7 +196,7 @@ def valid(draw) -> dict[str, object]:
         "early_stopping_evals": draw(st.integers(0, 2)) if evaluated else 0,
         "reproducible": chunks,
         "accumulation_steps": microbatches,
-        "batch_size": microbatches * max(chunks, 1) * draw(st.integers(1, 4)),
+        "batch_size": max(microbatches, 1) * max(chunks, 1) * draw(st.integers(1, 4)),
         "model.patches.size": (patch, patch),
         "preprocess.image_size_px": patch * draw(st.integers(1, 4)),
     }

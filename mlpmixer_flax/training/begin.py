@@ -130,7 +130,8 @@ def _describe(setup: Setup, workdir: Path) -> None:
         )
     microbatches = microbatches_of(config, batch_size=config.batch_size, mesh=setup.mesh)
     if microbatches > 1 and not config.accumulation_steps:
-        print(f"for speed: {microbatches} microbatches per update; accumulation_steps=1 switches this off")
+        images = config.batch_size // (config.reproducible or setup.mesh.size) // microbatches
+        print(f"for speed, {images} images at a time: accumulation_steps=1 switches this off")
     chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # from JAX_PLATFORMS
     if jax.default_backend() == "cpu" and chosen != "cpu":
         print(why_cpu())

@@ -7,14 +7,17 @@ from mlpmixer_flax.config import ConfigDict
 # On a CPU, an update is fastest if the outputs of the dense layers for one microbatch need about this much memory. More
 # does not fit into the caches, and is given back to the system after each update. See docs/performance.md.
 _FAST_BYTES = 20 * 2**20
-_FEWEST_TOKENS = 1536  # with fewer in a microbatch, adding up the gradients of a large model takes too long
+_LARGE_MODEL_TOKENS = (
+    1536  # images of so many tokens may need more, because adding up large gradients takes time too
+)
 
 
 def microbatches_of(config: ConfigDict, *, batch_size: int, mesh: Mesh) -> int:
     """Returns in how many microbatches each device computes its images.
 
     That is `config.accumulation_steps`, or if it is 0, the number that makes an update fast: on a CPU, the number for
-    which microbatches are about as large as the caches allow, otherwise 1.
+    which microbatches are about as large as the caches allow, otherwise 1. With `config.resolutions_px` it is the number
+    for the model's own size.
     """
     if config.accumulation_steps:
         return config.accumulation_steps
@@ -25,7 +28,9 @@ def microbatches_of(config: ConfigDict, *, batch_size: int, mesh: Mesh) -> int:
     tokens = (side // height) * (side // width)
     outputs = model.hidden_dim * (model.tokens_mlp_dim + tokens)
     outputs += tokens * (model.channels_mlp_dim + model.hidden_dim)
-    most = max(_FAST_BYTES // (4 * model.num_blocks * outputs), -(-_FEWEST_TOKENS // tokens))
+    most = max(_FAST_BYTES // (4 * model.num_blocks * outputs), -(-_LARGE_MODEL_TOKENS // tokens))
     images = batch_size // (config.reproducible or mesh.size)
     at_once = max(n for n in range(1, min(most, images) + 1) if images % n == 0)
-    return images // at_once if 2 * at_once >= most else 1  # much smaller ones would be slower than the whole
+    return (
+        images // at_once if 2 * at_once >= most else 1
+    )  # less than half of it would be slower than the whole

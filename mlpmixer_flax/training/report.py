@@ -27,7 +27,7 @@ from mlpmixer_flax.training.signals import SIGNAL
 from mlpmixer_flax.training.step import Metrics
 from mlpmixer_flax.training.tracker import Tracker
 
-# What is measured between two logs: the speed, and the share of the time, from 0 to 1, in which a batch was waited for
+# What is measured between two logs: the speed, and the share of the time, from 0 to 1, in which the device waited
 TIMINGS = ("images_per_second", "data_wait")
 
 
@@ -48,7 +48,10 @@ class Recent:
         self.signal = 0  # the number of the signal with which all processes stop; see `signals.agreeing`
 
     def timing(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yields the batches, and notes how long the device waits for each: not if it still computes the last update."""
+        """Yields the batches, and notes how long the device waits for each.
+
+        A wait counts if the last update has ended when the batch is ready, and then in full; otherwise not at all.
+        """
         asked = time.monotonic()
         for batch in batches:
             computed = (value for _, metrics in self.waiting for value in metrics.values())
