@@ -42,9 +42,9 @@ def _project_patches(
 ) -> jax.Array:
     """Projects (n, height, width, channels) to (n, rows, columns, features), for `nn.Conv(conv_general_dilated=...)`.
 
-    Except for rounding, the result is that of `lax.conv_general_dilated`, which Conv calls otherwise. On a CPU, patches are cut out and
-    multiplied by one matrix: XLA computes the gradient of such a convolution slowly there, and very slowly in a loop
-    over microbatches. See docs/performance.md.
+    Except for rounding, the result is that of `lax.conv_general_dilated`, which Conv calls otherwise. On a CPU, patches
+    are cut out and multiplied by one matrix: XLA computes the gradient of such a convolution slowly there, and very
+    slowly in a loop over microbatches. See docs/performance.md.
     """
 
     def multiply(images: jax.Array, kernel: jax.Array) -> jax.Array:

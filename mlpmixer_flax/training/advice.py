@@ -32,8 +32,8 @@ def _about_memory(error: Exception) -> str:
     if not isinstance(error, RuntimeError):  # of the host
         return "images need less with a lower cache_bytes and fewer num_workers"
     return (
-        "training needs less with a higher accumulation_steps than now, then with model.remat=true or model.dtype=bfloat16, "
-        "then with a lower batch_size: docs/recipes.md#out-of-memory"
+        "training needs less with a higher accumulation_steps than now, then with model.remat=true or "
+        "model.dtype=bfloat16, then with a lower batch_size: docs/recipes.md#out-of-memory"
     )
 
 

@@ -20,7 +20,7 @@ from mlpmixer_flax.training import continuing, record
 from mlpmixer_flax.training.advice import why_cpu
 from mlpmixer_flax.training.class_weights import describe_class_weights
 from mlpmixer_flax.training.lock import RunLock
-from mlpmixer_flax.training.microbatches import microbatches_of
+from mlpmixer_flax.training.microbatches import describe_microbatches
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.processes import check_same, check_shared, from_lead, is_lead, same_fate
 from mlpmixer_flax.training.resolutions import sizes_of
@@ -128,10 +128,8 @@ def _describe(setup: Setup, workdir: Path) -> None:
             f"{shared:,} images are in both train_split={config.train_split} and "
             f"test_split={config.test_split}:\n  the {setup.scored} scores say little about new images"
         )
-    microbatches = microbatches_of(config, batch_size=config.batch_size, mesh=setup.mesh)
-    if microbatches > 1 and not config.accumulation_steps:
-        images = config.batch_size // (config.reproducible or setup.mesh.size) // microbatches
-        print(f"for speed, {images} images at a time: accumulation_steps=1 switches this off")
+    if microbatches := describe_microbatches(config, setup.mesh):
+        print(microbatches)
     chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # from JAX_PLATFORMS
     if jax.default_backend() == "cpu" and chosen != "cpu":
         print(why_cpu())

@@ -7,9 +7,8 @@ from mlpmixer_flax.config import ConfigDict
 # On a CPU, an update is fastest if the outputs of the dense layers for one microbatch need about this much memory. More
 # does not fit into the caches, and is given back to the system after each update. See docs/performance.md.
 _FAST_BYTES = 20 * 2**20
-_LARGE_MODEL_TOKENS = (
-    1536  # images of so many tokens may need more, because adding up large gradients takes time too
-)
+# Images of so many tokens may need more than that, because adding up the gradients of a large model takes time too.
+_LARGE_MODEL_TOKENS = 1536
 
 
 def microbatches_of(config: ConfigDict, *, batch_size: int, mesh: Mesh) -> int:
@@ -29,8 +28,21 @@ def microbatches_of(config: ConfigDict, *, batch_size: int, mesh: Mesh) -> int:
     outputs = model.hidden_dim * (model.tokens_mlp_dim + tokens)
     outputs += tokens * (model.channels_mlp_dim + model.hidden_dim)
     most = max(_FAST_BYTES // (4 * model.num_blocks * outputs), -(-_LARGE_MODEL_TOKENS // tokens))
-    images = batch_size // (config.reproducible or mesh.size)
+    images = _images_together(config, batch_size, mesh)
     at_once = max(n for n in range(1, min(most, images) + 1) if images % n == 0)
-    return (
-        images // at_once if 2 * at_once >= most else 1
-    )  # less than half of it would be slower than the whole
+    # Microbatches of less than half of the limit would be slower than the whole batch.
+    return images // at_once if 2 * at_once >= most else 1
+
+
+def describe_microbatches(config: ConfigDict, mesh: Mesh) -> str:
+    """Returns what was chosen for speed, as a line; "" if nothing was."""
+    microbatches = microbatches_of(config, batch_size=config.batch_size, mesh=mesh)
+    if config.accumulation_steps or microbatches == 1:
+        return ""
+    images = _images_together(config, config.batch_size, mesh) // microbatches
+    return f"for speed, {images} images at a time: accumulation_steps=1 switches this off"
+
+
+def _images_together(config: ConfigDict, batch_size: int, mesh: Mesh) -> int:
+    """Returns the images of a device, or of a chunk, which a device computes alone."""
+    return batch_size // (config.reproducible or mesh.size)

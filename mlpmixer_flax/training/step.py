@@ -42,9 +42,8 @@ class TrainState(flax.struct.PyTreeNode):
 Metrics = dict[str, jax.Array]  # float32 scalars
 # The third argument has the parameters of the teacher, () without one.
 Update = Callable[[TrainState, DeviceBatch, Params], tuple[TrainState, Metrics]]
-TrainStep = Callable[
-    [TrainState, DeviceBatch], tuple[TrainState, Metrics]
-]  # a compiled Update, with its teacher
+# A compiled Update, with its teacher
+TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
 PreviewStep = Callable[[DeviceBatch], jax.Array]
 
 

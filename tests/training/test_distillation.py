@@ -154,7 +154,6 @@ def whole(digits_run, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits_also_if_its_teacher_has_moved(whole, digits_run, tmp_path):
     workdir, moved = tmp_path / "killed", tmp_path / "teacher"

@@ -9,7 +9,7 @@ import pytest
 from mlpmixer_flax.benchmark import named_config
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.training import sharding
-from mlpmixer_flax.training.microbatches import microbatches_of
+from mlpmixer_flax.training.microbatches import describe_microbatches, microbatches_of
 
 ON_CPU = sharding.make_mesh(devices=jax.devices("cpu")[:1])
 
@@ -55,3 +55,11 @@ def test_what_the_config_says_is_done():
 def test_other_devices_get_whole_batches():
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), size=1)
     assert images_at_once("nano4", 128, mesh=gpu) == 128
+
+
+def test_the_line_at_the_start_has_the_images_that_a_device_or_a_chunk_computes_at_a_time():
+    config = resolve(named_config("nano4"), {})
+    config.batch_size, config.reproducible = 8 * 32, 8
+    assert describe_microbatches(config, ON_CPU).startswith("for speed, 16 images at a time")
+    config.accumulation_steps = 2  # chosen by the user
+    assert describe_microbatches(config, ON_CPU) == ""
