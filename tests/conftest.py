@@ -123,3 +123,11 @@ def digits_run(tmp_path_factory):
         if not workdir.exists():
             fit(load_config("digits.py", changes), workdir)
     return workdir
+
+
+@pytest.fixture
+def quick_lock(monkeypatch):
+    """Renews the lock of a remote run directory twice a second, so that tests need not wait long for its end."""
+    from mlpmixer_flax.training import remote_lock
+
+    monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.5)

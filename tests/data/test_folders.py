@@ -1,7 +1,7 @@
 """Folders of images: the order and the cut of splits, notes and errors, and training on a folder.
 
 test_layout.py tests which subfolders are splits and classes, test_splits.py the syntax of splits, test_image_checks.py
-images that cannot be used and copies.
+images that cannot be used, and test_copies.py copies.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Runs in a remote run directory, with real processes that are killed and an S3 server on this machine."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -11,63 +10,20 @@ import threading
 import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
+from remote_runs import CHANGES, TRAIN, arguments, complete, start, wait_for
 
 from mlpmixer_flax import UserError, fit, load, load_config
 from mlpmixer_flax.remote import WORKING_COPIES, connect, copy_of, list_files
 from mlpmixer_flax.run_weights import open_run
-from mlpmixer_flax.rundir import MARKER, files_of_run, saved_steps
+from mlpmixer_flax.rundir import MARKER, saved_steps
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training import mirror, remote_lock
 from mlpmixer_flax.training.mirror import mirrored
-from mlpmixer_flax.training.remote_lock import RemoteLock
 from mlpmixer_flax.training.report import TIMINGS, read_metrics
 
-CHANGES = {
-    "model.hidden_dim": 8,
-    "model.num_blocks": 1,
-    "model.channels_mlp_dim": 8,
-    "augment.mixup_alpha": 0.0,
-}
-CHANGES |= {"log_every_steps": 5, "eval_every_steps": 10, "save_every_steps": 10, "schedule.name": "constant"}
-TRAIN = """
-import sys
-from mlpmixer_flax.train import main
-from mlpmixer_flax.training import mirror, remote_lock
-mirror.UPLOAD_SECONDS, remote_lock.RENEW_SECONDS = float(sys.argv[1]), 0.5
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.5)
-
-
-def arguments(workdir, **changes):
-    options = [f"--config.{key}={value}" for key, value in {**CHANGES, **changes}.items()]
-    return ["--config=digits.py", f"--workdir={workdir}", *options]
-
-
-def start(workdir, *, upload_seconds=0.2, **changes):
-    """Starts a run in another process, which prints to a pipe."""
-    command = [sys.executable, "-u", "-c", TRAIN, str(upload_seconds), *arguments(workdir, **changes)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, process, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=5)[0]
-        time.sleep(0.02)
-
-
-def complete(url):
-    """Returns the steps of the checkpoints that are complete at a remote path."""
-    names = files_of_run(list_files(*connect(url)).keys())
-    return sorted(int(name.split("/")[1]) for name in names if name.endswith(f"/{MARKER}"))
+pytestmark = pytest.mark.usefixtures("quick_lock")
 
 
 def rows(workdir):
@@ -266,68 +222,6 @@ def test_a_kill_at_any_moment_of_an_upload_leaves_whole_checkpoints(tmp_path, mo
             assert changes > 12
             return
     raise AssertionError("the upload never ended")
-
-
-# --- the lock
-
-
-def test_a_lock_that_is_written_is_respected_and_one_that_is_not_is_taken(bucket, capsys):
-    url = f"{bucket}/run"
-    first, second = RemoteLock(url, copy="a"), RemoteLock(url, copy="b")
-    with first.held():
-        with mirror._repeating(first.renew, seconds=0.2, failed=print):
-            with pytest.raises(
-                UserError, match="is in use by process .* on .*: wait until it ends, or choose"
-            ):
-                second._take()
-        assert "waiting 2 s to see if it still is" in capsys.readouterr().err
-        before = time.monotonic()
-        second._take()
-        assert time.monotonic() - before > 2 and first.is_lost() and not second.is_lost()
-        noticed = []
-        old = signal.signal(signal.SIGTERM, lambda *_: noticed.append(True))
-        first.renew()
-        first.renew()
-        signal.signal(signal.SIGTERM, old)
-        assert noticed == [True]
-    assert not second.is_lost()  # the end of the first has not removed it
-
-
-def test_of_several_that_take_a_lock_at_once_one_gets_it(bucket):
-    got, refused = [], []
-
-    def take(number):
-        lock = RemoteLock(f"{bucket}/run", copy=str(number))
-        with contextlib.suppress(UserError):
-            lock._take()
-            got.append(lock)
-            return
-        refused.append(number)
-
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len([lock for lock in got if not lock.is_lost()]) == 1
-    assert len(got) + len(refused) == 8
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_run_whose_lock_was_taken_stops_and_uploads_nothing_more(bucket):
-    url = f"{bucket}/runs/a"
-    process = start(url, total_steps=1_000_000)
-    wait_for(lambda: complete(url), process)
-    fsspec.filesystem("s3").pipe_file(f"{url}/{remote_lock.LOCK}", json.dumps({"token": "other"}).encode())
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 2
-    assert f"error: {url} was deleted, or another process has taken it over" in output.splitlines()[-1]
-    assert read_lock(url) == {"token": "other"}
-
-
-def read_lock(url):
-    return json.loads(fsspec.filesystem("s3").cat_file(f"{url}/{remote_lock.LOCK}"))
 
 
 # --- errors
