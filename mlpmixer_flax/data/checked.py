@@ -27,6 +27,7 @@ class Checked(NamedTuple):
     size: int  # in bytes
     changed_ns: int  # when the file was changed last, in nanoseconds since 1970
     notes: tuple[str, ...]  # names of Note
+    content: str = ""  # hash of the content, if the file was compared with others of its size
 
 
 def look_at(path: str) -> tuple[int, int]:
@@ -44,8 +45,8 @@ def read_checked(root: str) -> dict[str, Checked]:
         stored = read_json(_file_for(root))
         if stored["reader"] == _READER:
             found = {
-                file: Checked(int(size), int(changed_ns), tuple(notes))
-                for file, (size, changed_ns, notes) in stored["files"].items()
+                file: Checked(int(size), int(changed_ns), tuple(notes), str(content))
+                for file, (size, changed_ns, notes, content) in stored["files"].items()
             }
             if {note for checked in found.values() for note in checked.notes} <= {note.name for note in Note}:
                 return found

@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -25,6 +27,8 @@ from mlpmixer_flax.data.notes import Note, summarize
 from mlpmixer_flax.data.splits import Source, SplitLike
 from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.text import wrap
+
+Result = TypeVar("Result")
 
 
 def open_files(
@@ -56,7 +60,9 @@ def open_files(
             )
         files = [file for name in listing.counts() for file in files_of(listing, name)]
     stamps = {file: look_at(os.path.join(listing.root, file)) for file in files}
-    flaws, oddities = _inspect(listing.root, tuple(stamps), tuple(stamps.values()))
+    flaws, checked = _inspect(
+        listing.root, tuple(stamps), tuple(stamps.values()), contents=for_training is not None
+    )
     if flaws and not skip_bad_images:
         _inspect.cache_clear()  # a notebook user may repair the images and try again
         raise UserError(
@@ -64,11 +70,10 @@ def open_files(
             "or leave them out with --skip_bad_images (in training --config.skip_bad_images=true):"
             f"{_list(flaws, 20)}"
         )
-    _print_once(tuple(summarize(oddities)))
+    _print_once(tuple(summarize({file: {Note[name] for name in one.notes} for file, one in checked.items()})))
     if for_training:
-        groups = _groups(listing, for_training).items()
-        good_groups = tuple((name, tuple(f for f in images if f not in flaws)) for name, images in groups)
-        _print_once(_duplicate_notes(listing.root, good_groups))
+        contents = {file: one.content for file, one in checked.items() if one.content}
+        _print_once(tuple(_duplicate_notes(_groups(listing, for_training), contents)))
     bad = {file: flaws[file] for file in chosen.files if file in flaws}
     say_left_out(bad, len(chosen), f"split {split!r}")
     good = [(file, label) for file, label in zip(chosen.files, chosen.labels, strict=True) if file not in bad]
@@ -121,41 +126,61 @@ def _print_once(notes: tuple[str, ...]) -> None:
 # A run opens two splits of one folder. Files that have changed are checked again.
 @functools.lru_cache(maxsize=1)
 def _inspect(
-    root: str, files: tuple[str, ...], stamps: tuple[tuple[int, int], ...]
-) -> tuple[dict[str, str], dict[str, set[Note]]]:
-    """Returns file -> what is wrong with it, if it cannot be used, and file -> its notes.
+    root: str, files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], *, contents: bool
+) -> tuple[dict[str, str], dict[str, Checked]]:
+    """Returns file -> what is wrong with it, if it cannot be used, and file -> how it was checked, if it can.
 
     Reads the files that have changed since an earlier check, or that could not be used then.
 
     Args:
       stamps: of the files, from `checked.look_at`.
+      contents: whether files of equal size must have a hash of their content, which is needed to find copies.
     """
     earlier = read_checked(root)
     now = dict(zip(files, stamps, strict=True))
     good = {file: found for file, found in earlier.items() if now.get(file, found[:2]) == found[:2]}
     unknown = [file for file in files if file not in good]
     flaws = {}
-    # Threads are enough: Pillow decodes without holding the interpreter's lock.
-    with (
-        tqdm(
-            desc="checking images", total=len(unknown), unit="img", delay=2, leave=False, disable=None
-        ) as bar,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):
-        found = pool.map(inspect_image, (os.path.join(root, file) for file in unknown))
-        for file, (flaw, notes) in zip(unknown, found, strict=True):
-            bar.update()
-            if flaw is None:
-                good[file] = Checked(*now[file], tuple(note.name for note in notes))
-            else:
-                flaws[file] = flaw
+    for file, (flaw, notes) in _for_each(inspect_image, root, unknown, doing="checking images"):
+        if flaw is None:
+            good[file] = Checked(*now[file], tuple(note.name for note in notes))
+        else:
+            flaws[file] = flaw
     if flaws:
         check_folder(root)  # otherwise all of its images would seem to be bad
+    usable = [file for file in files if file in good]
+    if contents:
+        counts = Counter(good[file].size for file in usable)
+        unhashed = [file for file in usable if counts[good[file].size] > 1 and not good[file].content]
+        for file, content in _for_each(_hash_content, root, unhashed, doing="looking for copies"):
+            good[file] = good[file]._replace(content=content)
     if good != earlier:
         write_checked(root, good)
-    return flaws, {
-        file: {Note[name] for name in good[file].notes} for file in files if file in good and good[file].notes
-    }
+    return flaws, {file: good[file] for file in usable}
+
+
+def _for_each(
+    function: Callable[[str], Result], root: str, files: Sequence[str], *, doing: str
+) -> Iterator[tuple[str, Result]]:
+    """Yields each file and what `function` returns for its path, with a progress bar if it takes long."""
+    # Threads are enough: Pillow and hashlib work without holding the interpreter's lock.
+    with (
+        tqdm(desc=doing, total=len(files), unit="img", delay=2, leave=False, disable=None) as bar,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        results = pool.map(function, (os.path.join(root, file) for file in files))
+        for file, result in zip(files, results, strict=True):
+            bar.update()
+            yield file, result
+
+
+def _hash_content(path: str) -> str:
+    """Returns a hash of a file's content, "" if it cannot be read any more."""
+    try:
+        with open_file(path) as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return ""
 
 
 def _groups(listing: Listing, run_splits: tuple[SplitLike, SplitLike]) -> dict[str, list[str]]:
@@ -167,15 +192,16 @@ def _groups(listing: Listing, run_splits: tuple[SplitLike, SplitLike]) -> dict[s
     )
 
 
-@functools.lru_cache(maxsize=1)  # as above
-def _duplicate_notes(root: str, groups: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[str, ...]:
-    """Returns a note for each pair of groups of images that have images of the same content.
+def _duplicate_notes(groups: Mapping[str, Sequence[str]], contents: Mapping[str, str]) -> Iterator[str]:
+    """Yields a note for each pair of groups of images that have images of the same content.
 
     An image that belongs to both groups itself is not counted; `examples.count_overlap` counts these.
+
+    Args:
+      groups: name -> files.
+      contents: file -> hash of its content, of the files that have the size of another and can be used.
     """
-    contents = _same_contents(root, sorted({file for _, files in groups for file in files}))
-    notes = []
-    for (name, files), (other, other_files) in combinations(groups, 2):
+    for (name, files), (other, other_files) in combinations(groups.items(), 2):
         own = set(files)
         originals = {contents[file]: file for file in reversed(files) if file in contents}
         pairs = [
@@ -185,28 +211,8 @@ def _duplicate_notes(root: str, groups: tuple[tuple[str, tuple[str, ...]], ...])
         ]
         if pairs:
             images = "1 image" if len(pairs) == 1 else f"{len(pairs):,} images"
-            notes.append(
+            yield (
                 f"{images} of split {other} {'is' if len(pairs) == 1 else 'are'} also in split {name} (same "
                 f"content), for example {pairs[0][0]!r} = {pairs[0][1]!r}: remove one of each, or the scores of "
                 f"split {other} are too high"
             )
-    return tuple(notes)
-
-
-def _same_contents(root: str, files: list[str]) -> dict[str, bytes]:
-    """Returns file -> hash of its content, for the files that have the size of another; the others are unique."""
-    by_size = defaultdict(list)
-    for file in files:
-        by_size[look_at(os.path.join(root, file))[0]].append(file)
-    alike = [file for group in by_size.values() if len(group) > 1 for file in group]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = pool.map(_hash_content, (os.path.join(root, file) for file in alike))
-        return {file: content for file, content in zip(alike, hashes, strict=True) if content}
-
-
-def _hash_content(path: str) -> bytes | None:
-    try:
-        with open_file(path) as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError:
-        return None

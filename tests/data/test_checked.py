@@ -2,7 +2,9 @@
 
 import os
 
+import numpy as np
 import pytest
+from made_datasets import encode
 from made_folders import names, open_split, write
 
 from mlpmixer_flax import UserError
@@ -34,6 +36,27 @@ def test_unchanged_files_are_not_read_again(folder):
     open_again(folder)
     damage(folder / "train/a/1.png", keep_time=True)  # nobody does this: it shows that the file is not read
     assert len(open_again(folder)) == 6
+
+
+def test_files_are_not_read_again_to_find_copies(folder, capsys):
+    write(folder, "train/a/0.png", "val/a/0.png", data=encode(np.full((6, 6), 200, np.uint8), "PNG"))
+    told = []
+    for _ in range(2):
+        image_checks._print_once.cache_clear()
+        open_again(folder, for_training=("train", "validation"))
+        told.append(capsys.readouterr().out)
+        damage(folder / "train/a/0.png", keep_time=True)  # as above
+    assert told[0] == told[1] and "(same content)" in told[0]
+    damage(folder / "train/a/0.png", keep_time=False)
+    with pytest.raises(UserError, match=r"a/0\.png"):
+        open_again(folder, for_training=("train", "validation"))
+
+
+def test_contents_are_compared_by_a_start_that_trains_also_after_one_that_only_checked(folder, capsys):
+    (folder / "val/a/0.png").write_bytes((folder / "train/a/0.png").read_bytes())
+    open_again(folder)
+    open_split(folder, "train", for_training=("train", "validation"))
+    assert "(same content)" in capsys.readouterr().out
 
 
 def test_changed_new_and_bad_files_are_read_again(folder):
