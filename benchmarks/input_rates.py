@@ -8,6 +8,7 @@ processes is not counted. The JPEGs are made here, with as much detail at each s
 two minutes. Results: docs/performance.md
 """
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -102,7 +103,11 @@ def measure_jpegs(folder: Path, workers: list[int]) -> dict[str, list[float]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLPMIXER_CACHE"] = f"{folder}/cache"  # gets a list of the images that were checked
         rates = measure_memory(Path(folder, "small"))
         print(
             f"in memory, {SMALL_PX} px, one core: {statistics.median(rates):,.0f} images/s "

@@ -1,9 +1,12 @@
-"""Writes docs/reproduction.md, published figures beside ours: python benchmarks/reproduction_page.py
+"""Writes docs/reproduction.md, published figures beside ours.
+
+    python benchmarks/reproduction_page.py
 
 The text follows from figures.py and measured.jsonl alone. `reproduce.py` adds a result and writes the page; this command
 writes it again, after one of the two files was changed by hand.
 """
 
+import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -43,8 +46,8 @@ machine can run: its data and weights are there, and so is a GPU if the row need
 
 "Published" is the accuracy on the test split as its authors report it (ImageNet: the validation split). "Ours" is the mean of n
 runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured: what the row needs, or
-the time, was not there. tests/test_reproduce.py runs each such row to this page, with small random weights and a few images in the same
-file layout. Minutes are those of the updates, without compilation and evaluation, if nothing else is said.
+the time, was not there. tests/test_reproduce.py runs each of these rows on a small scale: a few images in the same file layout,
+and small random weights where it needs weights. Minutes are those of the updates, without compilation and evaluation, if nothing else is said.
 """
 
 
@@ -143,4 +146,7 @@ def as_text(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     write_page(read_measured())

@@ -9,7 +9,10 @@ an epoch of the dataset for which the model is made, because the base config wri
 minutes on 2 CPU cores. Results: docs/performance.md
 """
 
+import argparse
+import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +24,7 @@ import jax
 from mlpmixer_flax.benchmark import named_config
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import iterate
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 from mlpmixer_flax.training.compiling import compile_steps
@@ -97,10 +101,14 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(f"{'model':<8}{'of inference':<24}{'checkpoint, s':<24}share of an epoch of updates")
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            shares = measure(name, Path(folder))
+            with contextlib.redirect_stdout(sys.stderr):  # what a run says at its start
+                shares = measure(name, Path(folder))
         share = statistics.median(shares.save_seconds) / statistics.median(shares.epoch_seconds)
         print(
             f"{name:<8}{spread(shares.evaluation, 2):<24}{spread(shares.save_seconds, 2):<24}"
@@ -110,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

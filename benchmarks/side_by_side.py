@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlpmixer_flax import huge_pages
+from mlpmixer_flax import UserError, huge_pages
 
 TURN_SECONDS = 1.0
 LIBRARIES = ("ours", "timm", "timm-compiled")
@@ -73,13 +73,12 @@ def prepare(words: Sequence[str], model: str, kind: str, batch_size: int) -> Cal
     library, *overrides = words
     if library == "ours":
         from mlpmixer_flax.benchmark import named_config
-        from mlpmixer_flax.config import flatten, resolve
+        from mlpmixer_flax.config import resolve
+        from mlpmixer_flax.training.configfile import change_config
         from mlpmixer_flax.training.speed import prepare
 
         config = named_config(model)
-        for override in overrides:
-            key, _, value = override.partition("=")
-            config.update_from_flattened_dict({key: type(flatten(config)[key])(value)})
+        change_config(config, [f"--config.{override}" for override in overrides])
         return prepare(resolve(config, {}), kind, batch_size, num_classes=1000).run
     import timm_speed
 
@@ -90,7 +89,10 @@ def serve(task: dict[str, Any]) -> None:
     """Runs as many calls as each line of the input says; answers with the seconds that they took."""
     answers = os.fdopen(os.dup(1), "w")  # what libraries print must not be taken for an answer
     os.dup2(2, 1)
-    run = prepare(**task)
+    try:
+        run = prepare(**task)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     run(1)
     for line in sys.stdin:
         started = time.perf_counter()
@@ -98,17 +100,25 @@ def serve(task: dict[str, Any]) -> None:
         print(time.perf_counter() - started, file=answers, flush=True)
 
 
-def ask(process: "subprocess.Popen[str]", calls: int) -> float:
+def ask(name: str, process: "subprocess.Popen[str]", calls: int) -> float:
     """Returns the seconds that a side needs for a number of calls; the process is stopped before and afterwards.
 
     Otherwise threads of libraries that wait busily would take the cores from the next side.
+
+    Raises:
+      SystemExit: the side has ended, because what it shall measure is wrong or cannot run.
     """
     assert process.stdin and process.stdout
     process.send_signal(signal.SIGCONT)
-    print(calls, file=process.stdin, flush=True)
-    seconds = float(process.stdout.readline())
+    try:
+        print(calls, file=process.stdin, flush=True)
+        answer = process.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        raise SystemExit(f"side {name!r} has ended: its error is above")
     process.send_signal(signal.SIGSTOP)
-    return seconds
+    return float(answer)
 
 
 def compare(
@@ -117,14 +127,15 @@ def compare(
     """Returns images per second of each turn, by side."""
     processes = [side.start(model, kind, batch_size) for side in sides]
     try:
-        for process in processes:
-            ask(process, 1)  # all are ready afterwards: nothing compiles any more
-        ready = [ask(process, 1) for process in processes]
+        names = [side.name for side in sides]
+        for name, process in zip(names, processes, strict=True):
+            ask(name, process, 1)  # all are ready afterwards: nothing compiles any more
+        ready = [ask(name, process, 1) for name, process in zip(names, processes, strict=True)]
         calls = [max(1, round(TURN_SECONDS / seconds)) for seconds in ready]
         speeds: list[list[float]] = [[] for _ in sides]
         for _ in range(turns):
-            for speed, process, n in zip(speeds, processes, calls, strict=True):
-                speed.append(batch_size * n / ask(process, n))
+            for speed, name, process, n in zip(speeds, names, processes, calls, strict=True):
+                speed.append(batch_size * n / ask(name, process, n))
         return speeds
     finally:
         for process in processes:

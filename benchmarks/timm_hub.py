@@ -9,6 +9,7 @@ weights. The exit status is 1 if logits differ by more than TOLERANCE, or anythi
 on 2 CPU cores. Results: docs/weights.md
 """
 
+import argparse
 import contextlib
 import json
 import re
@@ -19,8 +20,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import timm
-import torch
+
+try:
+    import timm
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install torch==2.13.0 timm") from None
 
 import mlpmixer_flax as mf
 from mlpmixer_flax.config import mixer_b16_config, mixer_nano4_config, mixer_s16_config, mixer_s32_config
@@ -61,6 +66,9 @@ def run_card(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     passed = True
     print(f"timm {timm.__version__}, torch {torch.__version__}, jax {jax.__version__}")
     for sizes, gelu, size_px, channels in MODELS:

@@ -10,6 +10,7 @@ The exit status is 1 if logits differ by more than TOLERANCE or an npz differs a
 cores. Results: docs/weights.md
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,8 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import timm
-import torch
+
+try:
+    import timm
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install torch==2.13.0 timm") from None
 from safetensors.torch import load_file
 
 from mlpmixer_flax import pretrained
@@ -73,6 +78,9 @@ def export(workdir: Path, format: str) -> Path:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     images = np.random.default_rng(1).uniform(-1, 1, (8, 224, 224, 3)).astype(np.float32)
     worst = 0.0
     print(

@@ -11,12 +11,11 @@ Results: docs/performance.md
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = (
@@ -25,10 +24,14 @@ os.environ["JAX_PLATFORMS"] = (
 
 import jax
 import numpy as np
-import timm
-import torch
 
-from mlpmixer_flax.benchmark import MODELS
+try:
+    import timm
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install torch==2.13.0 timm") from None
+
+from mlpmixer_flax.benchmark import MODELS, write_figures
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.speed import HEADER, KINDS, Row, format_row, make_row, time_calls
 from mlpmixer_flax.training.table import count_macs
@@ -165,9 +168,10 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="time per line (default: %(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    facts = {"device": device, "torch": torch.__version__, "timm": timm.__version__}
     print(f"{device}, torch {torch.__version__}, timm {timm.__version__}")
     product_tflops = measure_product(arguments.seconds)
     print(f"a matrix product in {str(DTYPE).removeprefix('torch.')} reaches {product_tflops:.3g} TFLOP/s")
@@ -181,12 +185,8 @@ def main() -> None:
                     torch.compiler.reset()
                     rows.append(measure_row(name, kind, batch_size, compiled=compiled))
                     print(format_row(rows[-1]), flush=True)
-    if arguments.json:
-        facts = {"device": device, "torch": torch.__version__, "timm": timm.__version__}
-        with open(arguments.json, "w") as file:
-            json.dump(
-                {**facts, "product_tflops": product_tflops, "rows": [asdict(r) for r in rows]}, file, indent=1
-            )
+                    if arguments.json:  # after each row, because the next one may take too long
+                        write_figures(arguments.json, {**facts, "product_tflops": product_tflops}, rows)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ dataset, and prints one line per model, kind and batch size:
   share     of the rate that a large matrix product reaches in this process,
             with the same data type
   MiB       memory of the compiled program on one device, says the compiler
-  compile   seconds, which are not part of the speed
+  compile   seconds, which are not part of the speed; nothing is taken from the
+            folder of compiled programs
 
 With --config, an update has the augmentation, the optimizer and all else of the
-config; with --model, it has no augmentation, and AdamW.
+config. With resolutions_px, only images of its own size, image_size_px, are
+measured, and class_weights are left out. A config with distill_from is refused.
+With --model, an update has no augmentation, and AdamW.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -31,13 +35,16 @@ import mlpmixer_flax.config as sizes
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.cli import make_parser, path
+from mlpmixer_flax.compilation_cache import compiled_anew
 from mlpmixer_flax.config import ConfigDict, get_config, resolve
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.forward import check_positive
+from mlpmixer_flax.limits import show
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.speed import (
     HEADER,
     KINDS,
+    Row,
     check_batch_size,
     format_row,
     measure,
@@ -135,11 +142,16 @@ def _numbers(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Exit status: 0 done, 2 unusable input."""
     arguments = parse(argv)
-    return exit_status(lambda: _run(arguments))
+
+    def run() -> None:
+        configs = _configs(arguments)
+        with compiled_anew():
+            _run(arguments, configs)
+
+    return exit_status(run)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    configs = _configs(arguments)
+def _run(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> None:
     facts, rows, products = environment(), [], {}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for name, config in configs.items():
@@ -162,10 +174,14 @@ def _run(arguments: argparse.Namespace) -> None:
                 )
                 print(format_row(row), flush=True)
                 rows.append(row)
-    if arguments.json:
-        figures = {**facts, "product_tflops": products, "rows": [asdict(row) for row in rows]}
-        with replacing(arguments.json) as file:
-            file.write(f"{json.dumps(figures, indent=1)}\n".encode())
+                if arguments.json:  # after each row, because the next one may take too long
+                    write_figures(arguments.json, {**facts, "product_tflops": products}, rows)
+
+
+def write_figures(file: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Writes facts about the machine, and the rows of a table, as JSON."""
+    with replacing(file) as opened:
+        opened.write(f"{json.dumps({**facts, 'rows': [asdict(row) for row in rows]}, indent=1)}\n".encode())
 
 
 def _configs(arguments: argparse.Namespace) -> dict[str, ConfigDict]:
@@ -173,6 +189,10 @@ def _configs(arguments: argparse.Namespace) -> dict[str, ConfigDict]:
     if arguments.config:
         name = arguments.config.removesuffix(".py").rpartition("/")[2]
         configs = {name: resolve(load_config(arguments.config, arguments.overrides), {})}
+        if teacher := configs[name].distill_from:
+            raise UserError(
+                f"distill_from={show(teacher, 120)}: updates with a teacher are not measured, so add --config.distill_from="
+            )
     elif arguments.overrides:
         raise UserError(f"{' '.join(arguments.overrides)} has no meaning without --config: remove it")
     else:

@@ -6,11 +6,13 @@ import os
 import platform
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
+from jax.experimental.compilation_cache import compilation_cache
 
 from mlpmixer_flax.remote import cache_dir
 
@@ -44,6 +46,23 @@ def compiled_folder() -> str:
     """Returns the folder in which JAX keeps compiled programs; "" if it keeps none."""
     options: Any = jax.config  # these are not declared, so that a type checker doesn't know them
     return (options.jax_enable_compilation_cache and options.jax_compilation_cache_dir) or ""
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Within it, JAX compiles all programs itself: none is taken from the folder, or kept there."""
+    options: Any = jax.config
+    before = options.jax_enable_compilation_cache
+
+    def use(kept: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()  # JAX looks at the option only before it first compiles
+
+    use(False)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def _kind_of_cpu() -> str:

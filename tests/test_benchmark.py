@@ -1,7 +1,10 @@
 """Tests the program that measures speed and memory."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
 import jax
@@ -66,6 +69,16 @@ def test_a_model_is_measured(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_compile_times_are_not_those_of_programs_that_were_kept(tmp_path):
+    command = [sys.executable, "-m", "mlpmixer_flax.benchmark", "--model=digits", "--kind=inference"]
+    environment = {**os.environ, "MLPMIXER_CACHE": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    subprocess.run([*command, "--seconds=0.05"], env=environment, check=True)
+    (folder,) = (tmp_path / "compiled").iterdir()
+    assert not list(folder.glob("*-cache"))
+
+
+@pytest.mark.slow
 def test_a_config_is_measured_with_its_batch_size(capsys):
     arguments = ["--config=configs/mnist.py", "--config.batch_size=4", "--config.model.num_blocks=1"]
     assert main([*arguments, "--seconds=0.1", "--kind=training"]) == 0
@@ -85,6 +98,10 @@ def test_a_config_is_measured_with_its_batch_size(capsys):
         (
             ["--config=digits.py", "--config.accumulation_steps=4", "--batch_size=6"],
             "batch_size=6 is not divisible by 1 devices x accumulation_steps=4: choose a multiple of 4",
+        ),
+        (
+            ["--config=digits.py", "--config.distill_from=runs/teacher"],
+            "distill_from='runs/teacher': updates with a teacher are not measured, so add --config.distill_from=",
         ),
     ],
 )

@@ -297,11 +297,43 @@ def test_a_row_is_fine_tuned_from_published_weights_to_a_score(program, name, tm
     assert "first update" not in capsys.readouterr().out
 
 
+FROM_SCRATCH = [
+    "nano_cifar10",
+    "omihub777_nano",
+    "omihub777",
+    "model_zoo",
+    "cifar10",
+    "kentaroy47",
+    "mdmlp_mixer",
+    "mdmlp",
+]
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("quick_to_compile")
-@pytest.mark.parametrize(
-    "name", ["paper_b16", "paper_l16", "paper_b16_21k", "paper_l16_21k", "paper_l16_21k_448"]
-)
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_a_row_of_cifar10_is_trained_on_a_folder_of_images(program, name, tmp_path, capsys):
+    write_photos(tmp_path / "photos", {"cat": 1, "dog": 1})
+    tiny = [
+        *TINY,
+        "--config.model.num_blocks=2",
+        "--config.dataset=folder:photos",
+        "--config.train_split=train",
+        "--config.test_split=validation",
+        "--config.batch_size=4",
+        "--config.total_steps=2",
+        "--config.schedule.warmup_steps=1",
+    ]
+    assert program.main([name, *tiny]) == 0
+    assert f"(published: {program.ROWS[name].accuracy:g}%)" in capsys.readouterr().out
+
+
+PAPER = ["paper_b16", "paper_l16", "paper_b16_21k", "paper_l16_21k", "paper_l16_21k_448"]
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("quick_to_compile")
+@pytest.mark.parametrize("name", PAPER)
 def test_a_row_of_imagenet_is_trained_on_a_folder_in_its_layout(program, name, tmp_path, capsys):
     write_photos(tmp_path / "imagenet", {"n01440764": 1, "n01443537": 1})
     weights = program.ROWS[name].changes.get("init_from") or load_config(program.ROWS[name].config).init_from
@@ -361,5 +393,8 @@ def test_published_weights_are_scored_on_imagenet(program, name, tmp_path, monke
     assert "top-1" not in capsys.readouterr().out  # it is not evaluated again
 
 
-def test_all_evaluated_rows_are_tested(program):
+def test_all_rows_that_were_not_measured_yet_are_tested(program):
+    fine_tuned = [name for case in FINE_TUNED for name in case.values]
     assert EVALUATED == [name for name, row in program.ROWS.items() if row.weights]
+    measured = {"mnist", "class_project", "digits"}  # digits is the row of these tests
+    assert {*program.ROWS} == {*FROM_SCRATCH, *fine_tuned, *PAPER, *EVALUATED, *measured}

@@ -7,6 +7,7 @@ The test split has every fifth image of each class and the training split has th
 share of each class. TensorFlow is not needed. Another run of this script writes the same examples.
 """
 
+import argparse
 import io
 import shutil
 import tempfile
@@ -68,6 +69,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         builder = Digits(data_dir=folder, file_format="array_record")
         builder.download_and_prepare()

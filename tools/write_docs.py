@@ -6,6 +6,7 @@ Writes all of docs/configuration.md, and the part of docs/weights.md between two
 both pages are up to date.
 """
 
+import argparse
 import ast
 import io
 import re
@@ -170,6 +171,9 @@ def write_weights(page: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     (ROOT / "docs" / "configuration.md").write_text(write_configuration())
     weights = ROOT / "docs" / "weights.md"
     weights.write_text(write_weights(weights.read_text()))

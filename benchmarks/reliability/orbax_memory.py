@@ -6,6 +6,7 @@ A piece is what `sys.getallocatedblocks` counts. Which line has asked for the me
 `tracemalloc`. Results: docs/reliability.md
 """
 
+import argparse
 import gc
 import shutil
 import sys
@@ -64,6 +65,9 @@ def save_and_remove(checkpointer: ocp.Checkpointer, folder: Path, args) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     spec = ts.KvStore.Spec({"driver": "file", "path": "/tmp/"})
     left_behind("TensorStore: KvStore.Spec(...).to_json()", spec.to_json, 1000)
     with tempfile.TemporaryDirectory() as name:

@@ -35,6 +35,19 @@ def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | Seque
       UserError: the file is missing or broken, a key is unknown, or a value cannot be used.
     """
     config = _run_config_file(os.fspath(path))
+    change_config(config, changes)
+    return config
+
+
+def change_config(config: ConfigDict, changes: Mapping[str, Any] | Sequence[str]) -> None:
+    """Changes values of a config, and checks the whole.
+
+    Args:
+      changes: as of `load_config`.
+
+    Raises:
+      UserError: a key is unknown, or a value cannot be used.
+    """
     values = examples()  # a key left open also has one of its type
     if isinstance(changes, Mapping):
         given = flatten_dict(dict(changes), sep=".")
@@ -51,7 +64,6 @@ def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | Seque
         if key.endswith("_epochs") and steps not in given:
             config.update_from_flattened_dict({steps: 0})
     validate(config)
-    return config
 
 
 def shipped_configs() -> dict[str, Path]:
