@@ -1,6 +1,7 @@
 """Models loaded by name: runs and files give the same model, and wrong ones are refused."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -18,7 +19,10 @@ from mlpmixer_flax.cli import add_model, load_model
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.inference.classes import IMAGENET21K_NAMES, imagenet_names, in_words
+from mlpmixer_flax.inference.fewshot import features_of_split
 from mlpmixer_flax.inference.load import load, load_run
+from mlpmixer_flax.inference.scores import open_split, score_images
+from mlpmixer_flax.inference.shuffling import symmetry
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.run_weights import read_weights
 from mlpmixer_flax.rundir import write_run
@@ -132,6 +136,26 @@ def test_probabilities_sum_to_one_with_the_softmax_loss(run, digits, tmp_path):
     sigmoid = probabilities_of(load_run(run), digits.images[:9])
     assert (abs(sigmoid.sum(axis=1) - 1) > 1e-3).all()
     np.testing.assert_array_equal(softmax.argsort(axis=1), sigmoid.argsort(axis=1))
+
+
+def test_results_that_are_not_finite_are_refused(run, digits):
+    model = load_run(run)
+    stem = model.params["stem"] | {"kernel": np.full_like(model.params["stem"]["kernel"], 3e38)}
+    model = dataclasses.replace(
+        model, params={**model.params, "stem": stem}
+    )  # finite, but sums of them are not
+    examples, classes = open_split(model, "digits", "test[:9]")
+    for name, compute in [
+        ("probabilities", lambda: model.predict(digits.images[:3])),
+        ("features", lambda: model.features(digits.images[:3])),
+        ("confidence", lambda: score_images(model, examples, classes=classes)),
+        ("features", lambda: features_of_split(model, examples)),
+        ("logits", lambda: symmetry(model)),
+    ]:
+        with pytest.raises(
+            UserError, match=rf"not finite \({name}: nan\), because its weights are too large"
+        ):
+            compute()
 
 
 @pytest.mark.parametrize("format", ["npz", "safetensors"])
