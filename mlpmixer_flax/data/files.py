@@ -210,7 +210,7 @@ def _image_suffixes() -> set[str]:
 
 
 class ForeignFile(ValueError):
-    """A file in a format that Pillow cannot read here; the message says which one, and what to do."""
+    """A file in a format that Pillow cannot read here, or too large to be read; the message says what to do."""
 
 
 def explain(data: bytes) -> str | None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import sys
 import types
 import zipfile
@@ -84,13 +85,21 @@ def test_images_that_are_text_are_read():
     np.testing.assert_array_equal(open_image(b"P2 3 1 255\n0 100 255\n", "L"), [[0, 100, 255]])
 
 
-def test_a_large_file_that_is_no_image_is_not_read_whole(tmp_path):
-    path = tmp_path / "video.mp4"
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "it is a video"),
+        (b"\xff\xd8\xff", "it has 1,099,511,627,776 bytes, more than .*: save it as JPEG or PNG"),
+    ],
+)
+def test_a_large_file_that_is_no_image_is_not_read_whole(tmp_path, head, words):
+    path = tmp_path / "cat.jpg"
     with open(path, "wb") as file:
-        file.write(b"\0\0\0\x20ftypisom\0\0\2\0")
+        file.write(head)
         file.truncate(2**40)  # a hole: it takes no space
-    with pytest.raises(UserError, match="it is a video"):
+    with pytest.raises(UserError, match=f"cat.jpg' cannot be used: {words}"):
         open_image(path, "RGB")
+    assert re.match(words, str(inspect_image(str(path))[0]))
 
 
 DRAWING = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
