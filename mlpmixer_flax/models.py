@@ -12,10 +12,11 @@ from mlpmixer_flax import UserError
 
 # The original uses the tanh approximation, timm the exact function. Use the one the weights were trained with.
 GELU = {"tanh": partial(jax.nn.gelu, approximate=True), "erf": partial(jax.nn.gelu, approximate=False)}
+_MOST_PATCHES = 2**16  # of an image: 4096x4096 px in patches of 16x16 px
 
 
 def check_patch(patch: tuple[int, int], image: tuple[int, int]) -> None:
-    """Checks that a patch divides an image; both are (height, width) in pixels.
+    """Checks that a patch divides an image, and not into too many; both are (height, width) in pixels.
 
     Raises:
       UserError: it does not.
@@ -24,6 +25,13 @@ def check_patch(patch: tuple[int, int], image: tuple[int, int]) -> None:
         raise UserError(
             f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {image[0]}x{image[1]} px: "
             "choose another preprocess.image_size_px or model.patches.size"
+        )
+    count = image[0] // patch[0] * (image[1] // patch[1])
+    if count > _MOST_PATCHES:
+        raise UserError(
+            f"an image of {image[0]}x{image[1]} px has {count:,} patches of {patch[0]}x{patch[1]} px, but more than "
+            f"{_MOST_PATCHES:,} do not fit into memory: choose a smaller preprocess.image_size_px or a larger "
+            "model.patches.size"
         )
 
 

@@ -30,6 +30,9 @@ _UPRIGHT = {  # EXIF orientation -> the operation that turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LARGEST_BYTES = (
+    2**30
+)  # of a file: the largest image that Pillow decodes, 179 megapixels, in colour with 16 bits
 _ONE_AT_A_TIME = threading.Lock()
 _ONE_LARGE = threading.Lock()
 
@@ -81,10 +84,13 @@ def decode(image: ImageLike, mode: str, *, draft: bool = False) -> tuple[Image.I
 
 def _read(file: str | os.PathLike) -> bytes:
     with open_file(os.path.expanduser(file)) as opened:
-        head = opened.read(2**16)
-        if os.fstat(opened.fileno()).st_size > 2**28 and explain(head):
-            return head  # enough to refuse a long video or archive
-        return head + opened.read()
+        size = os.fstat(opened.fileno()).st_size
+        if size > _LARGEST_BYTES:
+            raise ForeignFile(
+                explain(opened.read(2**16))  # it may be a video or an archive
+                or f"it has {size:,} bytes, more than the {_LARGEST_BYTES:,} that are read: save it as JPEG or PNG"
+            )
+        return opened.read()
 
 
 def _decode(data: bytes, mode: str, draft: bool) -> tuple[Image.Image, set[Note]]:

@@ -17,8 +17,9 @@ from mlpmixer_flax.remote import copy_of, fetch
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # also s3:/bucket: pathlib turns // into /
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _LEFT_BEHIND = {"__MACOSX", "@eaDir"}  # folders that macOS and Synology create, with copies of images
-# Pillow knows these formats, but cannot decode them or starts another program for it.
-_NOT_PIXELS = set("BUFR EPS GRIB HDF5 MPEG WMF".split())
+# Pillow knows these formats, but cannot decode them, or starts another program for it; in an IPTC file it opens a file of
+# any format, such as EPS. (Others that hold a whole file, such as ICO and BLP, name its format.)
+_NOT_PIXELS = set("BUFR EPS GRIB HDF5 IPTC MPEG WMF".split())
 # Files with these suffixes are common beside images. They are not opened to look at their content.
 _NOT_IMAGES = set(
     ".txt .json .jsonl .xml .csv .tsv .md .html .yaml .yml .ini .log .py .npy .npz .pkl .mat .pt .db .doc .docx "
@@ -209,7 +210,7 @@ def _image_suffixes() -> set[str]:
 
 
 class ForeignFile(ValueError):
-    """A file in a format that Pillow cannot read here; the message says which one, and what to do."""
+    """A file in a format that Pillow cannot read here, or too large to be read; the message says what to do."""
 
 
 def explain(data: bytes) -> str | None:

@@ -25,6 +25,7 @@ from mlpmixer_flax.data.files import local_path
 from mlpmixer_flax.data.folders import FIFTH, hash_of
 from mlpmixer_flax.data.layout import split_of
 from mlpmixer_flax.data.listing import Listed
+from mlpmixer_flax.data.parquet import read_columns
 from mlpmixer_flax.faults import check_reachable, pass_on
 from mlpmixer_flax.limits import show
 from mlpmixer_flax.reading import open_file
@@ -179,17 +180,8 @@ def _read_csv(content: bytes, path: str) -> tuple[list[str], _Rows]:
 
 
 def _read_parquet(content: bytes, path: str) -> tuple[list[str], _Rows]:
-    import pyarrow  # here, because few tables are Parquet, and importing it takes a while
-    import pyarrow.parquet as parquet
-
     try:
-        file = parquet.ParquetFile(pyarrow.BufferReader(content))
-        columns = list(file.schema_arrow.names)
-        wanted = [name for name in columns if name in _COLUMNS]
-        groups = map(file.metadata.row_group, range(file.num_row_groups))
-        if sum(group.total_byte_size for group in groups) > _LARGEST_BYTES:  # uncompressed
-            raise ValueError(f"its content has more than {_LARGEST_BYTES:,} bytes")
-        found = file.read(columns=wanted).to_pydict()
+        columns, found = read_columns(content, _COLUMNS, most_bytes=_LARGEST_BYTES)
     except Exception as error:  # of any class
         pass_on(error, path)
         reason = " ".join(str(error).split())[:150]

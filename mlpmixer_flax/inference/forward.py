@@ -29,13 +29,29 @@ def forward(function: RowFunction, params: Params, batches: Iterable[Batch]) -> 
     """Yields the results of each batch, without rows of padding, while the devices work on the next batch.
 
     `function` comes from `on_all_devices`, and the number of rows of all batches from `rows_per_batch`.
+
+    Raises:
+      UserError: as `check_finite`.
     """
     mesh = sharding.make_mesh()
     params = jax.device_put(params, sharding.replicated(mesh))
     results = one_batch_late(function, params, batches, mesh=mesh)
     while (rows := _next(results)) is not None:
         mask = rows.pop("mask")
-        yield {name: values[mask] for name, values in rows.items()}
+        rows = {name: values[mask] for name, values in rows.items()}
+        check_finite(rows)
+        yield rows
+
+
+def check_finite(rows: Mapping[str, np.ndarray | jax.Array]) -> None:
+    """Raises UserError if a result is NaN or infinite, as those of a model whose weights are finite, but too large."""
+    for name, values in rows.items():
+        bad = np.asarray(values)[~np.isfinite(values)]
+        if bad.size:
+            raise UserError(
+                f"the model computes values that are not finite ({name}: {bad[0]}), because its weights are too large: "
+                "choose an earlier step, or other weights"
+            )
 
 
 def _next(results: Iterator[Rows]) -> Rows | None:

@@ -73,7 +73,7 @@ class Model:
         `scores` are those of this size, if the run measured them.
 
         Raises:
-          UserError: the patches of the model do not divide images of this size.
+          UserError: the patches of the model do not divide images of this size, or there would be too many.
         """
         check_limits("preprocess.image_size_px", size_px)
         check_patch(self.module.patches["size"], (size_px, size_px))

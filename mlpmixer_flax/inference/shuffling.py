@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax.dataloader import iterate
+from mlpmixer_flax.inference.forward import check_finite
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.models import check_patch
 from mlpmixer_flax.training import sharding
@@ -92,6 +93,9 @@ def symmetry(model: Model, *, seed: int = 0) -> tuple[float, float]:
     """Returns (largest logit, largest change of a logit) if patches and weights are shuffled in the same way.
 
     The images are random.
+
+    Raises:
+      UserError: as `check_finite`.
     """
     size_px, patch_px = model.preprocess["image_size_px"], model.module.patches["size"]
     shape = (8, size_px, size_px, model.channels)
@@ -100,6 +104,7 @@ def symmetry(model: Model, *, seed: int = 0) -> tuple[float, float]:
     with jax.default_matmul_precision("highest"):  # the default of GPUs and TPUs has fewer digits
         apply = jax.jit(lambda params, images: module.apply({"params": params}, images))
         logits = apply(model.params, images)
+        check_finite({"logits": logits})
         shuffled = apply(
             shuffle_weights(model.params, seed=seed), shuffle_patches(images, patch_px=patch_px, seed=seed)
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
-from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.models import MlpMixer, check_patch
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
@@ -49,6 +49,7 @@ def check_resolutions(config: ConfigDict) -> None:
             f"resolutions_px={sizes} has {odd[0]}, which patches of {patch[0]}x{patch[1]} px do not divide: give "
             "multiples of the patch"
         )
+    check_patch(patch, (max(sizes), max(sizes)))
 
 
 def size_of_update(config: ConfigDict, step: int) -> int:

@@ -138,7 +138,7 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
         check_patch(values["model.patches.size"], (side_px, side_px))
     except (UserError, ValueError):  # ValueError: not two numbers
         raise UserError(
-            f"{name} is damaged (patches of {show(values['model.patches.size'])} px do not divide images of {side_px} px): "
+            f"{name} is damaged (patches of {show(values['model.patches.size'])} px do not fit images of {side_px} px): "
             "restore the file, or choose another run"
         ) from None
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

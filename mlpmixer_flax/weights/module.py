@@ -40,6 +40,7 @@ def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, in
             f"the metadata of {name} has preprocess.image_size_px={show(side_px)}, but its arrays are for images of "
             f"{area_px:,} pixels: write the file again"
         )
+    check_limits("preprocess.image_size_px", side_px)
     return module, (side_px, side_px, sizes["channels"])
 
 

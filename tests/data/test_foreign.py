@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import sys
 import types
 import zipfile
@@ -10,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 from made_datasets import encode
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import files
@@ -84,26 +85,56 @@ def test_images_that_are_text_are_read():
     np.testing.assert_array_equal(open_image(b"P2 3 1 255\n0 100 255\n", "L"), [[0, 100, 255]])
 
 
-def test_a_large_file_that_is_no_image_is_not_read_whole(tmp_path):
-    path = tmp_path / "video.mp4"
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"\0\0\0\x20ftypisom\0\0\2\0", "it is a video"),
+        (b"\xff\xd8\xff", "it has 1,099,511,627,776 bytes, more than .*: save it as JPEG or PNG"),
+    ],
+)
+def test_a_large_file_that_is_no_image_is_not_read_whole(tmp_path, head, words):
+    path = tmp_path / "cat.jpg"
     with open(path, "wb") as file:
-        file.write(b"\0\0\0\x20ftypisom\0\0\2\0")
+        file.write(head)
         file.truncate(2**40)  # a hole: it takes no space
-    with pytest.raises(UserError, match="it is a video"):
+    with pytest.raises(UserError, match=f"cat.jpg' cannot be used: {words}"):
         open_image(path, "RGB")
+    assert re.match(words, str(inspect_image(str(path))[0]))
 
 
-def test_postscript_starts_no_other_program(tmp_path, monkeypatch):
+DRAWING = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc(content):
+    """Returns an IPTC file of a gray image, 9 x 9, whose pixels are another file; Pillow opens that one, too."""
+    fields = {
+        (3, 60): b"\1\0",
+        (3, 20): b"\0\0\0\x09",
+        (3, 30): b"\0\0\0\x09",
+        (3, 120): b"\0\0\0\5",
+        (8, 10): content,
+    }
+    return b"".join(bytes([0x1C, *tag]) + len(value).to_bytes(2) + value for tag, value in fields.items())
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (DRAWING, "it is a PostScript file, .*: save it as PNG"),
+        (iptc(DRAWING), "not an image that Pillow can read"),
+    ],
+)
+def test_postscript_starts_no_other_program(tmp_path, monkeypatch, data, words):
     """Pillow would run the program `gs` to draw it, whatever the suffix of the file."""
     ghostscript = tmp_path / "bin" / "gs"
     ghostscript.parent.mkdir()
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ghostscript.parent}{os.pathsep}{os.environ['PATH']}")
-    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-    (tmp_path / "cat.jpg").write_bytes(drawing)
-    for image in (drawing, tmp_path / "cat.jpg"):
-        with pytest.raises(UserError, match="it is a PostScript file, .*: save it as PNG"):
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for the program once
+    (tmp_path / "cat.jpg").write_bytes(data)
+    for image in (data, tmp_path / "cat.jpg"):
+        with pytest.raises(UserError, match=words):
             open_image(image, "RGB")
     assert not (tmp_path / "started").exists()
 

@@ -1,6 +1,7 @@
 """Tables of labelled images: what is read from CSV and Parquet, and what is said about tables that cannot be used."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from made_folders import write
 from pyarrow import parquet
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data import tables
 from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.data.named import count_overlap, get_dataset_info, with_absolute_path
 from mlpmixer_flax.data.tables import read_table
@@ -152,6 +154,47 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_sentence_with_the_line(tm
     assert "\n" not in str(refused.value)
 
 
+LONG = pyarrow.array(["x" * 2**16])
+AGAIN = pyarrow.array(np.zeros(2**9, np.int32))  # 512 times the first of some values
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        (
+            "label",
+            pyarrow.DictionaryArray.from_arrays(AGAIN, LONG),
+            "row 1 of '.*' has a label that is too long",
+        ),
+        (
+            "labels",
+            pyarrow.ListArray.from_arrays(np.arange(2**9 + 1), LONG.take(AGAIN)),
+            "its content has more",
+        ),
+        ("label", LONG.take(AGAIN).cast(pyarrow.binary(2**16)), "its content has more than 16,777,216 bytes"),
+        ("label", pyarrow.array(np.zeros(2**20, np.int8)), "its content has more than 16,777,216 bytes"),
+    ],
+    ids=["text", "lists", "bytes", "rows"],
+)
+def test_a_small_file_that_repeats_a_value_takes_little_memory(
+    tmp_path, monkeypatch, column, values, message
+):
+    """Parquet writes a repeated value once, or only how often it is there."""
+    monkeypatch.setattr(tables, "_LARGEST_BYTES", 2**24)
+    files = map("{}.png".format, range(len(values))) if len(values) == len(AGAIN) else values
+    table = pyarrow.table({"file": pyarrow.array(files), column: values})
+    path = str(tmp_path / "labels.parquet")
+    parquet.write_table(table, path, store_schema=False)  # so that the file does not say how it was in memory
+    assert os.path.getsize(path) < 2**18
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=message):
+            read_table(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
 def test_bytes_that_are_no_text_and_files_that_are_no_tables_are_refused(tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"file,label\na.png,cat\nb.png,c\xe4t\n")
     with pytest.raises(
@@ -166,6 +209,9 @@ def test_bytes_that_are_no_text_and_files_that_are_no_tables_are_refused(tmp_pat
         read_table(tmp_path / "labels.parquet")
     path = write_parquet(tmp_path, {"file": ["a.png", None], "label": ["cat", "cat"]})
     with pytest.raises(UserError, match="row 2 of '.*labels.parquet' has a file that is empty"):
+        read_table(path)
+    path = write_parquet(tmp_path, {"file": ["a.png"], "labels": pyarrow.array([[["cat"]]])})
+    with pytest.raises(UserError, match="row 1 of .* has a label that is neither text nor a whole number"):
         read_table(path)
     path = write_parquet(tmp_path, {"file": ["a.png"], "label": [0.5]})
     with pytest.raises(UserError, match="row 1 of .* has a label that is neither text nor a whole number"):

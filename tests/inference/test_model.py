@@ -1,6 +1,7 @@
 """Models loaded by name: runs and files give the same model, and wrong ones are refused."""
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
@@ -18,7 +19,10 @@ from mlpmixer_flax.cli import add_model, load_model
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.inference.classes import IMAGENET21K_NAMES, imagenet_names, in_words
+from mlpmixer_flax.inference.fewshot import features_of_split
 from mlpmixer_flax.inference.load import load, load_run
+from mlpmixer_flax.inference.scores import open_split, score_images
+from mlpmixer_flax.inference.shuffling import symmetry
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.run_weights import read_weights
 from mlpmixer_flax.rundir import write_run
@@ -132,6 +136,26 @@ def test_probabilities_sum_to_one_with_the_softmax_loss(run, digits, tmp_path):
     sigmoid = probabilities_of(load_run(run), digits.images[:9])
     assert (abs(sigmoid.sum(axis=1) - 1) > 1e-3).all()
     np.testing.assert_array_equal(softmax.argsort(axis=1), sigmoid.argsort(axis=1))
+
+
+def test_results_that_are_not_finite_are_refused(run, digits):
+    model = load_run(run)
+    stem = model.params["stem"] | {"kernel": np.full_like(model.params["stem"]["kernel"], 3e38)}
+    model = dataclasses.replace(
+        model, params={**model.params, "stem": stem}
+    )  # finite, but sums of them are not
+    examples, classes = open_split(model, "digits", "test[:9]")
+    for name, compute in [
+        ("probabilities", lambda: model.predict(digits.images[:3])),
+        ("features", lambda: model.features(digits.images[:3])),
+        ("confidence", lambda: score_images(model, examples, classes=classes)),
+        ("features", lambda: features_of_split(model, examples)),
+        ("logits", lambda: symmetry(model)),
+    ]:
+        with pytest.raises(
+            UserError, match=rf"not finite \({name}: nan\), because its weights are too large"
+        ):
+            compute()
 
 
 @pytest.mark.parametrize("format", ["npz", "safetensors"])
@@ -272,7 +296,7 @@ def test_a_file_that_claims_a_thousand_blocks_is_refused_at_once(tmp_path):
         ({"loss": "hinge"}, "config.json is damaged .unknown loss 'hinge': choose one of"),
         ({"dataset": 5}, "config.json is damaged .dataset=5 has the wrong type"),
         ({"model": 5}, "config.json has no model.channels_mlp_dim: restore the file, or choose another run"),
-        ({"preprocess": {"image_size_px": 10**9}}, "image_size_px=1000000000 must be at most 16384, because"),
+        ({"preprocess": {"image_size_px": 10**9}}, "image_size_px=1000000000 must be at most 4096, because"),
         ({"preprocess": {"image_size_px": 16}}, "contradicts itself.*token_mixing/Dense_0/kernel"),
         (
             {"num_blocks": 3},
@@ -286,6 +310,26 @@ def test_a_run_whose_config_is_damaged_is_refused(run, tmp_path, changes, messag
         changes = {"model": json.loads((run / "config.json").read_text())["model"] | changes}
     with pytest.raises(UserError, match=message):
         load(copy_with(run, tmp_path / "copy", **changes))
+
+
+@pytest.mark.parametrize(
+    ("patch_px", "side", "message"),
+    [
+        (64, 256, "preprocess.image_size_px=16384 must be at most 4096"),
+        (8, 257, "66,049 patches of 8x8 px, but more than 65,536 do not fit into memory"),
+    ],
+)
+def test_weights_for_images_that_do_not_fit_into_memory_are_refused(tmp_path, patch_px, side, message):
+    """A small file may be for such images: its arrays compress well, or each patch is large."""
+    tokens = side**2
+    module = MlpMixer(3, {"size": (patch_px, patch_px)}, 1, 1, 1, 1)
+    params = module.init(jax.random.key(0), np.zeros((1, patch_px, patch_px, 1), np.float32))["params"]
+    mixing = params["MixerBlock_0"]["token_mixing"]
+    mixing["Dense_0"]["kernel"] = np.zeros((tokens, 1), np.float32)
+    mixing["Dense_1"] = {"kernel": np.zeros((1, tokens), np.float32), "bias": np.zeros(tokens, np.float32)}
+    write_npz(tmp_path / "w.npz", params, metadata={})
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "w.npz")
 
 
 def test_keys_of_a_later_version_are_named_and_not_used(run, tmp_path, capsys):

@@ -246,7 +246,11 @@ def test_a_size_that_the_model_does_not_know_is_said_or_refused(digits_run, caps
         "token mixing resampled; a model that was not trained with this size is less accurate"
         in capsys.readouterr().out
     )
-    for size_px, sentence in [(9, "a patch of 2x2 px does not divide an image of 9x9 px"), (0, "at least 1")]:
+    for size_px, sentence in [
+        (9, "a patch of 2x2 px does not divide an image of 9x9 px"),
+        (0, "at least 1"),
+        (4096, "more than 65,536"),
+    ]:
         assert evaluate([f"--workdir={digits_run}", f"--image_size_px={size_px}"]) == 2
         assert sentence in capsys.readouterr().err
 

@@ -28,6 +28,11 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"model__hidden_dim": 0}, "model.hidden_dim=0 must be at least 1"),
         ({"model__patches": {"size": (0, 2)}}, r"model.patches.size=\(0, 2\) must be at least 1"),
         ({"model__patches": {"size": (3, 3)}}, "patch of 3x3 px does not divide an image of 8x8 px"),
+        (
+            {"preprocess__image_size_px": 1024},
+            "1024x1024 px has 262,144 patches of 2x2 px, but more than 65,536",
+        ),
+        ({"resolutions_px": (8, 1024)}, "1024x1024 px has 262,144 patches of 2x2 px, but more than 65,536"),
         ({"preprocess__image_size_px": 0}, "preprocess.image_size_px=0 must be at least 1"),
         ({"preprocess__std": (0.5, 0.0, 0.5)}, "preprocess.std=.* must be at least 0.0001"),
         ({"preprocess__interpolation": "nearest"}, "unknown preprocess.interpolation 'nearest': .*bicubic"),
@@ -55,7 +60,7 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"seed": 10**5000}, "seed=a number of 16,610 bits must be at most"),
         ({"batch_size": 10**20}, "batch_size=100000000000000000000 must be at most 16777216, because"),
         ({"model__hidden_dim": 10**12}, "model.hidden_dim=1000000000000 must be at most 131072, because"),
-        ({"preprocess__image_size_px": 10**7}, "image_size_px=10000000 must be at most 16384, because"),
+        ({"preprocess__image_size_px": 10**7}, "image_size_px=10000000 must be at most 4096, because"),
         ({"schedule__warmup_epochs": 1e308}, r"warmup_epochs=1e\+308 must be at most 1000000, because"),
         ({"optimizer__learning_rate": 1e-50}, "learning_rate=1e-50 must be at least 1e-37: change"),
         ({"optimizer__weight_decay": 1e300}, r"weight_decay=1e\+300 must be at most 10000, because"),
@@ -96,7 +101,7 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"resolutions_px": (8, 0)}, r"resolutions_px=\(8, 0\) must be at least 1: change"),
         (
             {"resolutions_px": (8, 10**6)},
-            r"resolutions_px=\(8, 1000000\) must be at most 16384, because larger",
+            r"resolutions_px=\(8, 1000000\) must be at most 4096, because larger",
         ),
         (
             {"resolutions_px": (8.0,)},
