@@ -30,9 +30,7 @@ _UPRIGHT = {  # EXIF orientation -> the operation that turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LARGEST_BYTES = (
-    2**30
-)  # of a file: the largest image that Pillow decodes, 179 megapixels, in colour with 16 bits
+_LARGEST_BYTES = 2**30  # of a file: 179 megapixels, the most that Pillow decodes, in colour with 16 bits
 _ONE_AT_A_TIME = threading.Lock()
 _ONE_LARGE = threading.Lock()
 

@@ -55,9 +55,8 @@ def _values(column: "pyarrow.ChunkedArray") -> list[Any]:
     values = []
     for chunk in column.chunks:
         if isinstance(chunk, pyarrow.DictionaryArray):
-            texts = np.array(
-                [*chunk.dictionary.to_pylist(), None], object
-            )  # the last one for rows without a text
+            # The last one is for rows without a text.
+            texts = np.array([*chunk.dictionary.to_pylist(), None], object)
             numbers = chunk.indices.cast("int64").fill_null(len(texts) - 1)
             values += texts[numbers.to_numpy()].tolist()
         else:
