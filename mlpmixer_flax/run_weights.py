@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
-from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.reading import check_files_in, read_json
 from mlpmixer_flax.remote import fetch
 from mlpmixer_flax.rundir import read_class_names, read_config, read_config_of_run, saved_steps
 
@@ -144,6 +144,7 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
         try:
             folder = fetch((workdir / "checkpoints" / str(step)).absolute(), _of_weights)
             part = "weights" if (folder / "weights").exists() else "default"
+            check_files_in(folder)  # otherwise Orbax may wait for ever
             checked = check_files(folder, part)
             params = _restore(folder / part, which, name=str(workdir))
         except UserError:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -377,3 +378,17 @@ def test_names_that_no_file_can_have_are_missing_files(tmp_path):
     (tmp_path / "xxh3_128.json").write_text(json.dumps({"default/" + "x" * 3000: "ab"}))
     with pytest.raises(ValueError, match="is not as it was saved"):
         check_files(tmp_path, "default")
+
+
+# Orbax or TensorStore opens each of these, and would wait for ever.
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "weights/manifest.ocdbt", "default/_METADATA"])
+def test_a_pipe_in_a_checkpoint_is_named_and_not_opened(tmp_path, name):
+    save(tmp_path, {1: None, 2: None})
+    folder = tmp_path / "checkpoints" / "2"
+    (folder / "xxh3_128.json").unlink()  # otherwise the checksum of some of them is missing
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    (folder / "weights" / "back").symlink_to(folder)  # is no endless folder
+    for use in (read_weights, restore):
+        with pytest.raises(UserError, match=f"checkpoints/2/{name}' is a named pipe: give a regular file"):
+            use(tmp_path)
