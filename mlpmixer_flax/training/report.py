@@ -15,9 +15,10 @@ import numpy as np
 from tensorboardX import summary
 from tqdm import tqdm
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.dataloader import Batch
-from mlpmixer_flax.faults import naming
+from mlpmixer_flax.faults import naming, pass_on
 from mlpmixer_flax.reading import open_file, read_json
 from mlpmixer_flax.rundir import saved_steps
 from mlpmixer_flax.training.events import Events
@@ -29,6 +30,7 @@ from mlpmixer_flax.training.tracker import Tracker
 
 # What is measured between two logs: the speed, and the share of the time, from 0 to 1, in which the device waited
 TIMINGS = ("images_per_second", "data_wait")
+_LARGEST = float(np.finfo(np.float32).max)  # of a metric, unless it is infinite
 
 
 class Recent:
@@ -89,6 +91,7 @@ class Recent:
             "data_wait": self.waited / seconds,
         }
         self.fetched, self.timed, self.waited, self.started = [], 0, 0.0, time.monotonic()
+        rows = [row for row in rows if row.keys() == rows[-1].keys()]  # those of `Unlogged` may be damaged
         means = {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return {**means, **timings}
 
@@ -275,6 +278,9 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     """Returns the rows of a metrics.jsonl, [] if it does not exist; leaves out damaged lines.
 
     A kill may cut off the last line, and a full disk or a crash of the system may damage any.
+
+    Raises:
+      UserError: the file cannot be read.
     """
     return [row for line in _read_lines(file) if (row := _parse(line)) is not None]
 
@@ -282,8 +288,12 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 def _read_lines(file: Path) -> list[str]:
     if not file.exists():
         return []
-    with open_file(file) as opened:
-        return [line for line in opened.read().decode("utf-8", "replace").split("\n") if line]
+    try:
+        with open_file(file) as opened:
+            return [line for line in opened.read().decode("utf-8", "replace").split("\n") if line]
+    except OSError as error:
+        pass_on(error, file)
+        raise UserError(f"{file} cannot be read ({error.strerror}): remove it, or restore the file") from None
 
 
 def _parse(line: str) -> dict[str, float] | None:
@@ -292,9 +302,10 @@ def _parse(line: str) -> dict[str, float] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**31:
         return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
+    values = row.values()
+    return row if all(type(v) in (int, float) and not _LARGEST < abs(v) < math.inf for v in values) else None
 
 
 def _tile(images: np.ndarray) -> np.ndarray:
