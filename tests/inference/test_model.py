@@ -271,6 +271,7 @@ def test_a_file_that_claims_a_thousand_blocks_is_refused_at_once(tmp_path):
     [
         ({"loss": "hinge"}, "config.json is damaged .unknown loss 'hinge': choose one of"),
         ({"dataset": 5}, "config.json is damaged .dataset=5 has the wrong type"),
+        ({"dataset": ""}, "config.json is damaged .dataset is empty: give the name of one"),
         ({"model": 5}, "config.json has no model.channels_mlp_dim: restore the file, or choose another run"),
         ({"preprocess": {"image_size_px": 10**9}}, "image_size_px=1000000000 must be at most 16384, because"),
         ({"preprocess": {"image_size_px": 16}}, "contradicts itself.*token_mixing/Dense_0/kernel"),
