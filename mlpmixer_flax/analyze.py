@@ -51,6 +51,7 @@ from mlpmixer_flax.training.setup import make_setup, settle
 # Features are computed for _POOL * shots training images per class, and each draw takes `shots` of them: enough
 # that two draws have few images in common, without reading all of a large split.
 _POOL = 10
+_TOO_MANY_IMAGES = 2**48  # no dataset has so many, but a damaged file may say so
 
 
 def _curves(model: Model, arguments: argparse.Namespace) -> None:
@@ -66,9 +67,10 @@ def steps_per_epoch(model: Model, workdir: Path) -> float | None:
     """Returns the updates per epoch; None if the run has no record of its data, or a damaged one."""
     try:
         images = read_json(workdir / record.FILE)["train"]["examples"]
-        return images / model.config["batch_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    usable = type(images) is int and 0 < images < _TOO_MANY_IMAGES
+    return images / model.config["batch_size"] if usable else None
 
 
 def _named(model: Model) -> str:

@@ -24,9 +24,32 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
       UserError: it is a pipe, a device or a socket.
       OSError: it does not exist, is a folder, or cannot be read.
     """
+    _check_kind(path)
+    return open(path, "rb")
+
+
+def check_files_in(folder: str | os.PathLike[str]) -> None:
+    """Checks that a folder has only folders and regular files, or links to them; for libraries that open them all.
+
+    Raises:
+      UserError: one of its files is a pipe, a device or a socket.
+      OSError: a folder cannot be read.
+    """
+    waiting = [os.path.realpath(folder)]
+    seen = {*waiting}  # links may lead back to a folder
+    while waiting:
+        path = waiting.pop()
+        if os.path.isdir(path):
+            inside = {os.path.realpath(os.path.join(path, name)) for name in os.listdir(path)} - seen
+            seen |= inside
+            waiting += inside
+        elif os.path.exists(path):
+            _check_kind(path)
+
+
+def _check_kind(path: str | os.PathLike[str]) -> None:
     if kind := _KINDS.get(stat.S_IFMT(os.stat(path).st_mode)):
         raise UserError(f"{os.fspath(path)!r} is {kind}: give a regular file")
-    return open(path, "rb")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -2,20 +2,23 @@
 
 import contextlib
 import logging
+import math
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
-from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.reading import check_files_in, read_json
 from mlpmixer_flax.remote import fetch
 from mlpmixer_flax.rundir import read_class_names, read_config, read_config_of_run, saved_steps
 
@@ -28,6 +31,10 @@ BEST_BY = {
     "mean_average_precision": (1, False),
     "loss": (sys.float_info.max, True),
 }
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # by the name of a parameter, "head/kernel"
+Check = Callable[[dict[str, Any], list[str], Shapes], None]  # see `open_run`
 
 
 class Score(NamedTuple):
@@ -62,7 +69,7 @@ class Run:
     scores: dict[str, Any]  # of these weights, by name ("test/accuracy"); {} if they were not evaluated
 
 
-def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
+def open_run(workdir: Path, checkpoint: str | None = None, *, check: Check | None = None) -> Run:
     """Reads a run and one set of its weights; changes nothing, and works while the run is in training.
 
     Args:
@@ -72,19 +79,20 @@ def open_run(workdir: Path, checkpoint: str | None = None) -> Run:
         "last": the parameters of the newest checkpoint. "ema": their moving average, if the run keeps one. The
         number of a saved step, "300": its weights; they are an EMA if the run keeps one. None: as
         `default_checkpoint` says.
+      check: is called with the config, the class names, and the shapes of the weights before they are read.
 
     Raises:
       UserError: the directory is not a run directory, or the weights do not exist or cannot be read.
     """
-    config = read_config_of_run(workdir)
+    config, class_names = read_config_of_run(workdir), read_class_names(workdir)
     checkpoint = checkpoint or default_checkpoint(workdir)
-    step, params = read_weights(workdir, checkpoint)
+    step, params = read_weights(workdir, checkpoint, check and partial(check, config, class_names))
     ema_evaluated = checkpoint == "last" and config["ema_decay"]  # the scores are then those of other weights
     scores = {}
     if not ema_evaluated:
         with contextlib.suppress(OSError):  # a checkpoint without scores
             scores = read_scores(workdir / "checkpoints" / str(step))
-    return Run(config, read_class_names(workdir), step, params, scores)
+    return Run(config, class_names, step, params, scores)
 
 
 def default_checkpoint(workdir: Path) -> str:
@@ -130,10 +138,12 @@ def sized(name: str, size_px: int) -> str:
     return f"{name}_{size_px}px"
 
 
-def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any]]:
+def read_weights(
+    workdir: Path, which: str = "last", check: Callable[[Shapes], None] | None = None
+) -> tuple[int, dict[str, Any]]:
     """Returns (step, tree of float32 numpy arrays) of the weights that `which` names.
 
-    `which` is one of CHECKPOINTS or the number of a saved step; see `open_run`.
+    `which` is one of CHECKPOINTS or the number of a saved step; see `open_run`, also for `check`.
 
     Raises:
       UserError: the run has no such weights, or they cannot be read.
@@ -144,8 +154,9 @@ def read_weights(workdir: Path, which: str = "last") -> tuple[int, dict[str, Any
         try:
             folder = fetch((workdir / "checkpoints" / str(step)).absolute(), _of_weights)
             part = "weights" if (folder / "weights").exists() else "default"
+            check_files_in(folder)  # otherwise Orbax may wait for ever
             checked = check_files(folder, part)
-            params = _restore(folder / part, which, name=str(workdir))
+            params = _restore(folder / part, which, check, name=str(workdir))
         except UserError:
             raise
         except Exception as error:  # of any class: from Orbax, TensorStore or JSON
@@ -190,13 +201,22 @@ def _find_step(workdir: Path, which: str) -> int:
     return steps[-1]
 
 
-def _restore(folder: Path, which: str, *, name: str) -> dict[str, Any]:
+def _restore(
+    folder: Path, which: str, check: Callable[[Shapes], None] | None, *, name: str
+) -> dict[str, Any]:
     with _without_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder).item_metadata.tree
         if which == "ema" and stored["ema"] is None:
             raise UserError(f"the run in {name} keeps no EMA of its weights: choose last or best")
         tree = "params" if which == "last" or stored["ema"] is None else "ema"
         wanted = {tree: stored[tree]}  # without the optimizer's state
+        arrays: dict[str, Any] = flatten_dict(stored[tree], sep="/")
+        # A small file of zeros could fill the memory.
+        for key, array in arrays.items():
+            if array.storage and math.prod(array.storage.chunk_shape or ()) > math.prod(array.shape):
+                raise ValueError(f"its array {key} is stored in parts larger than it")
+        if check:
+            check({key: tuple(array.shape) for key, array in arrays.items()})
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         restore = ocp.args.PyTreeRestore(wanted, as_numpy, partial_restore=True)
         return checkpointer.restore(folder, args=restore)[tree]

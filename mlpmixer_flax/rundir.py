@@ -21,6 +21,7 @@ MARKER = (
     "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
 )
 MULTI_LABEL = "table with several labels an image"  # the "dataset" in data.json then
+_TOO_MANY = 2**31  # steps: they are counted with 32 bits
 _KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 
 
@@ -118,10 +119,17 @@ def saved_steps(workdir: Path) -> list[int]:
     """
     folder = workdir / "checkpoints"
     try:
-        return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
+        names = [name for name in os.listdir(folder) if name.isdecimal() and str(int(name)) == name]
+        return sorted(int(name) for name in names if int(name) < _TOO_MANY and _has_files(folder / name))
     except OSError as error:  # there is no such directory
-        pass_on(error, folder)
+        pass_on(error)
         return []
+
+
+def _has_files(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # a run in training may have removed it
+        return bool(os.listdir(folder))
+    return False
 
 
 def write_run(

@@ -23,17 +23,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_distributed, make_parser, path
 from mlpmixer_flax.compilation_cache import compiled_folder
-from mlpmixer_flax.config import ConfigDict, flatten
+from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data.tables import is_table
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.huge_pages import uses_huge_pages
 from mlpmixer_flax.remote import NothingThere, shown
-from mlpmixer_flax.rundir import fetch_run, read_config
+from mlpmixer_flax.rundir import fetch_run
 from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.launch import start
@@ -41,6 +42,7 @@ from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.processes import is_lead, together
 from mlpmixer_flax.training.signals import Interrupted
 from mlpmixer_flax.training.sizing import suit_images
+from mlpmixer_flax.training.validate import read_stored
 
 train = fit  # the name that users of this module import
 
@@ -141,7 +143,7 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     stored = {}
     if arguments.workdir:
         with contextlib.suppress(NothingThere):
-            stored = flatten(ConfigDict(read_config(fetch_run(arguments.workdir))))
+            stored = flatten_dict(read_stored(fetch_run(arguments.workdir)), sep=".")
     changes = [f"--config.{key}={stored.get(key, value)}" for key, value in chosen.items()]
     given = [argument.partition("=")[0] for argument in overrides]
     shown = [change.removeprefix("--config.") for change in changes if change.partition("=")[0] not in given]

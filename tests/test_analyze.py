@@ -134,9 +134,14 @@ def test_shuffle_trains_three_times_and_says_which_split_is_scored(run, tmp_path
 
 def test_the_length_of_an_epoch_is_that_of_the_training_and_may_be_unknown(run, model, tmp_path):
     assert steps_per_epoch(model, run) == 1433 / 64
-    for content in (None, "{", "[]", '{"train": {}}', '{"train": {"examples": "many"}}'):
+    for examples in ('"many"', "1" + "0" * 4000, "1" + "0" * 300, "NaN", "1e-320", "0", "-5", "true"):
+        (tmp_path / "data.json").write_text(f'{{"train": {{"examples": {examples}}}}}')
+        assert steps_per_epoch(model, tmp_path) is None
+    for content in (None, "{", "[]", '{"train": {}}'):
         if content:
             (tmp_path / "data.json").write_text(content)
+        else:
+            (tmp_path / "data.json").unlink()
         assert steps_per_epoch(model, tmp_path) is None
 
 

@@ -49,7 +49,8 @@ from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
 from mlpmixer_flax.rundir import read_class_names, read_config_of_run
 from mlpmixer_flax.training.continuing import check_class_names, compare_configs, usable_workdir
 from mlpmixer_flax.training.record import check_data, read_record
-from mlpmixer_flax.training.report import Unlogged, read_metrics
+from mlpmixer_flax.training.report import read_metrics
+from mlpmixer_flax.training.unlogged import Unlogged
 from mlpmixer_flax.training.validate import complete
 from mlpmixer_flax.weights.files import write_npz, write_safetensors
 from mlpmixer_flax.weights.source import find

@@ -41,7 +41,8 @@ def look_at(path: str) -> tuple[int, int]:
 
 def read_checked(root: str) -> dict[str, Checked]:
     """Returns file -> how it was checked, for the files below `root`; {} if none were, or by another reader."""
-    with contextlib.suppress(UserError, OSError, ValueError, TypeError, KeyError):
+    damaged = (UserError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
+    with contextlib.suppress(OSError, *damaged):
         stored = read_json(_file_for(root))
         if stored["reader"] == _READER:
             found = {

@@ -73,7 +73,8 @@ def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
     such mean may be one of few updates: if it is of less than a third of the updates of the mean before it, both
     become one. Otherwise its noise, and its distance in time, would look like a change at the end of the run.
     """
-    found = [(row["step"], row[key]) for row in rows if key in row]
+    # In the order of the steps, once each, which those of a damaged file may not be.
+    found = sorted({row["step"]: row[key] for row in rows if key in row}.items())
     if not key.startswith("train/"):
         return found
     starts = [0, *(step for step, _ in found)]

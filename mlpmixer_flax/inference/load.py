@@ -3,10 +3,9 @@
 import contextlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import get_config, resolve
@@ -17,13 +16,11 @@ from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.remote import copy_of, shown
 from mlpmixer_flax.run_weights import open_run
-from mlpmixer_flax.rundir import fetch_run, is_multi_label
-from mlpmixer_flax.text import listed
+from mlpmixer_flax.rundir import fetch_run, is_multi_label, read_config_of_run
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.validate import complete
 from mlpmixer_flax.weights import source as weight_source
-from mlpmixer_flax.weights.adapt import sizes_of
-from mlpmixer_flax.weights.module import module_of, shapes_of
+from mlpmixer_flax.weights.module import check_shapes, module_of, shapes_of
 
 
 def load(source: str | Path, *, checkpoint: str | int | None = None) -> Model:
@@ -58,10 +55,9 @@ def load(source: str | Path, *, checkpoint: str | int | None = None) -> Model:
 def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
     """Returns the model of a run directory; arguments and errors are those of `load`."""
     workdir = fetch_run(copy_of(workdir) or Path(os.path.expanduser(workdir)))
-    run = open_run(workdir, checkpoint)
-    config = complete(run.config, name=f"{shown(workdir)}/config.json")
+    config = complete(read_config_of_run(workdir), name=f"{shown(workdir)}/config.json")
+    run = open_run(workdir, checkpoint, check=partial(check_shapes, name=shown(workdir)))
     module = MlpMixer(num_classes=len(run.class_names), **config["model"])
-    _check_fit(run.params, module, config["preprocess"]["image_size_px"], name=shown(workdir))
     return Model(
         name=shown(workdir),
         module=module,
@@ -74,29 +70,6 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
         step=run.step,
         scores=run.scores,
     )
-
-
-def _check_fit(params: Mapping[str, Any], module: MlpMixer, side_px: int, *, name: str) -> None:
-    """Raises UserError if weights are not those of a module: probably a file was copied from another run."""
-    arrays: dict[str, Any] = flatten_dict(dict(params), sep="/")
-    found = {key: array.shape for key, array in arrays.items()}
-    sizes = sizes_of(found)
-    stated = {"classes": module.num_classes, "patches.size": tuple(module.patches["size"])}
-    stated |= {
-        key: getattr(module, key)
-        for key in ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
-    }
-    wrong = [key for key, value in stated.items() if sizes.get(key) != value]
-    if not wrong:  # only then, because a damaged config may state any number of blocks
-        shapes = shapes_of(module, (side_px, side_px, sizes["channels"]))
-        like: dict[str, Any] = flatten_dict(dict(shapes), sep="/")
-        wanted = {key: leaf.shape for key, leaf in like.items()}
-        wrong = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-    if wrong:
-        raise UserError(
-            f"{name} contradicts itself: config.json and class_names.json are of another model than the weights "
-            f"({listed(wrong, 3)}): restore the files, or choose another run"
-        )
 
 
 def _load_weights(source: str) -> Model:

@@ -18,6 +18,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
+from mlpmixer_flax.reading import check_files_in
 from mlpmixer_flax.run_weights import Score, read_scores, score_of
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
@@ -45,7 +46,7 @@ class Checkpoints:
     has written is removed, and the checkpoints before it stay as they are.
 
     Raises:
-      UserError: permission to write the checkpoints is missing.
+      UserError: permission to write the checkpoints is missing, or a file in them is a pipe or a device.
       OSError: the disk is full or at fault, or the run directory has been deleted.
     """
 
@@ -57,6 +58,7 @@ class Checkpoints:
         self._descriptor = os.open(self.folder, os.O_RDONLY)  # tells later whether the folder is still there
         with self._judging():
             from_lead(self._drop_damaged_metrics)
+            from_lead(lambda: check_files_in(self.folder))  # otherwise Orbax may wait for ever
             self._manager = self._open()
 
     @contextlib.contextmanager

@@ -153,7 +153,8 @@ def describe_length(
     """
     if not start:
         return ""
-    before, now = (in_steps(each, "total", steps_per_epoch) for each in (stored, config))
+    earlier = {**get_config(), **stored}
+    before, now = (in_steps(each, "total", steps_per_epoch) for each in (earlier, config))
     if before == now:
         return ""
     warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)

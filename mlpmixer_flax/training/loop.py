@@ -15,7 +15,6 @@ from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.run_weights import score_of, sized
-from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, launch, sharding
 from mlpmixer_flax.training.advice import advising
@@ -28,12 +27,14 @@ from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.multi_label import label_scores
 from mlpmixer_flax.training.processes import ending_all, from_lead, is_lead, together
-from mlpmixer_flax.training.report import Recent, Reporter, Unlogged, read_metrics
+from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
 from mlpmixer_flax.training.resolutions import size_of_update
 from mlpmixer_flax.training.setup import Setup
 from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
 from mlpmixer_flax.training.step import PreviewStep, TrainState
 from mlpmixer_flax.training.tracker import Tracker
+from mlpmixer_flax.training.unlogged import Unlogged
+from mlpmixer_flax.training.validate import read_stored
 
 # Receives the scores of an evaluation, by their names in metrics.jsonl, with "step"
 OnEvaluation = Callable[[dict[str, float]], object]
@@ -78,7 +79,7 @@ def fit(
     with together(), mirrored(workdir) as workdir:
         workdir = agree_on_workdir(workdir)
         with advising(workdir), closing(RunLock(workdir)) as lock:
-            stored = from_lead(lambda: read_config(workdir))
+            stored = from_lead(lambda: read_stored(workdir))
             setup, params = begin(config, workdir, stored=stored, lock=lock)
             keep, best_by = setup.config.keep_checkpoints, setup.config.best_by
             folder = Checkpoints(workdir, keep=keep, best_by=best_by)

@@ -113,18 +113,18 @@ class RemoteLock:
 
 def read_there(fs: Any, path: str) -> dict[str, Any]:
     """Returns the content of a remote JSON file; {} if it does not exist or is damaged."""
-    try:
-        return json.loads(fs.cat_file(path))
-    except (FileNotFoundError, ValueError):
-        return {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        if isinstance(content := json.loads(fs.cat_file(path)), dict):
+            return content
+    return {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Returns the content of a JSON file; {} if it cannot be read."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(content := json.loads(file.read_text()), dict):
+            return content
+    return {}
 
 
 def _name(owner: dict[str, Any]) -> str:

@@ -8,18 +8,17 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from tensorboardX import summary
 from tqdm import tqdm
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.dataloader import Batch
-from mlpmixer_flax.faults import naming
-from mlpmixer_flax.reading import open_file, read_json
-from mlpmixer_flax.rundir import saved_steps
+from mlpmixer_flax.faults import naming, pass_on
+from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.resolutions import split_sizes
@@ -29,6 +28,7 @@ from mlpmixer_flax.training.tracker import Tracker
 
 # What is measured between two logs: the speed, and the share of the time, from 0 to 1, in which the device waited
 TIMINGS = ("images_per_second", "data_wait")
+_LARGEST = float(np.finfo(np.float32).max)  # of a metric, unless it is infinite
 
 
 class Recent:
@@ -89,6 +89,7 @@ class Recent:
             "data_wait": self.waited / seconds,
         }
         self.fetched, self.timed, self.waited, self.started = [], 0, 0.0, time.monotonic()
+        rows = [row for row in rows if row.keys() == rows[-1].keys()]  # those of `Unlogged` may be damaged
         means = {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return {**means, **timings}
 
@@ -99,43 +100,6 @@ class Recent:
         paused = time.monotonic()
         yield
         self.started += time.monotonic() - paused
-
-
-class Unlogged:
-    """The metrics of the updates between the last log and a checkpoint, in a file of the run directory.
-
-    A run that continues from the checkpoint then logs the same means as one that was never stopped. Of several processes,
-    only the first one uses the file.
-    """
-
-    def __init__(self, workdir: Path):
-        self._file = workdir / "unlogged.json"
-
-    def read(self, step: int) -> list[dict[str, float]]:
-        """Returns what `write` wrote for this step; [] if it did not, or if the file is damaged."""
-        return self._stored().get(step, [])
-
-    def write(self, step: int, rows: list[dict[str, float]]) -> None:
-        """Adds the metrics before a checkpoint of this step, and drops those of checkpoints that no longer exist."""
-        if not is_lead():
-            return
-        saved = saved_steps(self._file.parent)
-        # A step after the newest one may belong to a checkpoint that is being written.
-        kept = {of: old for of, old in self._stored().items() if of in saved or of > max(saved, default=0)}
-        with replacing(self._file) as file:
-            file.write(json.dumps({**kept, step: rows}).encode())
-
-    def _stored(self) -> dict[int, list[dict[str, float]]]:
-        with contextlib.suppress(OSError, ValueError):
-            if is_lead() and isinstance(stored := read_json(self._file), dict):
-                return {int(step): rows for step, rows in stored.items() if _are_rows(rows)}
-        return {}
-
-
-def _are_rows(rows: Any) -> bool:
-    return isinstance(rows, list) and all(
-        isinstance(row, dict) and all(isinstance(value, float) for value in row.values()) for row in rows
-    )
 
 
 class Reporter:
@@ -275,6 +239,9 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     """Returns the rows of a metrics.jsonl, [] if it does not exist; leaves out damaged lines.
 
     A kill may cut off the last line, and a full disk or a crash of the system may damage any.
+
+    Raises:
+      UserError: the file cannot be read.
     """
     return [row for line in _read_lines(file) if (row := _parse(line)) is not None]
 
@@ -282,8 +249,12 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 def _read_lines(file: Path) -> list[str]:
     if not file.exists():
         return []
-    with open_file(file) as opened:
-        return [line for line in opened.read().decode("utf-8", "replace").split("\n") if line]
+    try:
+        with open_file(file) as opened:
+            return [line for line in opened.read().decode("utf-8", "replace").split("\n") if line]
+    except OSError as error:
+        pass_on(error, file)
+        raise UserError(f"{file} cannot be read ({error.strerror}): remove it, or restore the file") from None
 
 
 def _parse(line: str) -> dict[str, float] | None:
@@ -292,9 +263,10 @@ def _parse(line: str) -> dict[str, float] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**31:
         return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
+    values = row.values()
+    return row if all(type(v) in (int, float) and not _LARGEST < abs(v) < math.inf for v in values) else None
 
 
 def _tile(images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Checks the values of a config: of a new one before it is used, and of one that a run directory has."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -12,6 +13,7 @@ from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
 from mlpmixer_flax.run_weights import BEST_BY
+from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
@@ -110,7 +112,7 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
       UserError: a value has the wrong type or is out of its range, a size of the model is missing, or the model has
         an unknown key.
     """
-    base, usual = flatten(resolve(get_config(), {})), examples()
+    base = flatten(resolve(get_config(), {}))
     given: dict[str, Any] = flatten_dict(dict(stored), sep=".")
     if missing := [key for key in _SIZES if key not in given]:
         raise UserError(f"{name} has no {missing[0]}: restore the file, or choose another run")
@@ -121,18 +123,7 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
                 f"{name} has keys that are not known to this version ({listed(names, 5)}): update the package"
             )
         print(f"{name}: not known to this version, and not used: {listed(names, 5)}")
-    values = dict(base)
-    for key in base:
-        if key not in given:
-            continue
-        value = tuple(given[key]) if isinstance(given[key], list) else given[key]
-        try:
-            _check_type(key, value, usual[key])
-            check_limits(key, value)
-            _check_choice(key, value)
-        except UserError as error:
-            raise UserError(f"{name} is damaged ({error}): restore the file, or choose another run") from None
-        values[key] = value
+    values = base | _known_values(given, name=name)
     side_px = values["preprocess.image_size_px"]
     try:
         check_patch(values["model.patches.size"], (side_px, side_px))
@@ -145,12 +136,44 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     return unflatten_dict(plain, sep=".")
 
 
+def read_stored(workdir: Path) -> dict[str, Any]:
+    """Returns the config of the run that is to begin or continue in a directory, as plain data; {} if it begins.
+
+    It has the keys of the version of the package that wrote it.
+
+    Raises:
+      UserError: config.json cannot be read, or a value has the wrong type or is out of its range.
+    """
+    stored = read_config(workdir)
+    _known_values(flatten_dict(stored, sep="."), name=f"{workdir / 'config.json'}")
+    return stored
+
+
+def _known_values(given: Mapping[str, Any], *, name: str) -> dict[str, Any]:
+    """Returns the values of the keys that this version knows, checked, by dotted key; tuples replace lists."""
+    values = {}
+    for key, usual in examples().items():
+        if key not in given:
+            continue
+        value = tuple(given[key]) if isinstance(given[key], list) else given[key]
+        try:
+            _check_type(key, value, usual)
+            check_limits(key, value)
+            _check_choice(key, value)
+        except UserError as error:
+            raise UserError(f"{name} is damaged ({error}): restore the file, or choose another run") from None
+        values[key] = value
+    return values
+
+
 def _check_type(key: str, value: object, usual: object) -> None:
     if not _is_like(value, usual):
         raise UserError(f"{key}={show(value)} has the wrong type: give a value such as {usual!r}")
 
 
 def _check_choice(key: str, value: object) -> None:
+    if key == "dataset" and not value:
+        raise UserError("dataset is empty: give the name of one, such as 'digits' or 'folder:photos'")
     if key in CHOICES and value not in CHOICES[key]:
         names = filter(None, CHOICES[key])  # "" stands for none of them
         raise UserError(f"unknown {key} {show(value)}: choose one of {', '.join(names)}")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mlpmixer_flax.weights.adapt import Params, adapt
 from mlpmixer_flax.weights.catalog import PUBLISHED, Published
 from mlpmixer_flax.weights.download import DownloadError, fetch
 from mlpmixer_flax.weights.files import Weights, open_weights
+from mlpmixer_flax.weights.module import check_shapes
 from mlpmixer_flax.weights.origin import with_origin
 
 # The ends of names of pickles in a folder of weights; of them, PyTorch's name on the hub is pytorch_model.bin.
@@ -176,7 +178,7 @@ def _open_hub_model(model: hub.Model) -> Weights:
 
 def _open_run(named: NamedRun) -> Weights:
     checkpoint = named.checkpoint or default_checkpoint(named.workdir)
-    run = open_run(named.workdir, checkpoint)
+    run = open_run(named.workdir, checkpoint, check=partial(check_shapes, name=shown(named.workdir)))
     flat: dict[str, Any] = flatten_dict(run.params, sep="/")
     return Weights(
         name=shown(named.workdir),

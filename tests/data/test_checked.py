@@ -83,7 +83,12 @@ def test_notes_about_images_are_kept(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"5", b'{"reader": 1}', b"\xff", b'{"reader": "%s", "files": {"a": 3}}']
+    "content",
+    [b"", b"5", b'{"reader": 1}', b"\xff"]
+    + [
+        b'{"reader": "%%s", "files": %s}' % files
+        for files in (b'{"a": 3}', b"5", b'{"a": [1e400, 1, [], ""]}', b'{"a": [1, 1, [[]], ""]}')
+    ],
 )
 def test_a_damaged_list_is_not_used(folder, content):
     open_again(folder)

@@ -116,6 +116,12 @@ def test_joined_means_have_the_weights_of_their_updates():
     assert points(axes) == [[[5.5, 4.0]]]
 
 
+def test_damaged_steps_that_are_out_of_order_are_drawn():
+    rows = [{"step": step, "train/loss": loss} for step, loss in [(10, 4.0), (20, 2.0), (10, 5.0)]]
+    (axes,) = figures.curves(rows, title="run").axes
+    assert points(axes) == [[[5.5, 5.0], [15.5, 2.0]]]
+
+
 def test_epochs_are_an_axis_at_the_top_if_their_length_is_known():
     figure = figures.curves(ROWS, title="run", steps_per_epoch=4.0)
     figure.draw_without_rendering()

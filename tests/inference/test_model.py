@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from ml_collections import ConfigDict
 
 from mlpmixer_flax import UserError, export
@@ -33,6 +34,7 @@ from mlpmixer_flax.training.evaluation import make_eval_step
 from mlpmixer_flax.training.step import TrainState
 from mlpmixer_flax.weights import download
 from mlpmixer_flax.weights.files import write_npz
+from mlpmixer_flax.weights.source import find
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = ("hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
@@ -295,6 +297,7 @@ def test_a_file_that_claims_a_thousand_blocks_is_refused_at_once(tmp_path):
     [
         ({"loss": "hinge"}, "config.json is damaged .unknown loss 'hinge': choose one of"),
         ({"dataset": 5}, "config.json is damaged .dataset=5 has the wrong type"),
+        ({"dataset": ""}, "config.json is damaged .dataset is empty: give the name of one"),
         ({"model": 5}, "config.json has no model.channels_mlp_dim: restore the file, or choose another run"),
         ({"preprocess": {"image_size_px": 10**9}}, "image_size_px=1000000000 must be at most 4096, because"),
         ({"preprocess": {"image_size_px": 16}}, "contradicts itself.*token_mixing/Dense_0/kernel"),
@@ -330,6 +333,38 @@ def test_weights_for_images_that_do_not_fit_into_memory_are_refused(tmp_path, pa
     write_npz(tmp_path / "w.npz", params, metadata={})
     with pytest.raises(UserError, match=message):
         load(tmp_path / "w.npz")
+
+
+def declare(folder, array, shape, chunks):
+    """Replaces an array of weights by one of any size that has only its default values, and takes no space."""
+    place = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{array}/"}
+    metadata = {"shape": shape, "chunks": chunks, "dtype": "<f4", "fill_value": 1.0}
+    spec = {"driver": "zarr", "kvstore": place, "metadata": metadata | {"compressor": None}}
+    tensorstore.open(spec, create=True, delete_existing=True).result()
+
+
+@pytest.mark.parametrize(
+    ("array", "shape", "chunks", "message"),
+    [
+        ("head.kernel", (10**12, 10), (100, 10), r"contradicts itself: .* than the weights \(head/kernel\)"),
+        ("head.kernel", (16, 10**12), (16, 100), r"contradicts itself: .* \(classes\)"),
+        ("stem.kernel", (2, 2, 10**12, 16), (2, 2, 100, 16), r"contradicts itself: .* \(channels\)"),
+        (
+            "head.bias",
+            (10,),
+            (10**12,),
+            "cannot be read .its array head/bias is stored in parts larger than it",
+        ),
+    ],
+)
+@pytest.mark.parametrize("reads", [load, find])
+def test_arrays_that_contradict_the_config_are_not_read(run, tmp_path, reads, array, shape, chunks, message):
+    """Otherwise a small file of zeros could fill the memory."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "checkpoints" / "10" / "xxh3_128.json").unlink()
+    declare(copy / "checkpoints" / "10" / "weights", f"ema.{array}", shape, chunks)
+    with pytest.raises(UserError, match=message):
+        reads(str(copy))
 
 
 def test_keys_of_a_later_version_are_named_and_not_used(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from mlpmixer_flax import UserError, run_weights
 from mlpmixer_flax.checksums import check_files
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open_run, read_weights
-from mlpmixer_flax.rundir import read_class_names, read_config, write_run
+from mlpmixer_flax.rundir import read_class_names, read_config, saved_steps, write_run
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.checkpoints import Checkpoints
 from mlpmixer_flax.training.step import TrainState
@@ -377,3 +378,27 @@ def test_names_that_no_file_can_have_are_missing_files(tmp_path):
     (tmp_path / "xxh3_128.json").write_text(json.dumps({"default/" + "x" * 3000: "ab"}))
     with pytest.raises(ValueError, match="is not as it was saved"):
         check_files(tmp_path, "default")
+
+
+@pytest.mark.parametrize("name", ["9/", "9", "007/", "007", "99999999999999999999/", "٣/"])
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path, name):
+    save(tmp_path, {1: None, 2: None})
+    other = tmp_path / "checkpoints" / name
+    other.mkdir() if name.endswith("/") else other.touch()
+    assert saved_steps(tmp_path) == [1, 2]
+    assert read_weights(tmp_path)[0] == 2
+    assert restore(tmp_path)[0] == 2
+
+
+# Orbax or TensorStore opens each of these, and would wait for ever.
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "weights/manifest.ocdbt", "default/_METADATA"])
+def test_a_pipe_in_a_checkpoint_is_named_and_not_opened(tmp_path, name):
+    save(tmp_path, {1: None, 2: None})
+    folder = tmp_path / "checkpoints" / "2"
+    (folder / "xxh3_128.json").unlink()  # otherwise the checksum of some of them is missing
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    (folder / "weights" / "back").symlink_to(folder)  # is no endless folder
+    for use in (read_weights, restore):
+        with pytest.raises(UserError, match=f"checkpoints/2/{name}' is a named pipe: give a regular file"):
+            use(tmp_path)

@@ -7,6 +7,7 @@ import shutil
 import chex
 import pytest
 from flax.traverse_util import flatten_dict
+from made_folders import names, write
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, flatten, get_config, resolve
@@ -107,6 +108,37 @@ def test_another_key_may_not(finished, tmp_path, capsys, change):
     error = capsys.readouterr().err
     assert f"{change.partition('=')[0]} was " in error and "choose another --workdir" in error
     assert "num_workers" not in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ('"total_steps": 0, "total_epochs": "abc"', "is damaged (total_epochs='abc' has the wrong type: "),
+        ('"total_steps": 0, "total_epochs": 1e400', "is damaged (total_epochs=inf must be at most 1000000, "),
+        ('"a.b": 1, "__class__": {"c": 2}', "holds a run with another config (__class__.c was 2, is None"),
+    ],
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_damaged_config_of_a_run_is_named_and_stays_as_it_is(
+    finished, tmp_path, capsys, changes, message, is_folder
+):
+    (tmp_path / "run").mkdir()
+    config = (finished / "config.json").read_text().rpartition("}")[0] + f", {changes}}}"
+    (tmp_path / "run" / "config.json").write_text(config)
+    write(tmp_path / "photos", *names("cat", 2), *names("dog", 2))
+    data = str(tmp_path / "photos") if is_folder else "--config=digits.py"
+    assert main([data, f"--workdir={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_text() == config
+
+
+def test_a_run_whose_config_lacks_the_length_continues(finished, tmp_path, capsys):
+    workdir = stopped(finished, tmp_path / "run")
+    config = read_config(workdir)
+    del config["total_steps"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert train(workdir, "--config.total_steps=11") == 0
+    assert "length: 11 steps instead of 1,343" in capsys.readouterr().out
 
 
 # --- longer and shorter

@@ -22,6 +22,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import SessionLog
 from written_events import events, scalars
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.training import report
 from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
 
@@ -176,6 +177,12 @@ DAMAGED = [
     b"[" * 9999,
 ]
 DAMAGED += [b'{"train/loss": 1.0}', b'{"step": "7", "train/loss": 1.0}', b'{"step": 7, "train/loss": "low"}']
+DAMAGED += [
+    b'{"step": 1%s}' % (b"0" * 4000),
+    b'{"step": 7, "train/loss": 1%s}' % (b"0" * 4000),
+    b'{"step": -7}',
+]
+DAMAGED += [b'{"step": 7, "train/loss": 1e308}', b'{"step": 2147483648, "train/loss": 1.0}']
 DAMAGED += [b'{"step": 7, "train/loss": null}', b'{"step": 1, "train/lo{"step": 2, "train/loss": 1.0}']
 
 
@@ -201,6 +208,17 @@ def test_a_complete_last_line_without_its_newline_is_kept(tmp_path):
 
 def test_without_a_file_there_are_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_scores_that_are_not_finite_are_no_damage(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "test/loss": NaN, "test/accuracy": Infinity}')
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read .*: remove it, or restore the file$"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 # The terminal
@@ -320,6 +338,12 @@ def test_recent_returns_means_and_speed_since_the_last_summary(clock):
         "images_per_second": 16.0,
         "data_wait": 0.0,
     }
+
+
+def test_stored_metrics_with_other_names_are_left_out():
+    recent = Recent(32, [{"loss": 9.0}, {}, {"loss": 2.0, "accuracy": 0.5}])
+    recent.add(4, values(1.0))
+    assert recent.summary()["train/loss"] == 1.5
 
 
 def test_the_wait_for_batches_is_a_share_of_the_time(clock):

@@ -67,6 +67,7 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"optimizer__clip_norm": 1e-320}, "clip_norm=1e-320 must be 0, or at least 1e-37, because float32"),
         ({"preprocess__std": (1e-320,)}, r"std=\(1e-320,\) must be at least 0.0001: change"),
         ({"preprocess__mean": (float("inf"),)}, r"mean=\(inf,\) must be at most 1000, because"),
+        ({"dataset": ""}, "dataset is empty: give the name of one, such as 'digits'"),
         ({"total_epochs": 0.0}, "total_steps and total_epochs are both 0"),
         ({"batch_size": None}, "batch_size=None has the wrong type: give a value such as 64"),
         ({"total_steps": True}, "total_steps=True has the wrong type: give a value such as 0"),
