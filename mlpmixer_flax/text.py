@@ -17,12 +17,14 @@ def listed(items: Collection[str], limit: int = 10) -> str:
 
 def quoted(names: Collection[str], limit: int = 10) -> str:
     """Returns the first `limit` names, sorted and in quotes, and the number of the others."""
-    return listed([repr(name) for name in sorted(names)], limit)
+    return listed([shorten(repr(name), 120) for name in sorted(names)], limit)
 
 
-def printable(text: str) -> str:
-    """Returns the text, escaped if it has characters that control the terminal or cannot be encoded."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def printable(text: str, *, but: str = "") -> str:
+    """Returns the text with escapes for characters that control the terminal or cannot be encoded, except those of `but`."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in but else repr(one)[1:-1] for one in text)
 
 
 def wrap(text: str) -> str:
