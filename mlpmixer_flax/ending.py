@@ -40,7 +40,7 @@ class _Escaping:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        # tqdm begins a bar with \r, and goes up by lines of their own.
+        # tqdm begins a text with \r to draw over a bar, and writes the code for "one line up" alone.
         of_bars = re.match(r"\r|(\x1b\[A)+\Z|", text)
         start = of_bars[0] if of_bars else ""
         return self._stream.write(start + printable(text[len(start) :], but="\n"))

@@ -35,18 +35,18 @@ def wrap(text: str) -> str:
 def shorten(text: str, columns: int) -> str:
     """Returns the text made printable, or its start and "…" if it needs more columns of a terminal."""
     text = printable(text)
-    return text if _fitting(text, columns) == len(text) else text[: _fitting(text, columns - 1)] + "…"
+    return text if fitting(text, columns) == len(text) else text[: fitting(text, columns - 1)] + "…"
 
 
 def shorten_start(text: str, columns: int) -> str:
     """Returns the text, or "…" and its end if it needs more columns: for paths, whose end says most."""
     text = printable(text)
-    if _fitting(reversed(text), columns) == len(text):
+    if fitting(reversed(text), columns) == len(text):
         return text
-    return "…" + text[len(text) - _fitting(reversed(text), columns - 1) :]
+    return "…" + text[len(text) - fitting(reversed(text), columns - 1) :]
 
 
-def _fitting(characters: Iterable[str], columns: int) -> int:
+def fitting(characters: Iterable[str], columns: int) -> int:
     """Returns how many of the first characters fit into this many columns; looks at no more of them."""
     count = 0
     for character in characters:
