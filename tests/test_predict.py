@@ -329,6 +329,10 @@ def test_the_reader_of_the_output_may_stop_early(run, digits):
         (["--workdir={run}", "--top=0", "{photo}"], "top=0 must be at least 1"),
         (["--workdir={run}", "{photo}", "--batch_size=0"], "batch_size=0 must be at least 1"),
         (
+            ["--workdir={run}", "{photo}", f"--batch_size={10**20}"],
+            "must be at most 16,777,216, because more do",
+        ),
+        (
             ["--workdir={run}", "absent.png"],
             "'absent.png' does not exist, and no file matches it as a pattern: give another path",
         ),

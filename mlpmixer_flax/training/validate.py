@@ -178,6 +178,13 @@ def _validate_combinations(config: ConfigDict) -> None:
             f"optimizer.weight_decay={config.optimizer.weight_decay} has no effect with 'adam': "
             "set optimizer.name to 'adamw', or optimizer.weight_decay to 0"
         )
+    o = config.optimizer
+    if o.learning_rate * o.weight_decay >= 1:
+        raise UserError(
+            f"optimizer.weight_decay={o.weight_decay} must be below {1 / o.learning_rate:.3g} with "
+            f"optimizer.learning_rate={o.learning_rate}, because each update takes the share learning_rate x weight_decay "
+            "away from the weights: lower optimizer.weight_decay"
+        )
     if config.reproducible.bit_count() > 1:
         raise UserError(
             f"reproducible={config.reproducible} is not a power of 2: choose 8, or 0 to turn it off"
