@@ -181,9 +181,8 @@ def _validate_combinations(config: ConfigDict) -> None:
     o = config.optimizer
     if o.learning_rate * o.weight_decay >= 1:
         raise UserError(
-            f"optimizer.weight_decay={o.weight_decay} must be below {1 / o.learning_rate:.3g} with "
-            f"optimizer.learning_rate={o.learning_rate}, because each update takes the share learning_rate x weight_decay "
-            "away from the weights: lower optimizer.weight_decay"
+            f"optimizer.learning_rate={o.learning_rate} times optimizer.weight_decay={o.weight_decay} must be below 1, because "
+            "each update takes this share away from the weights: lower one of them"
         )
     if config.reproducible.bit_count() > 1:
         raise UserError(

@@ -42,7 +42,7 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan must be a number"),
         (
             {"optimizer__learning_rate": 0.01, "optimizer__weight_decay": 100.0},
-            "optimizer.weight_decay=100.0 must be below 100 with optimizer.learning_rate=0.01, because .*: lower",
+            "learning_rate=0.01 times optimizer.weight_decay=100.0 must be below 1, because .*: lower one of them",
         ),
         (
             {"optimizer__name": "adam", "optimizer__weight_decay": 0.1},
