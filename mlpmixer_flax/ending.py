@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import jax
 
@@ -30,8 +30,30 @@ _LOG_LEVELS = {
 }
 
 
-def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> int:
+_LONGEST_LINE = 3000  # of an error; names of files and classes in it may be longer
+
+
+class _Escaping:
+    """A stream for people: what is printed to it cannot control the terminal, except that tqdm may draw its bars."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        # tqdm begins a text with \r to draw over a bar, and writes the code for "one line up" alone.
+        of_bars = re.match(r"\r|(\x1b\[A)+\Z|", text)
+        start = of_bars[0] if of_bars else ""
+        return self._stream.write(start + printable(text[len(start) :], but="\n"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def exit_status(program: Callable[[], int | None], *, interrupted: str = "", data: bool = False) -> int:
     """Runs a program, prints an error without a traceback, and returns the exit status.
+
+    All that the program prints is escaped, so that no name can control the terminal. With `data`, what it prints to
+    stdout is for another program, and is escaped only if stdout is a terminal.
 
     The status is what the program returns (None = 0); 1 if the loss diverged, nobody reads the output any more, or
     the environment is at fault (memory, disk, driver); 2 for a UserError or a missing permission; 130 for Ctrl-C,
@@ -55,6 +77,16 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "") -> 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name may be invalid text, or have characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.ExitStack() as streams:
+        if sys.stdout and (sys.stdout.isatty() or not data):
+            streams.enter_context(contextlib.redirect_stdout(cast(TextIO, _Escaping(sys.stdout))))
+        if sys.stderr:  # None if the caller has closed it
+            streams.enter_context(contextlib.redirect_stderr(cast(TextIO, _Escaping(sys.stderr))))
+        return _run(program, interrupted)
+
+
+def _run(program: Callable[[], int | None], interrupted: str) -> int:
+    """Runs a program, and returns the exit status as `exit_status`."""
     try:
         status = program() or 0
         sys.stdout.flush()  # here, so that a full disk is noticed
@@ -92,14 +124,17 @@ def leave(status: int) -> NoReturn:
 
 
 def _print_error(text: str) -> None:
-    """Prints an error. Names of files in it may be very long, and have characters that control the terminal."""
+    """Prints an error, without the middle of lines that are very long."""
     if not is_lead():  # of several processes
         return
     try:
         sys.stdout.flush()  # first what was printed before, also if both go into one file
     except OSError:
         _drop_output()
-    lines = [printable(re.sub(r"(\S{300})\S{500,}(\S{300})", r"\1…\2", line)) for line in text.split("\n")]
+    half = _LONGEST_LINE // 2
+    lines = [
+        line if len(line) <= _LONGEST_LINE else f"{line[:half]}…{line[-half:]}" for line in text.split("\n")
+    ]
     print("error:", "\n".join(lines), file=sys.stderr)
 
 

@@ -171,7 +171,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Exit status: 0 done, 1 some files are unusable, 2 all files are, or another input is."""
     arguments = parse(argv)
-    return exit_status(lambda: _run(arguments))
+    return exit_status(lambda: _run(arguments), data=arguments.form != "table")
 
 
 if __name__ == "__main__":

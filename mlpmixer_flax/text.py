@@ -17,12 +17,14 @@ def listed(items: Collection[str], limit: int = 10) -> str:
 
 def quoted(names: Collection[str], limit: int = 10) -> str:
     """Returns the first `limit` names, sorted and in quotes, and the number of the others."""
-    return listed([repr(name) for name in sorted(names)], limit)
+    return listed([shorten(repr(name), 120) for name in sorted(names)], limit)
 
 
-def printable(text: str) -> str:
-    """Returns the text, escaped if it has characters that control the terminal or cannot be encoded."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def printable(text: str, *, but: str = "") -> str:
+    """Returns the text with escapes for characters that control the terminal or cannot be encoded, except those of `but`."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in but else repr(one)[1:-1] for one in text)
 
 
 def wrap(text: str) -> str:
@@ -33,18 +35,18 @@ def wrap(text: str) -> str:
 def shorten(text: str, columns: int) -> str:
     """Returns the text made printable, or its start and "…" if it needs more columns of a terminal."""
     text = printable(text)
-    return text if _fitting(text, columns) == len(text) else text[: _fitting(text, columns - 1)] + "…"
+    return text if fitting(text, columns) == len(text) else text[: fitting(text, columns - 1)] + "…"
 
 
 def shorten_start(text: str, columns: int) -> str:
     """Returns the text, or "…" and its end if it needs more columns: for paths, whose end says most."""
     text = printable(text)
-    if _fitting(reversed(text), columns) == len(text):
+    if fitting(reversed(text), columns) == len(text):
         return text
-    return "…" + text[len(text) - _fitting(reversed(text), columns - 1) :]
+    return "…" + text[len(text) - fitting(reversed(text), columns - 1) :]
 
 
-def _fitting(characters: Iterable[str], columns: int) -> int:
+def fitting(characters: Iterable[str], columns: int) -> int:
     """Returns how many of the first characters fit into this many columns; looks at no more of them."""
     count = 0
     for character in characters:

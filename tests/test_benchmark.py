@@ -90,6 +90,14 @@ def test_a_config_is_measured_with_its_batch_size(capsys):
     [
         (["--model=b17"], "there is no model 'b17': choose one of s8, s16"),
         (["--model=digits", "--batch_size=0"], "batch_size=0 must be at least 1"),
+        (
+            ["--model=digits", f"--batch_size={10**20}"],
+            "must be at most 16777216, because larger batches do not",
+        ),
+        (
+            ["--model=digits", "--num_classes=10000000000"],
+            "num_classes=10000000000 must be at most 16,777,216",
+        ),
         (["--model=digits", "--seconds=0"], "seconds=0.0 must be above 0"),
         (
             ["--model=digits", "--config.batch_size=8"],

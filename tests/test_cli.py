@@ -1,15 +1,19 @@
 """Text, options and errors that all programs share."""
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
+import sys
 import time
 
 import pytest
 from rich.cells import cell_len
+from tqdm import tqdm
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import write_checksums
@@ -150,10 +154,11 @@ def test_a_model_of_a_run_is_that_of_its_best_checkpoint_and_this_is_said(digits
             2,
             "error: no a\\x1b[31m\\udcff.png:\n  give one\n",
         ),
+        (UserError("a b " * 9999 + "\n  give one"), 2, f"error: {'a b ' * 375}…{'a b ' * 375}\n  give one\n"),
         (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
         (KeyboardInterrupt(), 128 + signal.SIGINT, "stopped\n"),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:40],
 )
 def test_exit_status(result, status, err, capsys):
     def program():
@@ -168,3 +173,29 @@ def test_exit_status(result, status, err, capsys):
 def test_other_exceptions_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_status(lambda: 1 // 0)
+
+
+def test_what_programs_print_cannot_control_the_terminal(capsys):
+    def program():
+        print("a\x1b[31m \\ 'b'\r\n数 c", end="")
+        print("\n\x1b[A\x9b\t", file=sys.stderr)
+
+    assert exit_status(program) == 0
+    assert capsys.readouterr() == ("a\\x1b[31m \\ 'b'\\r\n数 c", "\n\\x1b[A\\x9b\\t\n")
+
+
+def test_progress_bars_are_drawn_and_data_is_exact_unless_a_terminal_shows_it(capfd):
+    def program():
+        with tqdm(desc="one", total=2, file=sys.stdout), tqdm(desc="two", file=sys.stdout):
+            tqdm.write("\x07a")
+
+    assert exit_status(program) == 0
+    out = capfd.readouterr().out
+    assert "\rone: " in out and "\x1b[A" in out and "\\x07a\n" in out and "\\x1b" not in out
+    assert exit_status(lambda: print("\x07a"), data=True) == 0
+    assert capfd.readouterr().out == "\x07a\n"
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as terminal, contextlib.redirect_stdout(terminal):
+        assert exit_status(lambda: print("\x07a"), data=True) == 0
+    assert os.read(ours, 99) == b"\\x07a\r\n"
+    os.close(ours)

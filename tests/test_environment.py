@@ -126,7 +126,14 @@ def test_training_refuses_options_of_jax_with_which_it_would_be_another(tmp_path
 @pytest.mark.slow
 def test_a_loss_that_diverges_has_its_sentence_with_jax_debug_nans_too(tmp_path, jax_option, capsys):
     jax_option("jax_debug_nans", True)
-    options = small(**{"optimizer.name": "sgd", "optimizer.learning_rate": 1e4, "optimizer.clip_norm": 0})
+    options = small(
+        **{
+            "optimizer.name": "sgd",
+            "optimizer.learning_rate": 1e4,
+            "optimizer.clip_norm": 0,
+            "optimizer.weight_decay": 0,
+        }
+    )
     options += [
         "--config.schedule.warmup_steps=150",
         "--config.total_steps=200",

@@ -77,6 +77,7 @@ def test_a_run_is_scored_once_on_both_splits_and_a_diverged_one_is_empty(levers,
     assert (tmp_path / "base" / "levers.json").stat().st_mtime_ns == written
     worse = {
         "optimizer.learning_rate": 1e6,
+        "optimizer.weight_decay": 0.0,
         "optimizer.clip_norm": 0.0,
         "optimizer.name": "sgd",
         "total_epochs": 8.0,

@@ -271,17 +271,17 @@ def test_the_table_fits_80_columns_for_any_names(run, digits, tmp_path, capsys):
     for number, names in enumerate([["数字" * 30 + str(i) for i in range(10)], list("0123456789")]):
         named = with_class_names(run, tmp_path / f"run{number}", names)
         folder = tmp_path / f"{number}" / ("写真" * 20)
-        write(folder, "e\u0301 photo.png", "bad\udcff\n.png")
+        write(folder, "e\u0301 photo.png", "bad\udcff\n\x07.png")
         assert main([f"--workdir={named}", "--top=3", str(folder), str(digits / "0")]) == 0
         _, *lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 3 * (2 + len(list((digits / "0").iterdir())))
         assert max(map(cell_len, lines)) <= 80
         files = [line.split("  ")[0] for line in lines[::3]]
-        assert files[0].endswith("bad\\udcff\\n.png") and files[1].endswith("e\u0301 photo.png")
+        assert files[0].endswith("bad\\udcff\\n\\x07.png") and files[1].endswith("e\u0301 photo.png")
         assert all(line.startswith(" ") for i, line in enumerate(lines) if i % 3)
     assert main([f"--workdir={named}", "--csv", "--top=1", str(folder)]) == 0
     _, row, _ = csv.reader(io.StringIO(capsys.readouterr().out))
-    assert row[0] == str(folder / "bad\\udcff\n.png") and row[1:4] == ["1", row[2], row[2]]
+    assert row[0] == str(folder / "bad\\udcff\n\x07.png") and row[1:4] == ["1", row[2], row[2]]
 
 
 def test_no_progress_bar_is_left_in_a_terminal(run, digits):
@@ -328,6 +328,10 @@ def test_the_reader_of_the_output_may_stop_early(run, digits):
     [
         (["--workdir={run}", "--top=0", "{photo}"], "top=0 must be at least 1"),
         (["--workdir={run}", "{photo}", "--batch_size=0"], "batch_size=0 must be at least 1"),
+        (
+            ["--workdir={run}", "{photo}", f"--batch_size={10**20}"],
+            "must be at most 16,777,216, because more do",
+        ),
         (
             ["--workdir={run}", "absent.png"],
             "'absent.png' does not exist, and no file matches it as a pattern: give another path",

@@ -96,7 +96,11 @@ def test_intervals_are_independent_and_everything_is_due_at_the_end(tmp_path):
 @pytest.mark.slow
 def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
     workdir = tmp_path / "run"
-    arguments = ["--config.optimizer.name=sgd", "--config.optimizer.learning_rate=1e4"]
+    arguments = [
+        "--config.optimizer.name=sgd",
+        "--config.optimizer.learning_rate=1e4",
+        "--config.optimizer.weight_decay=0",
+    ]
     arguments += ["--config.optimizer.clip_norm=0", "--config.save_every_steps=1", "--config.total_steps=200"]
     assert run_small(workdir, *arguments, "--config.schedule.warmup_steps=150") == 1
     message = capsys.readouterr().err

@@ -164,7 +164,6 @@ VALID = {
     "best_by": st.sampled_from(["accuracy", "balanced_accuracy", "loss"]),
     "optimizer.name": st.sampled_from(["adamw", "sgd", "muon"]),
     "optimizer.learning_rate": st.sampled_from([1e-37, 1e-3, 0.1, 10.0]),
-    "optimizer.weight_decay": st.sampled_from([0.0, 1e-4, 10.0]),
     "optimizer.clip_norm": st.sampled_from([0.0, 1e-3, 1.0, 1e9]),
     "optimizer.momentum": real(0, 0.99),
     "optimizer.b1": real(0, 0.99),
@@ -198,6 +197,9 @@ def valid(draw) -> dict[str, object]:
         "accumulation_steps": microbatches,
         "batch_size": max(microbatches, 1) * max(chunks, 1) * draw(st.integers(1, 4)),
         "model.patches.size": (patch, patch),
+        # Times the learning rate, it must be below 1.
+        "optimizer.weight_decay": draw(st.sampled_from([0.0, 1e-4, 0.9]))
+        / max(drawn["optimizer.learning_rate"], 1e-3),
         "preprocess.image_size_px": patch * draw(st.integers(1, 4)),
     }
 

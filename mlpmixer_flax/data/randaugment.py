@@ -24,8 +24,10 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import lookups
+from mlpmixer_flax.limits import show
 
 _LEVELS = np.arange(256, dtype=np.int32)
+_MOST_OPS = 100  # one may be given several times, to be drawn more often
 
 
 def randaugment(
@@ -54,7 +56,7 @@ def check_ops(ops: Sequence[str]) -> None:
     """Checks the names of the ops in `config.augment.randaugment_ops`.
 
     Raises:
-      UserError: there are no names, or a name is unknown.
+      UserError: there are no names or too many, or a name is unknown.
     """
     names = [op for _, kind in _PASSES for op in kind]
     if not ops:
@@ -62,10 +64,16 @@ def check_ops(ops: Sequence[str]) -> None:
             f"augment.randaugment_ops is empty: name at least one of {', '.join(names)}, or set "
             "augment.randaugment_layers to 0"
         )
+    if len(ops) > _MOST_OPS:
+        raise UserError(
+            f"augment.randaugment_ops has {len(ops):,} ops, which take minutes to compile: give at most {_MOST_OPS}"
+        )
     for op in ops:
         if op not in names:
             nearest = difflib.get_close_matches(op, names, n=1, cutoff=0)[0]
-            raise UserError(f"augment.randaugment_ops has an unknown op {op!r}: did you mean {nearest!r}?")
+            raise UserError(
+                f"augment.randaugment_ops has an unknown op {show(op)}: did you mean {nearest!r}?"
+            )
 
 
 def apply_ops(

@@ -189,7 +189,9 @@ def load_builder(dataset: str, data_dir: str | os.PathLike[str]) -> Builder:
 
     # <name>/<version>/ or <name>/<config>/<version>/
     depths = ("*/*/dataset_info.json", "*/*/*/dataset_info.json")
-    found = [path.parent.relative_to(data_dir) for depth in depths for path in Path(data_dir).glob(depth)]
+    found = []
+    if os.path.isdir(data_dir):  # its name may be too long for any file
+        found = [path.parent.relative_to(data_dir) for depth in depths for path in Path(data_dir).glob(depth)]
     official = tfds.list_builders(with_community_datasets=False)
     names = {"digits", *official, *(path.parts[0] for path in found)}
     if name not in names:

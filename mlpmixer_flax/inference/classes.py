@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.limits import show
 from mlpmixer_flax.weights.download import fetch
 
 # From Big Transfer, which was trained on the same classes in the same order.
@@ -78,6 +79,6 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool 
         )
         return np.arange(len(ours), dtype=np.int32)
     raise UserError(
-        f"the model has no class named {', '.join(map(repr, unknown[:3]))}; the dataset has {len(theirs)} "
-        f"classes, the model {len(ours)} such as {', '.join(map(repr, ours[:3]))}: choose another dataset, or rename the classes of the dataset"
+        f"the model has no class named {', '.join(map(show, unknown[:3]))}; the dataset has {len(theirs)} "
+        f"classes, the model {len(ours)} such as {', '.join(map(show, ours[:3]))}: choose another dataset, or rename the classes of the dataset"
     )

@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len, chop_cells
+from rich.cells import cell_len
 
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.text import fitting
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,12 +49,10 @@ def remove_blank_strips(figure: "Figure") -> None:
 def short(text: str, columns: int) -> str:
     """Returns the text in one line, or its start, "…" and its end; a Chinese character needs two columns."""
     text = " ".join(text.split()).encode(errors="backslashreplace").decode()
-    if cell_len(text) <= columns:
+    if fitting(text, columns) == len(text):
         return text
-    start = chop_cells(text, columns * 2 // 3)[0].rstrip()
-    end = text
-    while cell_len(start) + 1 + cell_len(end) > columns:
-        end = end[1:]
+    start = text[: fitting(text, columns * 2 // 3)].rstrip()
+    end = text[len(text) - fitting(reversed(text), columns - 1 - cell_len(start)) :]
     return f"{start}…{end.lstrip()}"
 
 

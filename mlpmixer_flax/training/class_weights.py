@@ -20,7 +20,7 @@ from mlpmixer_flax.text import listed, quoted, shorten, wrap
 
 _LARGEST = 1e6
 # A name may have commas and equals signs, so an item ends at a comma only if a number is before it.
-_ITEM = re.compile(r"\s*(.+?)\s*=\s*([-+.\w]+)\s*(?:,|$)", re.DOTALL)
+_ITEM = re.compile(r"(.+?)=\s*([-+.\w]+)\s*(?:,|$)", re.DOTALL)
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -34,10 +34,10 @@ def parse_weights(text: str) -> dict[str, float]:
     while position < len(text) and text != "balanced":
         item = _ITEM.match(text, position)
         try:
-            name, weight = (item[1], float(item[2])) if item else ("", np.nan)
+            name, weight = (item[1].strip(), float(item[2])) if item else ("", np.nan)
         except ValueError:
             name, weight = "", np.nan
-        if item is None or not 0 <= weight <= _LARGEST:
+        if item is None or not name or not 0 <= weight <= _LARGEST:
             raise UserError(
                 f"class_weights={show(text)} has no weight from 0 to {_LARGEST:,.0f} after {show(text[:position])}: "
                 "give 'balanced', or the weights of classes, such as 'cat=2,dog=0.5'"

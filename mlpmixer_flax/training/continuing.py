@@ -100,7 +100,9 @@ def another_config(workdir: Path, changes: Sequence[Change]) -> str:
 
 def describe_changes(changes: Sequence[Change]) -> str:
     """Returns a line that says with which other values a run continues."""
-    texts = [f"{key}={now} (was {before})" for key, before, now in changes]
+    texts = [
+        f"{key}={shorten(str(now), 300)} (was {shorten(str(before), 300)})" for key, before, now in changes
+    ]
     rounding = any(key in ("accumulation_steps", "mesh.fsdp", "model.remat") for key, _, _ in changes)
     return f"continuing with {', '.join(texts)}" + "; updates stay the same, except for rounding" * rounding
 
@@ -114,7 +116,7 @@ def check_class_names(workdir: Path, class_names: list[str]) -> None:
     theirs = read_class_names(workdir) if (workdir / "class_names.json").exists() else class_names
     if theirs != class_names:
         lost, new = (
-            ", ".join(map(repr, [name for name in names if name not in others][:3])) or "none"
+            ", ".join([show(name) for name in names if name not in others][:3]) or "none"
             for names, others in ((theirs, class_names), (class_names, theirs))
         )
         raise UserError(

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -12,10 +13,20 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.processes import is_lead
 
 _FILE = "in_use.lock"
 _OWNER = "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
+
+
+def name_of(owner: Any) -> str:
+    """Returns how messages call the process that holds a lock; the file that tells it may be damaged."""
+    told = [owner.get(key) for key in ("process", "host")] if isinstance(owner, dict) else [None]
+    if not all(isinstance(value, (int, str)) for value in told):
+        return "another process"
+    process, host = (shorten(str(value), 60) for value in told)
+    return f"process {process} on {host}"
 
 
 class RunLock:
@@ -68,9 +79,8 @@ class RunLock:
             file.write(json.dumps(owner).encode())
 
     def _owner(self) -> str:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            owner = read_json(self._workdir / _OWNER)
-            return f"process {owner['process']} on {owner['host']}"
+        with contextlib.suppress(OSError, ValueError):
+            return name_of(read_json(self._workdir / _OWNER))
         return "another process"
 
     def close(self) -> None:

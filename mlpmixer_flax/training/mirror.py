@@ -39,7 +39,7 @@ from mlpmixer_flax.remote import (
 from mlpmixer_flax.rundir import MARKER, files_of_run
 from mlpmixer_flax.training import remote_lock
 from mlpmixer_flax.training.processes import is_lead
-from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_json, read_there
+from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_here, read_there
 
 UPLOAD_SECONDS = 30.0  # how often changed files are uploaded
 _STATE, _LOCAL_LOCK = "mirror.json", "mirror.lock"
@@ -101,7 +101,10 @@ class _Mirror:
         with explaining(url):
             self._fs, self._root = connect(url)
         # "copy": name of this copy; "sent": name of each file -> its size and time when it was uploaded
-        self._state: dict[str, Any] = {"copy": secrets.token_hex(8), **read_json(copy / _STATE)}
+        self._state: dict[str, Any] = {"copy": secrets.token_hex(8), "sent": {}}
+        known = read_here(copy / _STATE)
+        if all(isinstance(known.get(key), type(value)) for key, value in self._state.items()):
+            self._state = known
         self.lock = RemoteLock(url, copy=self._state["copy"])
         self._reported = False
 
@@ -127,7 +130,7 @@ class _Mirror:
         """Uploads what has changed since the last time, and deletes what the run has deleted."""
         if self.lock.is_lost():
             return
-        sent, now = self._state.get("sent", {}), self._look()
+        sent, now = self._state["sent"], self._look()
         fresh = {name for name in now if sent.get(name) != now[name]}
         again = ({*map(_folder, fresh)} & {*map(_folder, sent)}) - {""}  # checkpoints that were saved again
         fresh |= {name for name in now if _folder(name) in again}

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import connect, explaining
+from mlpmixer_flax.training.lock import name_of
 
 LOCK = "in_use.json"
 RENEW_SECONDS = 10.0  # how often the lock is written
@@ -67,7 +69,7 @@ class RemoteLock:
     def _wait_for_the_end_of(self, owner: dict[str, Any]) -> None:
         seconds = _PATIENCE * RENEW_SECONDS
         print(
-            f"{self.url} was in use by {_name(owner)}: waiting {seconds:.0f} s to see if it still is",
+            f"{self.url} was in use by {name_of(owner)}: waiting {seconds:.0f} s to see if it still is",
             file=sys.stderr,
             flush=True,
         )
@@ -79,7 +81,7 @@ class RemoteLock:
 
     def _in_use(self, owner: dict[str, Any]) -> UserError:
         return UserError(
-            f"{self.url} is in use by {_name(owner)}: wait until it ends, or choose another --workdir"
+            f"{self.url} is in use by {name_of(owner)}: wait until it ends, or choose another --workdir"
         )
 
     def _create(self) -> bool:
@@ -112,20 +114,16 @@ class RemoteLock:
 
 
 def read_there(fs: Any, path: str) -> dict[str, Any]:
-    """Returns the content of a remote JSON file; {} if it does not exist or is damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    """Returns the object in a remote JSON file; {} if the file does not exist or is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         if isinstance(content := json.loads(fs.cat_file(path)), dict):
             return content
     return {}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file; {} if it cannot be read."""
+def read_here(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of this machine; {} if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        if isinstance(content := json.loads(file.read_text()), dict):
+        if isinstance(content := read_json(file), dict):
             return content
     return {}
-
-
-def _name(owner: dict[str, Any]) -> str:
-    return f"process {owner['process']} on {owner['host']}" if "host" in owner else "another process"

@@ -15,6 +15,7 @@ from mlpmixer_flax.data.files import absolute
 from mlpmixer_flax.data.named import parts_of, with_absolute_path
 from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
 from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.class_weights import weights_of
 from mlpmixer_flax.training.devices import check_devices, check_jax
@@ -118,7 +119,8 @@ def _print_origin(config: ConfigDict, settled: ConfigDict, origin: Mapping[str, 
         if key in origin and is_left_open(config, key):
             print(f"{key}={value}, as in the training of {config.init_from}")
         elif key in origin and origin[key] != comparable(value):
-            print(f"{key}={value}, although {config.init_from} was trained with {origin[key]}")
+            theirs = shorten(str(origin[key]), 120)
+            print(f"{key}={value}, although {config.init_from} was trained with {theirs}")
 
 
 def to_store(config: ConfigDict) -> dict[str, Any]:

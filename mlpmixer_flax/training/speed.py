@@ -14,6 +14,7 @@ import numpy as np
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data import augment
+from mlpmixer_flax.limits import check_limits
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.devices import check_devices
@@ -205,9 +206,8 @@ def prepare(config: ConfigDict, kind: str, batch_size: int, *, num_classes: int)
 
 
 def check_batch_size(config: ConfigDict, kind: str, batch_size: int) -> None:
-    """Raises UserError if a batch cannot be divided over the devices; in training, as `check_devices`."""
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1")
+    """Raises UserError if a batch is too large, or cannot be divided over the devices; in training, as `check_devices`."""
+    check_limits("batch_size", batch_size)
     if kind == "training":
         check_devices(config, batch_size=batch_size)
         return

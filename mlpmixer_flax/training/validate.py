@@ -201,6 +201,12 @@ def _validate_combinations(config: ConfigDict) -> None:
             f"optimizer.weight_decay={config.optimizer.weight_decay} has no effect with 'adam': "
             "set optimizer.name to 'adamw', or optimizer.weight_decay to 0"
         )
+    o = config.optimizer
+    if o.learning_rate * o.weight_decay >= 1:
+        raise UserError(
+            f"optimizer.learning_rate={o.learning_rate} times optimizer.weight_decay={o.weight_decay} must be below 1, because "
+            "each update takes this share away from the weights: lower one of them"
+        )
     if config.reproducible.bit_count() > 1:
         raise UserError(
             f"reproducible={config.reproducible} is not a power of 2: choose 8, or 0 to turn it off"

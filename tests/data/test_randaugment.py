@@ -213,6 +213,12 @@ def test_an_empty_list_of_ops_is_refused_with_the_names():
         assert op in str(error.value)
 
 
+def test_ops_may_occur_several_times_but_not_so_often_that_compiling_takes_minutes():
+    check_ops([*RANDAUGMENT_OPS, "rotate"])
+    with pytest.raises(UserError, match="randaugment_ops has 15,000 ops, which .*: give at most 100"):
+        check_ops(RANDAUGMENT_OPS * 1000)
+
+
 def test_an_unknown_op_is_refused_with_the_nearest_name():
     images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
     words = "augment.randaugment_ops has an unknown op 'posterise': did you mean 'posterize'"

@@ -66,6 +66,12 @@ def test_version_may_be_named(photos):
         get_dataset_info("photos:2.0.0", data_dir=photos)
 
 
+@pytest.mark.parametrize("data_dir", ["a" * 5000, "a/" * 3000])
+def test_a_data_dir_whose_name_no_file_can_have_is_one_without_the_dataset(data_dir):
+    with pytest.raises(UserError, match="'mnist' is not prepared in a.*or set data_dir"):
+        get_dataset_info("mnist", data_dir=data_dir)
+
+
 def test_data_dir_comes_from_the_environment(photos, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", photos)
     assert get_dataset_info("photos")["num_examples"] == 40

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -36,6 +37,11 @@ def test_a_text_that_is_too_long_keeps_its_start_and_its_end(text):
         start, end = found.split("…")
         assert columns - 3 <= cell_len(found) <= columns
         assert whole.startswith(start) and whole.endswith(end) and len(start) >= len(end) > 0
+
+
+def test_a_text_of_a_million_characters_is_shortened_at_once():
+    started = time.process_time()
+    assert short("猫" * 10**6 + "z", 12) == "猫猫猫猫…猫z" and time.process_time() - started < 2
 
 
 def test_bytes_of_a_file_name_that_are_not_text_are_shown_as_escapes(tmp_path):

@@ -105,6 +105,9 @@ def test_classes_are_matched_by_name_and_without_names_by_number_with_a_note(cap
         # The numbers of a folder's classes mean nothing.
         with pytest.raises(UserError, match="the model has no class named '.*, the model 4 such as"):
             match_classes(theirs, ours, numbered=False)
+    with pytest.raises(UserError) as error:
+        match_classes(["a b " * 9999], NAMES)
+    assert len(str(error.value)) < 500
     # A folder sorts numbers as text; against the numbers of a dataset they are names.
     theirs = sorted(str(i) for i in range(12))
     assert match_classes(theirs, [str(i) for i in range(12)]).tolist() == [int(name) for name in theirs]

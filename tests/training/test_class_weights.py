@@ -38,6 +38,8 @@ def test_names_may_have_commas_and_equals_signs():
         ("cat=nan", "has no weight"),
         ("cat=2e6", "has no weight"),
         ("=2", "has no weight"),
+        (" =2", "has no weight"),
+        pytest.param(" " * 100_000, "has no weight", id="many spaces"),
         ("cat=1,cat=2", "has 'cat' twice: give it once"),
         ("\x1b[31m", r"class_weights='\\x1b\[31m' has no weight"),
     ],

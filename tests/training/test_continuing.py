@@ -242,6 +242,8 @@ def test_a_key_that_is_new_in_this_version_has_its_base_value_in_old_runs(tmp_pa
     assert compare_configs(tmp_path, stored, CONFIG) == []
     (change,) = compare_configs(tmp_path, stored, {**CONFIG, "num_workers": 2})
     assert describe_changes([change]) == "continuing with num_workers=2 (was 0)"
+    (change,) = compare_configs(tmp_path, {**stored, "data_dir": "a\x1b" * 9999}, CONFIG)
+    assert "(was a\\x1ba\\x1b" in (line := describe_changes([change])) and len(line) < 500
     with pytest.raises(UserError, match="optimizer.sam_rho was 0.0, is 0.1"):
         compare_configs(tmp_path, stored, {**CONFIG, "optimizer": {**CONFIG["optimizer"], "sam_rho": 0.1}})
 
@@ -295,6 +297,9 @@ def test_classes_that_differ_from_those_of_the_run_are_refused(tmp_path):
         UserError, match=r"run with other classes \(gone: 'cat'; new: 'a cat'\): restore the dataset"
     ):
         check_class_names(tmp_path, ["a cat", "dog"])
+    with pytest.raises(UserError) as error:
+        check_class_names(tmp_path, ["a b " * 9999, "dog"])
+    assert len(str(error.value)) < 500
 
 
 def test_a_path_that_is_only_too_long_with_the_names_below_it_is_refused():

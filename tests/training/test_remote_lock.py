@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import re
 import signal
 import threading
 import time
@@ -37,6 +39,43 @@ def test_a_lock_that_is_written_is_respected_and_one_that_is_not_is_taken(bucket
         signal.signal(signal.SIGTERM, old)
         assert noticed == [True]
     assert not second.is_lost()  # the end of the first has not removed it
+
+
+@pytest.mark.parametrize(
+    ("content", "owner"),
+    [
+        ("5", "another process"),
+        ("[" * 100_000, "another process"),
+        ('{"host": "a"}', "another process"),
+        (json.dumps({"host": "a\x1b " * 9999, "process": 3}), r"process 3 on a\\x1b .{,60}…"),
+        (json.dumps({"host": [], "process": 3}), "another process"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_damaged_lock_is_taken_like_that_of_a_killed_run(content, owner, monkeypatch, capsys):
+    monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.01)
+    lock = RemoteLock("memory://bucket/damaged", copy="a")
+    lock._fs.pipe_file(lock._path, content.encode())
+    with lock.held():
+        assert not lock.is_lost()
+    assert re.search(f" was in use by {owner}: waiting 0 s", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "content", ["5", "[]", '{"copy": 5, "sent": 5}', "[" * 100_000, None], ids=lambda text: repr(text)[:20]
+)
+def test_a_run_is_mirrored_although_what_is_known_of_its_copy_is_damaged(content, tmp_path):
+    file = tmp_path / "mirror.json"
+    os.mkfifo(file) if content is None else file.write_text(content)
+    mirror_of = mirror._Mirror("memory://bucket/mirror", tmp_path)
+    there = mirror_of._path("mirror.json")
+    mirror_of._fs.pipe_file(there, (content or "").encode())
+    with mirror_of.lock.held():
+        mirror_of.begin()
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        mirror_of.upload()
+    assert mirror_of._fs.cat_file(mirror_of._path("metrics.jsonl")) == b"{}\n"
+    assert json.loads(mirror_of._fs.cat_file(there))["copy"] == json.loads(file.read_text())["copy"]
 
 
 def test_of_several_that_take_a_lock_at_once_one_gets_it(bucket):

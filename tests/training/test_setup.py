@@ -7,8 +7,9 @@ import pytest
 from made_datasets import encode, write_dataset
 from made_folders import names, write
 
+from mlpmixer_flax import load_config
 from mlpmixer_flax.config import get_config, resolve
-from mlpmixer_flax.training.setup import _scored, to_store
+from mlpmixer_flax.training.setup import _print_origin, _scored, to_store
 
 
 def scored(dataset, test_split, data_dir=""):
@@ -72,3 +73,11 @@ def test_a_run_stores_absolute_paths_of_its_data(tmp_path, monkeypatch):
         found = to_store(config)
         assert (found["dataset"], found["data_dir"]) == stored
     assert os.path.isabs(found["data_dir"]) or not found["data_dir"]
+
+
+def test_what_weights_say_about_their_training_is_cut(capsys):
+    config = load_config("digits.py", {"init_from": "w.npz", "preprocess.mean": (0.5,)})
+    _print_origin(config, resolve(config, {}), {"preprocess.mean": "\x1b" * 9999})
+    line = capsys.readouterr().out
+    assert line.startswith("preprocess.mean=(0.5,), although w.npz was trained with \\x1b\\x1b")
+    assert line[:-1].isprintable() and len(line) < 300

@@ -46,6 +46,10 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
         ({"optimizer__name": "lamb"}, "unknown optimizer.name 'lamb': choose one of adam, adamw, muon, sgd"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan must be a number"),
         (
+            {"optimizer__learning_rate": 0.01, "optimizer__weight_decay": 100.0},
+            "learning_rate=0.01 times optimizer.weight_decay=100.0 must be below 1, because .*: lower one of them",
+        ),
+        (
             {"optimizer__name": "adam", "optimizer__weight_decay": 0.1},
             "optimizer.weight_decay=0.1 has no effect with 'adam': set optimizer.name to 'adamw', or",
         ),
