@@ -10,12 +10,13 @@ images:
 - specialist: one model per size
 - resampled: the specialist for the stored size, with its token mixing resampled to the others and not trained further
 - made flexible: the same specialist, after 3 more epochs with all sizes
+- flexible, 5 times: one model for all sizes again, with five times the updates, so each size has as many as its specialist
 
 `digits`: configs/digits.py, 672 updates of 64 images, three seeds. Stored are 8 px.
 `cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
 images, on 10,000 of the training images, two seeds. Stored are 32 px.
 
-On one CPU core, a seed of digits takes about 5 minutes, and one of cifar10 about 35 (estimates). After each run the table is printed,
+On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 about two hours (estimates). After each run the table is printed,
 and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
 that was interrupted continues. Results: docs/resolutions.md
 """
@@ -39,13 +40,14 @@ from mlpmixer_flax.run_weights import sized
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained; `finetuning` changes `changes` for the model that is made flexible."""
+    """What is trained; `finetuning` and `longer` are added to `changes` for the last two kinds of models."""
 
     config: str
     sizes: tuple[int, ...]  # in px
     seeds: tuple[int, ...]
     changes: dict[str, Any]
     finetuning: dict[str, Any]
+    longer: dict[str, Any]
 
 
 _END_ONLY = {"log_every_steps": 100, "eval_every_epochs": 0.0, "save_every_steps": 50}
@@ -57,6 +59,7 @@ EXPERIMENTS = {
         seeds=(0, 1, 2),
         changes=_END_ONLY,
         finetuning=_THREE_EPOCHS,
+        longer={"total_epochs": 150.0},
     ),
     "cifar10": Experiment(
         config="flexible_cifar10.py",
@@ -73,9 +76,10 @@ EXPERIMENTS = {
             "schedule.warmup_steps": 50,
         },
         finetuning={**_THREE_EPOCHS, "schedule.warmup_steps": 20},
+        longer={"total_steps": 5000},
     ),
 }
-KINDS = ("specialist", "flexible", "resampled", "made flexible")
+KINDS = ("specialist", "flexible", "resampled", "made flexible", "flexible, 5 times")
 
 Results = dict[str, dict[str, float]]  # "flexible, seed 0" -> size in px -> accuracy in %
 
@@ -115,6 +119,10 @@ def run(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Result
                 folder = workdir / f"made_flexible-seed{seed}"
                 scores = train(experiment, folder, seed=seed, resolutions_px=sizes, **changes)
                 yield {names["made flexible"]: scores}
+    for seed in experiment.seeds:
+        if (name := f"flexible, 5 times, seed {seed}") not in done:
+            folder = workdir / f"longer_flexible-seed{seed}"
+            yield {name: train(experiment, folder, seed=seed, resolutions_px=sizes, **experiment.longer)}
 
 
 def scores_of(done: Results, kind: str, size: int) -> list[float]:
@@ -139,7 +147,7 @@ def picture(sizes: Sequence[int], done: Results) -> Figure:
     """Returns the accuracies over the sizes: a line through the means of each kind, and a dot per seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, marker in zip(KINDS, "sovD", strict=True):
+    for kind, marker in zip(KINDS, "sovD^", strict=True):
         found = {size: scores for size in sizes if (scores := scores_of(done, kind, size))}
         (line,) = axes.plot(
             list(found), list(map(statistics.mean, found.values())), marker=marker, label=kind
