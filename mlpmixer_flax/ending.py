@@ -28,9 +28,7 @@ _LOG_LEVELS = {
     "matplotlib.font_manager": logging.ERROR,  # warns about weights of fonts
     "PIL": logging.CRITICAL,  # logs some of the errors that it also raises, without the name of the file
 }
-
-
-_LONGEST_LINE = 3000  # of an error; names of files and classes in it may be longer
+_LONGEST_LINE = 2000  # of an error; names of files and classes in it may be longer
 
 
 class _Escaping:
@@ -133,7 +131,8 @@ def _print_error(text: str) -> None:
         _drop_output()
     half = _LONGEST_LINE // 2
     lines = [
-        line if len(line) <= _LONGEST_LINE else f"{line[:half]}…{line[-half:]}" for line in text.split("\n")
+        line if len(line) <= _LONGEST_LINE else f"{line[:half]}…{line[-half:]}"
+        for line in map(printable, text.split("\n"))
     ]
     print("error:", "\n".join(lines), file=sys.stderr)
 

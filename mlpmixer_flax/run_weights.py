@@ -84,8 +84,10 @@ def open_run(workdir: Path, checkpoint: str | None = None, *, check: Check | Non
     Raises:
       UserError: the directory is not a run directory, or the weights do not exist or cannot be read.
     """
-    config, class_names = read_config_of_run(workdir), read_class_names(workdir)
+    config = read_config_of_run(workdir)
     checkpoint = checkpoint or default_checkpoint(workdir)
+    _find_step(workdir, checkpoint)  # what is missing before the first checkpoint is not worth an error
+    class_names = read_class_names(workdir)
     step, params = read_weights(workdir, checkpoint, check and partial(check, config, class_names))
     ema_evaluated = checkpoint == "last" and config["ema_decay"]  # the scores are then those of other weights
     scores = {}

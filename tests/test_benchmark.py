@@ -68,7 +68,7 @@ def test_a_model_is_measured(tmp_path, capsys):
     assert written["jax"] == jax.__version__
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compile_times_are_not_those_of_programs_that_were_kept(tmp_path):
     command = [sys.executable, "-m", "mlpmixer_flax.benchmark", "--model=digits", "--kind=inference"]
     environment = {**os.environ, "MLPMIXER_CACHE": str(tmp_path)}

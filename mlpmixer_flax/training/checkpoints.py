@@ -58,7 +58,8 @@ class Checkpoints:
         self._descriptor = os.open(self.folder, os.O_RDONLY)  # tells later whether the folder is still there
         with self._judging():
             from_lead(self._drop_damaged_metrics)
-            from_lead(lambda: check_files_in(self.folder))  # otherwise Orbax may wait for ever
+        from_lead(self._check_files)
+        with self._judging():
             self._manager = self._open()
 
     @contextlib.contextmanager
@@ -100,6 +101,14 @@ class Checkpoints:
         """Adds checksums to the checkpoint that is being saved; Orbax calls it before it commits the checkpoint."""
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
             write_checksums(unfinished)
+
+    def _check_files(self) -> None:
+        """Raises UserError if Orbax would wait for ever for a file of a checkpoint, or may not read it."""
+        try:
+            check_files_in(self.folder)
+        except OSError as error:
+            pass_on(error)  # it names the file
+            raise
 
     def _drop_damaged_metrics(self) -> None:
         """Removes metrics files without a readable score: with one, Orbax would open no checkpoint at all.

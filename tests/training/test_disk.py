@@ -113,7 +113,7 @@ def test_tensorboard_on_a_full_disk_is_an_error_of_the_system(tmp_path):
 
 
 def test_advice_says_what_needs_less_memory_and_what_is_saved(tmp_path):
-    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "20" / "default").mkdir(parents=True)
     for error, notes in {
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory"): [
             "accumulation_steps.*#out-of-memory",
