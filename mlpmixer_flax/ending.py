@@ -32,7 +32,10 @@ _LONGEST_LINE = 2000  # of an error; names of files and classes in it may be lon
 
 
 class _Escaping:
-    """A stream for people: what is printed to it cannot control the terminal, except that tqdm may draw its bars."""
+    """A stream for people: what is printed to it cannot control the terminal, except that tqdm may draw its bars.
+
+    So a program prints a name inside a text, and not as an argument of its own: a \\r at the start is taken for a bar.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,5 +1,6 @@
 """Reads files: only regular ones, because a pipe or a device may never begin, or never end."""
 
+import contextlib
 import io
 import json
 import os
@@ -43,8 +44,9 @@ def check_files_in(folder: str | os.PathLike[str]) -> None:
             inside = {os.path.realpath(os.path.join(path, name)) for name in os.listdir(path)} - seen
             seen |= inside
             waiting += inside
-        elif os.path.exists(path):
-            _check_kind(path)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing, or removed meanwhile
+                _check_kind(path)
 
 
 def _check_kind(path: str | os.PathLike[str]) -> None:

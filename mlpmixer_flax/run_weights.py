@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,15 +85,18 @@ def open_run(workdir: Path, checkpoint: str | None = None, *, check: Check | Non
     """
     config = read_config_of_run(workdir)
     checkpoint = checkpoint or default_checkpoint(workdir)
-    _find_step(workdir, checkpoint)  # what is missing before the first checkpoint is not worth an error
-    class_names = read_class_names(workdir)
-    step, params = read_weights(workdir, checkpoint, check and partial(check, config, class_names))
+
+    def check_weights(shapes: Shapes) -> None:
+        if check:
+            check(config, read_class_names(workdir), shapes)
+
+    step, params = read_weights(workdir, checkpoint, check_weights)
     ema_evaluated = checkpoint == "last" and config["ema_decay"]  # the scores are then those of other weights
     scores = {}
     if not ema_evaluated:
         with contextlib.suppress(OSError):  # a checkpoint without scores
             scores = read_scores(workdir / "checkpoints" / str(step))
-    return Run(config, class_names, step, params, scores)
+    return Run(config, read_class_names(workdir), step, params, scores)
 
 
 def default_checkpoint(workdir: Path) -> str:

@@ -4,6 +4,7 @@ A Chinese character needs two columns, a combining accent none.
 """
 
 import textwrap
+import unicodedata
 from collections.abc import Collection, Iterable
 
 from rich.cells import cell_len, set_cell_size
@@ -24,7 +25,12 @@ def printable(text: str, *, but: str = "") -> str:
     """Returns the text with escapes for characters that control the terminal or cannot be encoded, except those of `but`."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one in but else repr(one)[1:-1] for one in text)
+    # Spaces of other scripts, and what joins letters or emoji, do not count as printable.
+    but += "\u200c\u200d"
+    return "".join(
+        one if one.isprintable() or one in but or unicodedata.category(one) == "Zs" else repr(one)[1:-1]
+        for one in text
+    )
 
 
 def wrap(text: str) -> str:

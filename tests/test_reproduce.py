@@ -25,6 +25,14 @@ from mlpmixer_flax.weights.files import write_safetensors
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODULES = ("figures", "machine", "reproduction_page", "reproduce")
 TINY = ["--config.model.hidden_dim=8", "--config.model.tokens_mlp_dim=6", "--config.model.channels_mlp_dim=8"]
+TWO_UPDATES = [
+    "--config.model.num_blocks=2",
+    "--config.batch_size=4",
+    "--config.total_steps=2",
+    "--config.schedule.warmup_steps=1",
+]
+# for the folder of `write_photos`
+ON_PHOTOS = [*TINY, *TWO_UPDATES, "--config.dataset=folder:photos", "--config.test_split=validation"]
 
 
 @pytest.fixture
@@ -278,22 +286,13 @@ def test_a_row_is_fine_tuned_from_published_weights_to_a_score(program, name, tm
     weights = program.ROWS[name].changes["init_from"]
     stand_in(weights, num_blocks=2)
     write_photos(tmp_path / "photos", {"cat": 1, "dog": 1})
-    tiny = [
-        *TINY,
-        "--config.model.num_blocks=2",
-        "--config.dataset=folder:photos",
-        "--config.test_split=validation",
-        "--config.batch_size=4",
-        "--config.total_steps=2",
-        "--config.schedule.warmup_steps=1",
-    ]
-    assert program.main([name, *tiny]) == 0
+    assert program.main([name, *ON_PHOTOS]) == 0
     said = capsys.readouterr().out
     classes = PUBLISHED[weights].num_classes
     assert f"{weights}: " in said and f"{classes}" in said.replace(",", "")  # the note about the new head
     assert f"(published: {program.ROWS[name].accuracy:g}%)" in said
     assert not (tmp_path / "benchmarks" / "measured.jsonl").exists()  # a trial
-    assert program.main([name, *tiny]) == 0
+    assert program.main([name, *ON_PHOTOS]) == 0
     assert "first update" not in capsys.readouterr().out
 
 
@@ -314,17 +313,7 @@ FROM_SCRATCH = [
 @pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_a_row_of_cifar10_is_trained_on_a_folder_of_images(program, name, tmp_path, capsys):
     write_photos(tmp_path / "photos", {"cat": 1, "dog": 1})
-    tiny = [
-        *TINY,
-        "--config.model.num_blocks=2",
-        "--config.dataset=folder:photos",
-        "--config.train_split=train",
-        "--config.test_split=validation",
-        "--config.batch_size=4",
-        "--config.total_steps=2",
-        "--config.schedule.warmup_steps=1",
-    ]
-    assert program.main([name, *tiny]) == 0
+    assert program.main([name, *ON_PHOTOS]) == 0
     assert f"(published: {program.ROWS[name].accuracy:g}%)" in capsys.readouterr().out
 
 
@@ -342,10 +331,7 @@ def test_a_row_of_imagenet_is_trained_on_a_folder_in_its_layout(program, name, t
     tiny = [
         *(word for word in TINY if "tokens" not in word or not name.endswith("448")),
         *(["--config.model.tokens_mlp_dim=24"] if name.endswith("448") else []),
-        "--config.model.num_blocks=2",
-        "--config.batch_size=4",
-        "--config.total_steps=2",
-        "--config.schedule.warmup_steps=1",
+        *TWO_UPDATES,
         "--config.num_workers=0",
     ]
     assert program.main([name, "--imagenet=folder:imagenet", *tiny]) == 0

@@ -41,8 +41,7 @@ def look_at(path: str) -> tuple[int, int]:
 
 def read_checked(root: str) -> dict[str, Checked]:
     """Returns file -> how it was checked, for the files below `root`; {} if none were, or by another reader."""
-    damaged = (UserError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
-    with contextlib.suppress(OSError, *damaged):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         stored = read_json(_file_for(root))
         if stored["reader"] == _READER:
             found = {

@@ -70,7 +70,8 @@ def open_files(
             "or leave them out with --skip_bad_images (in training --config.skip_bad_images=true):"
             f"{_list(flaws, 20)}"
         )
-    _print_once(tuple(summarize({file: {Note[name] for name in one.notes} for file, one in checked.items()})))
+    notes = {file: {Note[name] for name in one.notes} for file, one in checked.items() if one.notes}
+    _print_once(tuple(summarize(notes)))
     if for_training:
         contents = {file: one.content for file, one in checked.items() if one.content}
         _print_once(tuple(_duplicate_notes(_groups(listing, for_training), contents)))

@@ -56,10 +56,9 @@ class Checkpoints:
         from_lead(lambda: make_folder(self.folder))
         check_shared(self.folder)
         self._descriptor = os.open(self.folder, os.O_RDONLY)  # tells later whether the folder is still there
-        with self._judging():
-            from_lead(self._drop_damaged_metrics)
         from_lead(self._check_files)
         with self._judging():
+            from_lead(self._drop_damaged_metrics)
             self._manager = self._open()
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from mlpmixer_flax.data.images import FITS, RESAMPLING
 from mlpmixer_flax.data.randaugment import check_ops
 from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.run_weights import BEST_BY
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.text import listed, shorten
@@ -145,7 +146,7 @@ def read_stored(workdir: Path) -> dict[str, Any]:
       UserError: config.json cannot be read, or a value has the wrong type or is out of its range.
     """
     stored = read_config(workdir)
-    _known_values(flatten_dict(stored, sep="."), name=f"{workdir / 'config.json'}")
+    _known_values(flatten_dict(stored, sep="."), name=f"{shown(workdir)}/config.json")
     return stored
 
 
