@@ -17,11 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-# Compiling takes nearly all of the time; these halve it.
+# Compiling takes nearly all of the time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # no two runs are alike
 os.environ.setdefault("NPROC", "2")  # threads, which reproducible=2 needs
 
