@@ -28,7 +28,7 @@ _LOG_LEVELS = {
     "matplotlib.font_manager": logging.ERROR,  # warns about weights of fonts
     "PIL": logging.CRITICAL,  # logs some of the errors that it also raises, without the name of the file
 }
-_LONGEST_LINE = 2000  # of an error; names of files and classes in it may be longer
+_LONGEST_LINE = 1000  # of an error; names of files and classes in it may be longer
 
 
 class _Escaping:

@@ -154,7 +154,7 @@ def test_a_model_of_a_run_is_that_of_its_best_checkpoint_and_this_is_said(digits
             2,
             "error: no a\\x1b[31m\\udcff.png:\n  give one\n",
         ),
-        (UserError("a b " * 9999 + "\n  give one"), 2, f"error: {'a b ' * 250}…{'a b ' * 250}\n  give one\n"),
+        (UserError("a b " * 9999 + "\n  give one"), 2, f"error: {'a b ' * 125}…{'a b ' * 125}\n  give one\n"),
         (FloatingPointError("the loss is nan"), 1, "error: the loss is nan\n"),
         (KeyboardInterrupt(), 128 + signal.SIGINT, "stopped\n"),
     ],

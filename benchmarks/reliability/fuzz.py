@@ -32,6 +32,7 @@ import pyarrow
 import xxhash
 from damage import damage
 from PIL import Image
+from printed import controls_terminal
 from pyarrow import parquet
 
 from mlpmixer_flax import UserError
@@ -292,7 +293,7 @@ def try_one(read: Callable[[Path, bytes], None], data: bytes) -> tuple[str, floa
     seconds, text = time.monotonic() - started, said.getvalue()
     shutil.rmtree(folder, ignore_errors=True)
     problems = {
-        f"control characters in {text[:300]!r}": not text.replace("\n", "").isprintable(),
+        f"control characters in {text[:300]!r}": controls_terminal(text),
         f"a text of {len(text):,} characters": len(text) > 3000,
         f"{seconds:.1f} seconds": seconds > 10,
     }
