@@ -34,14 +34,14 @@ def read_columns(
     names = list(file.schema_arrow.names)
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     check(sum(group.total_byte_size for group in groups))  # uncompressed
-    stated, texts = 0, []
-    for number, leaf in enumerate(map(file.schema.column, range(file.metadata.num_columns))):
-        if leaf.path.split(".")[0] in wanted:
-            count = sum(group.column(number).num_values for group in groups)
-            stated += count * max(leaf.length, _VALUE_BYTES)
-            if leaf.path in wanted and leaf.physical_type == "BYTE_ARRAY":
+    # The number of values in lists is known only to `group.column`, with which pyarrow ends the process for some damage.
+    rows, texts, row_bytes = file.metadata.num_rows, [], 0
+    for leaf in map(file.schema.column, range(file.metadata.num_columns)):
+        if leaf.path in wanted:
+            row_bytes += max(leaf.length, _VALUE_BYTES)
+            if leaf.physical_type == "BYTE_ARRAY":
                 texts.append(leaf.path)
-    check(stated)
+    check(rows * row_bytes)
     file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content), read_dictionary=texts)
     table = file.read(columns=[name for name in names if name in wanted])
     check(table.nbytes)
