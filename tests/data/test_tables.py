@@ -207,6 +207,9 @@ def test_bytes_that_are_no_text_and_files_that_are_no_tables_are_refused(tmp_pat
     (tmp_path / "labels.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(UserError, match="labels.parquet' cannot be read .*: write it again"):
         read_table(tmp_path / "labels.parquet")
+    # Found by fuzzing: asked for the number of values of a column, pyarrow ends the process.
+    with pytest.raises(UserError, match="damaged_levels.parquet' cannot be read .*: write it again"):
+        read_table(Path(__file__).parent.parent / "golden" / "damaged_levels.parquet")
     path = write_parquet(tmp_path, {"file": ["a.png", None], "label": ["cat", "cat"]})
     with pytest.raises(UserError, match="row 2 of '.*labels.parquet' has a file that is empty"):
         read_table(path)
