@@ -142,16 +142,12 @@ def _numbers(text: str) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program. Exit status: 0 done, 2 unusable input."""
     arguments = parse(argv)
-
-    def run() -> None:
-        configs = _configs(arguments)
-        with compiled_anew():
-            _run(arguments, configs)
-
-    return exit_status(run)
+    return exit_status(lambda: _run(arguments))
 
 
-def _run(arguments: argparse.Namespace, configs: dict[str, ConfigDict]) -> None:
+@compiled_anew()
+def _run(arguments: argparse.Namespace) -> None:
+    configs = _configs(arguments)
     facts, rows, products = environment(), [], {}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     for name, config in configs.items():

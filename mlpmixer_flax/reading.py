@@ -73,3 +73,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if level:
         raise ValueError("it is nested too deep")
     return content
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the object in a JSON file that is not needed; {} if the file cannot be read or has something else."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(content := read_json(path), dict):
+            return content
+    return {}

@@ -14,6 +14,7 @@ import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,28 +28,29 @@ ARRAYS = {
 }
 
 
-def left_behind(name: str, once: Callable[[], object], count: int) -> None:
-    """Prints how many pieces of memory stay behind each time that a function is called, after warming up."""
+def look_twice(once: Callable[[], object], look: Callable[[], Any], count: int) -> list[Any]:
+    """Returns what `look` finds after a function was called `count` times to warm up, and after as many calls more."""
     found = []
-    for number in range(2 * count):
-        once()
-        if number + 1 in (count, 2 * count):
-            gc.collect()
-            found.append(sys.getallocatedblocks())
-    print(f"{name}: {(found[1] - found[0]) / count:.1f} pieces each", flush=True)
+    for _ in range(2):
+        for _ in range(count):
+            once()
+        gc.collect()
+        found.append(look())
+    return found
+
+
+def left_behind(name: str, once: Callable[[], object], count: int) -> None:
+    """Prints how many pieces of memory stay behind each time that a function is called."""
+    before, after = look_twice(once, sys.getallocatedblocks, count)
+    print(f"{name}: {(after - before) / count:.1f} pieces each", flush=True)
 
 
 def lines_at_fault(name: str, once: Callable[[], object], count: int) -> None:
     """Prints how many KiB stay behind each time that a function is called, and which lines asked for most of it."""
     tracemalloc.start()
-    found = []
-    for number in range(2 * count):
-        once()
-        if number + 1 in (count, 2 * count):
-            gc.collect()
-            found.append(tracemalloc.take_snapshot())
+    before, after = look_twice(once, tracemalloc.take_snapshot, count)
     tracemalloc.stop()
-    lines = sorted(found[1].compare_to(found[0], "lineno"), key=lambda line: -line.size_diff)
+    lines = sorted(after.compare_to(before, "lineno"), key=lambda line: -line.size_diff)
     total = sum(line.size_diff for line in lines)
     print(f"{name}: {total / 1024 / count:.1f} KiB each, of it")
     for line in lines[:3]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import pass_on
-from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.reading import read_object
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.processes import is_lead
 
@@ -20,9 +21,9 @@ _FILE = "in_use.lock"
 _OWNER = "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
 
 
-def name_of(owner: Any) -> str:
+def name_of(owner: Mapping[str, Any]) -> str:
     """Returns how messages call the process that holds a lock; the file that tells it may be damaged."""
-    told = [owner.get(key) for key in ("process", "host")] if isinstance(owner, dict) else [None]
+    told = [owner.get(key) for key in ("process", "host")]
     if not all(isinstance(value, (int, str)) for value in told):
         return "another process"
     process, host = (shorten(str(value), 60) for value in told)
@@ -64,7 +65,7 @@ class RunLock:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self._workdir} is in use by {self._owner()}: wait until it ends, or choose another --workdir"
+                f"{self._workdir} is in use by {name_of(read_object(self._workdir / _OWNER))}: wait until it ends, or choose another --workdir"
             ) from None
         except NotImplementedError:  # the file system has no locks
             return
@@ -77,11 +78,6 @@ class RunLock:
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         with replacing(self._workdir / _OWNER) as file:
             file.write(json.dumps(owner).encode())
-
-    def _owner(self) -> str:
-        with contextlib.suppress(OSError, ValueError):
-            return name_of(read_json(self._workdir / _OWNER))
-        return "another process"
 
     def close(self) -> None:
         """Releases the lock."""

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.reading import read_object
 from mlpmixer_flax.remote import (
     WORKING_COPIES,
     NothingThere,
@@ -39,7 +40,7 @@ from mlpmixer_flax.remote import (
 from mlpmixer_flax.rundir import MARKER, files_of_run
 from mlpmixer_flax.training import remote_lock
 from mlpmixer_flax.training.processes import is_lead
-from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_here, read_there
+from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_there
 
 UPLOAD_SECONDS = 30.0  # how often changed files are uploaded
 _STATE, _LOCAL_LOCK = "mirror.json", "mirror.lock"
@@ -102,7 +103,7 @@ class _Mirror:
             self._fs, self._root = connect(url)
         # "copy": name of this copy; "sent": name of each file -> its size and time when it was uploaded
         self._state: dict[str, Any] = {"copy": secrets.token_hex(8), "sent": {}}
-        known = read_here(copy / _STATE)
+        known = read_object(copy / _STATE)
         if all(isinstance(known.get(key), type(value)) for key, value in self._state.items()):
             self._state = known
         self.lock = RemoteLock(url, copy=self._state["copy"])

@@ -14,11 +14,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import connect, explaining
 from mlpmixer_flax.training.lock import name_of
 
@@ -117,13 +115,5 @@ def read_there(fs: Any, path: str) -> dict[str, Any]:
     """Returns the object in a remote JSON file; {} if the file does not exist or is damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
         if isinstance(content := json.loads(fs.cat_file(path)), dict):
-            return content
-    return {}
-
-
-def read_here(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of this machine; {} if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        if isinstance(content := read_json(file), dict):
             return content
     return {}

@@ -15,7 +15,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.config import ConfigDict, flatten
 from mlpmixer_flax.data.images import first_line
-from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.reading import read_object
 
 # config.tracker, if it is not "" -> function that returns the arguments of its `init` that choose a run, from the name of the run
 TRACKERS = {
@@ -95,9 +95,8 @@ def _name_of_run(workdir: Path) -> str:
     It ends in random letters, because a tracker has many runs, of which two may have directories of the same name.
     """
     file = workdir / _FILE
-    with contextlib.suppress(OSError, ValueError):
-        if isinstance(stored := read_json(file), dict) and isinstance(name := stored.get("name"), str):
-            return name
+    if isinstance(name := read_object(file).get("name"), str):
+        return name
     name = f"{workdir.absolute().name}-{secrets.token_hex(3)}"
     with replacing(file) as new:
         new.write((json.dumps({"name": name}) + "\n").encode())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlpmixer_flax.atomic import replacing
-from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.reading import read_object
 from mlpmixer_flax.rundir import saved_steps
 from mlpmixer_flax.training.processes import is_lead
 
@@ -36,9 +36,9 @@ class Unlogged:
             file.write(json.dumps({**kept, step: rows}).encode())
 
     def _stored(self) -> dict[int, list[dict[str, float]]]:
-        with contextlib.suppress(OSError, ValueError):
-            if is_lead() and isinstance(stored := read_json(self._file), dict):
-                return {int(step): rows for step, rows in stored.items() if _are_rows(rows)}
+        stored = read_object(self._file) if is_lead() else {}
+        with contextlib.suppress(ValueError):  # a name that is no number
+            return {int(step): rows for step, rows in stored.items() if _are_rows(rows)}
         return {}
 
 

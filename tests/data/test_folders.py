@@ -15,6 +15,7 @@ import pytest
 from made_datasets import encode
 from made_folders import files_of, names, open_split, write
 from PIL import Image
+from small_runs import TINY
 
 from mlpmixer_flax import UserError, get_dataset_info
 from mlpmixer_flax.data.folders import read_folder
@@ -255,14 +256,6 @@ def test_50_000_files_are_indexed_in_under_10_seconds(tmp_path):
 
 
 # --- the program
-
-TINY = ["--config.total_steps=2", "--config.batch_size=8", "--config.preprocess.image_size_px=8"]
-TINY += [f"--config.model.{key}=8" for key in ("hidden_dim", "channels_mlp_dim", "tokens_mlp_dim")]
-TINY += [
-    "--config.model.num_blocks=1",
-    "--config.augment.min_crop_area=0.5",
-    "--config.augment.mixup_alpha=0.0",
-]
 
 
 @pytest.mark.slow
