@@ -56,9 +56,9 @@ def with_little_memory():
 
 
 def with_small_files():
-    """Limits the size of files that are written to 20 kB: fewer than the metadata of any checkpoint."""
+    """Limits the size of files that are written to 10 kB; a checkpoint has 15 kB in one file of its metadata."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
 
 def run(program, *arguments, lacking=None, env=None, output=subprocess.DEVNULL):

@@ -217,13 +217,23 @@ class Checkpoints:
             os.close(self._descriptor)
 
     def _remove_remains(self) -> None:
-        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        """Removes what a failed save has left. Other threads of it may write for a moment yet, so it looks again."""
+        for _ in range(20):
+            remains = self._remains()
+            for folder in remains:
+                shutil.rmtree(folder, ignore_errors=True)
+            if not remains:
+                break
+            time.sleep(0.2)
+
+    def _remains(self) -> list[Path]:
         try:
             self._check_exists()
         except FileNotFoundError:
             # A save that went on meanwhile has created the folder again, unless it belongs to a new run.
-            if not (self.folder.parent / "config.json").exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    self.folder.parent.rmdir()
+            if (self.folder.parent / "config.json").exists():
+                return []
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()  # only if it is empty
+            return [self.folder] if self.folder.exists() else []
+        return list(self.folder.glob("*.orbax-checkpoint-tmp*"))
