@@ -11,6 +11,8 @@ images:
 - resampled: the specialist for the stored size, with its token mixing resampled to the others and not trained further
 - made flexible: the same specialist, after 3 more epochs with all sizes
 - flexible, 5 times: one model for all sizes again, with five times the updates, so each size has as many as its specialist
+- other patches: a model for images of the stored size, in larger or smaller patches that give as many tokens as the
+  specialist's. It tells what a model for several patch sizes could gain over one for several image sizes.
 
 `digits`: configs/digits.py, 672 updates of 64 images, three seeds. Stored are 8 px.
 `cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
@@ -79,50 +81,81 @@ EXPERIMENTS = {
         longer={"total_steps": 5000},
     ),
 }
-KINDS = ("specialist", "flexible", "resampled", "made flexible", "flexible, 5 times")
+KINDS = ("specialist", "flexible", "resampled", "made flexible", "flexible, 5 times", "other patches")
 
 Results = dict[str, dict[str, float]]  # "flexible, seed 0" -> size in px -> accuracy in %
 
 
-def train(experiment: Experiment, workdir: Path, **changes: Any) -> dict[str, float]:
+@dataclass(frozen=True)
+class Run:
+    """One training: its model is for one size, or for all of the experiment if `size` is None."""
+
+    kind: str
+    seed: int
+    changes: dict[str, Any]
+    size: int | None = None  # in px
+
+    @property
+    def name(self) -> str:
+        """The name of its accuracies in the results."""
+        return f"{self.kind}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """The name of its run directory."""
+        size = f"_{self.size}" if self.size else ""
+        return f"{self.kind.replace(' ', '_').replace(',', '')}{size}-seed{self.seed}"
+
+
+def runs(experiment: Experiment) -> Iterator[Run]:
+    """Yields all trainings, the most telling first."""
+    config = load_config(experiment.config)
+    stored, patch = config.preprocess.image_size_px, config.model.patches.size[0]
+    others = [size for size in experiment.sizes if size != stored]
+    for seed in experiment.seeds:
+        yield Run("flexible", seed, {})
+        for size in (stored, *others):
+            specialist = Run("specialist", seed, {"preprocess.image_size_px": size}, size)
+            yield specialist
+            if size == stored:
+                yield Run("made flexible", seed, {**experiment.finetuning, "init_from": specialist.folder})
+    for seed in experiment.seeds:
+        yield Run("flexible, 5 times", seed, experiment.longer)
+    for seed in experiment.seeds:
+        for size in others:
+            side, rest = divmod(stored * patch, size)
+            if not rest:
+                yield Run("other patches", seed, {"model.patches.size": (side, side)}, size)
+
+
+def train(experiment: Experiment, run: Run, workdir: Path) -> dict[str, float]:
     """Trains a run to its end, or continues it; returns its accuracies in %, by size in px."""
-    config = load_config(experiment.config, {**experiment.changes, **changes})
-    scores, own = fit(config, workdir), config.preprocess.image_size_px
-    usual = "test/accuracy"
-    found = {size: usual if size == own else sized(usual, size) for size in config.resolutions_px or (own,)}
-    return {str(size): 100 * scores[name] for size, name in found.items()}
+    changes = {**experiment.changes, **run.changes, "seed": run.seed}
+    changes["resolutions_px"] = () if run.size else experiment.sizes
+    if "init_from" in changes:
+        changes["init_from"] = str(workdir / changes["init_from"])
+    config = load_config(experiment.config, changes)
+    scores, own, usual = fit(config, workdir / run.folder), config.preprocess.image_size_px, "test/accuracy"
+    if run.size:
+        return {str(run.size): 100 * scores[usual]}
+    sizes = experiment.sizes
+    return {str(size): 100 * scores[usual if size == own else sized(usual, size)] for size in sizes}
 
 
-def run(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Results]:
-    """Runs what is not done; yields the accuracies of each new run by its name, the most telling runs first."""
-    sizes, stored = experiment.sizes, load_config(experiment.config).preprocess.image_size_px
-    for seed in experiment.seeds:
-        names = {kind: f"{kind}, seed {seed}" for kind in KINDS}
-        of_stored = workdir / f"specialist_{stored}-seed{seed}"
-        if names["flexible"] not in done:
-            folder = workdir / f"flexible-seed{seed}"
-            yield {names["flexible"]: train(experiment, folder, seed=seed, resolutions_px=sizes)}
-        for size in (stored, *(size for size in sizes if size != stored)):
-            before = done.get(names["specialist"], {})
-            if str(size) not in before:
-                folder, changes = (
-                    workdir / f"specialist_{size}-seed{seed}",
-                    {"preprocess.image_size_px": size},
-                )
-                scores = train(experiment, folder, seed=seed, resolutions_px=(), **changes)
-                yield {names["specialist"]: {**before, **scores}}
-            if size == stored and names["resampled"] not in done:
-                model = load_run(of_stored)
-                yield {names["resampled"]: {str(size): accuracy(model.at_size(size)) for size in sizes}}
-            if size == stored and names["made flexible"] not in done:
-                changes = {**experiment.finetuning, "init_from": str(of_stored)}
-                folder = workdir / f"made_flexible-seed{seed}"
-                scores = train(experiment, folder, seed=seed, resolutions_px=sizes, **changes)
-                yield {names["made flexible"]: scores}
-    for seed in experiment.seeds:
-        if (name := f"flexible, 5 times, seed {seed}") not in done:
-            folder = workdir / f"longer_flexible-seed{seed}"
-            yield {name: train(experiment, folder, seed=seed, resolutions_px=sizes, **experiment.longer)}
+def resampled(experiment: Experiment, workdir: Path) -> dict[str, float]:
+    """Returns the accuracies in % of a run at all sizes, without further training, by size in px."""
+    model = load_run(workdir)
+    return {str(size): accuracy(model.at_size(size)) for size in experiment.sizes}
+
+
+def measure(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Results]:
+    """Trains what is not done; yields the accuracies of each new run, which the caller adds to `done`."""
+    for run in runs(experiment):
+        if run.name not in done or (run.size and str(run.size) not in done[run.name]):
+            yield {run.name: {**done.get(run.name, {}), **train(experiment, run, workdir)}}
+        name = f"resampled, seed {run.seed}"
+        if run.kind == "made flexible" and name not in done:
+            yield {name: resampled(experiment, workdir / run.changes["init_from"])}
 
 
 def scores_of(done: Results, kind: str, size: int) -> list[float]:
@@ -147,7 +180,7 @@ def picture(sizes: Sequence[int], done: Results) -> Figure:
     """Returns the accuracies over the sizes: a line through the means of each kind, and a dot per seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, marker in zip(KINDS, "sovD^", strict=True):
+    for kind, marker in zip(KINDS, "sovD^x", strict=True):
         found = {size: scores for size in sizes if (scores := scores_of(done, kind, size))}
         (line,) = axes.plot(
             list(found), list(map(statistics.mean, found.values())), marker=marker, label=kind
@@ -171,7 +204,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
     done: Results = json.loads(file.read_text()) if file.exists() else {}
-    for new in run(experiment, workdir, done):
+    for new in measure(experiment, workdir, done):
         done |= new
         with replacing(file) as opened:
             opened.write(json.dumps(done, indent=1).encode())

@@ -70,14 +70,14 @@ LEVERS: dict[str, dict[str, Changes]] = {
     "EMA": {"0.99": {"ema_decay": 0.99}},
     "SAM": {"rho 0.05": {"optimizer.sam_rho": 0.05}},
     "weight decay": {"0.2": {"optimizer.weight_decay": 0.2}},
-    "learning rate": {"0.004": {"optimizer.learning_rate": 4e-3}},
+    "learning rate": {f"{rate:g}": {"optimizer.learning_rate": rate} for rate in (4e-3, 8e-3)},
     "Muon": {
         f"learning rate {rate:g}": {
             "optimizer.name": "muon",
             "optimizer.momentum": 0.95,
             "optimizer.learning_rate": rate,
         }
-        for rate in (2e-3, 4e-3)
+        for rate in (2e-3, 4e-3, 8e-3)
     },
 }
 # They change the work of an update several times, or are on in the base, so they are never part of "together".

@@ -75,15 +75,22 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "", dat
         "ignore", "coroutine .* was never awaited", RuntimeWarning
     )  # as the log of asyncio
     warnings.filterwarnings("ignore", module="PIL")  # about images, without their file names
+    _open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name may be invalid text, or have characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     with contextlib.ExitStack() as streams:
-        if sys.stdout and (sys.stdout.isatty() or not data):
+        if sys.stdout.isatty() or not data:
             streams.enter_context(contextlib.redirect_stdout(cast(TextIO, _Escaping(sys.stdout))))
-        if sys.stderr:  # None if the caller has closed it
-            streams.enter_context(contextlib.redirect_stderr(cast(TextIO, _Escaping(sys.stderr))))
+        streams.enter_context(contextlib.redirect_stderr(cast(TextIO, _Escaping(sys.stderr))))
         return _run(program, interrupted)
+
+
+def _open_missing_streams() -> None:
+    """Opens streams that the caller has closed (`2>&-`) to nowhere; otherwise the next file would get their number."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _run(program: Callable[[], int | None], interrupted: str) -> int:

@@ -326,6 +326,22 @@ def test_output_that_cannot_be_written_is_an_error(program):
         )
 
 
+@pytest.mark.slow
+def test_a_closed_stream_of_output_is_like_one_that_nobody_reads(digits_run, tmp_path):
+    (tmp_path / "cat.png").write_bytes(encode(np.zeros((8, 8), np.uint8)))
+    program = f"{sys.executable} -m mlpmixer_flax.predict --workdir={digits_run} --csv {tmp_path}/cat.png"
+
+    def output(closed):
+        command = f"{program} {closed}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr
+
+    out, err = output("")
+    assert out.startswith("file,rank,label") and err
+    assert output("2>&-") == (out, "")
+    assert output("0<&- 1>&-") == ("", err)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "err"),
     [
