@@ -24,6 +24,7 @@ that was interrupted continues. Results: docs/resolutions.md
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -81,7 +82,7 @@ EXPERIMENTS = {
         longer={"total_steps": 5000},
     ),
 }
-KINDS = ("specialist", "flexible", "resampled", "made flexible", "flexible, 5 times", "other patches")
+KINDS = ("specialist", "flexible", "resampled", "made flexible", "flexible, 5 times")
 
 Results = dict[str, dict[str, float]]  # "flexible, seed 0" -> size in px -> accuracy in %
 
@@ -164,7 +165,7 @@ def scores_of(done: Results, kind: str, size: int) -> list[float]:
     return [scores[str(size)] for scores in found if str(size) in scores]
 
 
-def table(sizes: Sequence[int], done: Results) -> list[str]:
+def table(sizes: Sequence[int], done: Results, kinds: Sequence[str] = KINDS) -> list[str]:
     """Returns a row per size: the mean over the seeds that are done and, if there are several, each."""
 
     def cell(kind: str, size: int) -> str:
@@ -172,15 +173,15 @@ def table(sizes: Sequence[int], done: Results) -> list[str]:
         each = f" ({', '.join(f'{score:.1f}' for score in scores)})" if len(scores) > 1 else ""
         return f"{statistics.mean(scores):.1f}{each}" if scores else "–"
 
-    rows = [f"| {size} px | {' | '.join(cell(kind, size) for kind in KINDS)} |" for size in sizes]
-    return [f"| size | {' | '.join(KINDS)} |", f"|---|{'---|' * len(KINDS)}", *rows]
+    rows = [f"| {size} px | {' | '.join(cell(kind, size) for kind in kinds)} |" for size in sizes]
+    return [f"| size | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}", *rows, ""]
 
 
 def picture(sizes: Sequence[int], done: Results) -> Figure:
     """Returns the accuracies over the sizes: a line through the means of each kind, and a dot per seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, marker in zip(KINDS, "sovD^x", strict=True):
+    for kind, marker in zip(KINDS, "sovD^", strict=True):
         found = {size: scores for size in sizes if (scores := scores_of(done, kind, size))}
         (line,) = axes.plot(
             list(found), list(map(statistics.mean, found.values())), marker=marker, label=kind
@@ -204,13 +205,14 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
     done: Results = json.loads(file.read_text()) if file.exists() else {}
-    for new in measure(experiment, workdir, done):
+    for new in itertools.chain([{}], measure(experiment, workdir, done)):
         done |= new
         with replacing(file) as opened:
             opened.write(json.dumps(done, indent=1).encode())
         picture(experiment.sizes, done).savefig(workdir / "flexible.png", dpi=110)
-        print("", *table(experiment.sizes, done), "", sep="\n", flush=True)
-    print("", *table(experiment.sizes, done), sep="\n")
+        print("", *table(experiment.sizes, done), sep="\n", flush=True)
+    patches = [int(size) for size in done[f"other patches, seed {experiment.seeds[0]}"]]
+    print(*table(patches, done, ("specialist", "other patches")), sep="\n")
 
 
 if __name__ == "__main__":
