@@ -196,7 +196,7 @@ def picture(sizes: Sequence[int], done: Results) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--workdir", type=Path, required=True, help="directory for runs; takes 100 MB")

@@ -184,7 +184,7 @@ def measure_all(folder: Path, *, seeds: int) -> None:
 def main() -> int:
     """Runs the program. Exit status: 0 done, 2 unusable input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True, help="directory for runs and table.md")
     parser.add_argument(

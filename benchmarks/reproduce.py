@@ -214,6 +214,7 @@ def run_all(tasks: Sequence[Task]) -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the options; exits with a message if they are wrong."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         usage="python benchmarks/reproduce.py [ROW ...] [--seeds=N] [--workdir=FOLDER]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -147,6 +147,6 @@ def as_text(value: Any) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     write_page(read_measured())

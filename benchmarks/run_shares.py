@@ -102,7 +102,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     print(f"{'model':<8}{'of inference':<24}{'checkpoint, s':<24}share of an epoch of updates")
     for name in MODELS:
