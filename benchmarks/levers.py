@@ -17,6 +17,11 @@ patches of 2 px four times as much). FOLDER/table.md is written after each run. 
 an interrupted one continues. Results: docs/recipes.md
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
 import dataclasses
 import json

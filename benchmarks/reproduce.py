@@ -16,6 +16,11 @@ Unless the key changes no update (data_dir, accumulation_steps and the like),
 the result is then printed only.
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
 import dataclasses
 import datetime

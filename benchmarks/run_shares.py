@@ -9,6 +9,11 @@ an epoch of the dataset for which the model is made, because the base config wri
 minutes on 2 CPU cores. Results: docs/performance.md
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
 import contextlib
 import statistics
