@@ -24,6 +24,7 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)  # to the config: dotted key -> value
     weights: str = ""  # a name of PUBLISHED
     gpu: bool = False  # whether it takes days without one
+    hours: float = 0.0  # on 2 cores; 0 = less than one, or not known
     remarks: str = ""  # how our run differs, and what is unclear about theirs
 
 
@@ -119,6 +120,7 @@ _TRAINED = {
         "CIFAR-10 from scratch, 0.67 M parameters, for a CPU: 100 epochs without strong augmentation",
         *_OMIHUB_REPORTED,
         config="nano_cifar10.py",
+        hours=9.0,
         remarks="A third of their epochs, with crops and mirror images only: see omihub777_nano for their recipe.",
     ),
     "omihub777_nano": Row(
@@ -245,7 +247,7 @@ _TRAINED = {
     **{
         f"paper_{size}_21k{suffix}": Row(
             f"fine-tuning on ImageNet at {px} px: Mixer-{size[0].upper()}/16, pre-trained on ImageNet-21k",
-            source,
+            _PAPER,
             accuracy,
             "pre-trained for 300 epochs",
             config=f"{size}_cifar10.py",
@@ -253,17 +255,10 @@ _TRAINED = {
             gpu=True,
             remarks=_ON_IMAGENET_REMARKS,
         )
-        for size, suffix, px, accuracy, source, more in [
-            ("b16", "", 224, 80.64, _PAPER, {}),
-            ("l16", "", 224, 82.89, _PAPER, {}),
-            (
-                "l16",
-                "_448",
-                448,
-                84.15,
-                _PAPER,
-                {"preprocess.image_size_px": 448, "model.tokens_mlp_dim": 2048},
-            ),
+        for size, suffix, px, accuracy, more in [
+            ("b16", "", 224, 80.64, {}),
+            ("l16", "", 224, 82.89, {}),
+            ("l16", "_448", 448, 84.15, {"preprocess.image_size_px": 448, "model.tokens_mlp_dim": 2048}),
         ]
     },
 }
@@ -293,7 +288,7 @@ def _evaluated(name: str) -> tuple[str, Row]:
     )
 
 
-# Weights with another number of classes have no accuracy on ImageNet until they are fine-tuned: three of timm's six.
+# Weights with another number of classes have no accuracy on ImageNet until they are fine-tuned; the page names timm's.
 ROWS: dict[str, Row] = _TRAINED | dict(
     _evaluated(name) for name, published in PUBLISHED.items() if published.num_classes == 1000
 )

@@ -23,6 +23,11 @@ and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. Wha
 that was interrupted continues. Results: docs/resolutions.md
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
 import itertools
 import json
@@ -37,6 +42,7 @@ from resolutions import accuracy
 
 from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.run_weights import sized
 
@@ -196,7 +202,7 @@ def picture(sizes: Sequence[int], done: Results) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--workdir", type=Path, required=True, help="directory for runs; takes 100 MB")
@@ -216,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -118,7 +118,7 @@ def draw(results: Results) -> "Figure":
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default="growth.png", metavar="FILE", help="default: %(default)s")
     arguments = parser.parse_args()

@@ -104,7 +104,7 @@ def measure_jpegs(folder: Path, workers: list[int]) -> dict[str, list[float]]:
 
 def main() -> None:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLPMIXER_CACHE"] = f"{folder}/cache"  # gets a list of the images that were checked

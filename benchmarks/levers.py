@@ -17,6 +17,11 @@ patches of 2 px four times as much). FOLDER/table.md is written after each run. 
 an interrupted one continues. Results: docs/recipes.md
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
 import dataclasses
 import json
@@ -184,7 +189,7 @@ def measure_all(folder: Path, *, seeds: int) -> None:
 def main() -> int:
     """Runs the program. Exit status: 0 done, 2 unusable input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True, help="directory for runs and table.md")
     parser.add_argument(

@@ -1,7 +1,8 @@
-"""What a result depends on besides its config: the devices, the versions, and whether images are stored with loss."""
+"""What a result depends on besides its config: devices, versions, the commit, and whether images are stored with loss."""
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import flax
@@ -30,6 +31,18 @@ def versions() -> str:
         f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, "
         f"mlpmixer-flax {__version__}"
     )
+
+
+def commit() -> str:
+    """Returns the commit of the code, and whether files differ from it: "1a2b3c4 with changes"; "" outside a clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        diff = [*git, "diff", "--quiet", "HEAD", "--", ":/mlpmixer_flax", ":/configs"]
+        changed = subprocess.run(diff, capture_output=True)
+    except OSError:  # git is not installed
+        return ""
+    return "" if found.returncode else found.stdout.strip() + " with changes" * bool(changed.returncode)
 
 
 def is_jpeg_copy(dataset: str, data_dir: str) -> bool:

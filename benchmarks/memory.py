@@ -74,7 +74,7 @@ def measure(config: ConfigDict, device: jax.Device) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--config", default="configs/b16_cifar10.py", help="config file (default: %(default)s)"

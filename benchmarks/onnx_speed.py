@@ -180,7 +180,7 @@ def measure(predict: Predict, folder: Path, *, batch_size: int, seconds: float) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", metavar="RUN", help="measure the accuracy of this run")
     parser.add_argument("--splits", nargs=2, default=["train[:512]", "test"], metavar="SPLIT")

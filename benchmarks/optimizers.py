@@ -127,7 +127,7 @@ def table(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("muon", "nano", "layer_decay"))
     parser.add_argument("--workdir", type=Path, required=True, help="directory for data and runs")

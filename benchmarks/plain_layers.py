@@ -63,7 +63,7 @@ def measure(run: Run, calls: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="s16", metavar="NAMES", help="with commas (default: %(default)s)")
     parser.add_argument("--batch_size", default="8", metavar="N,...", help="default: %(default)s")

@@ -12,171 +12,126 @@ benchmarks/measured.jsonl and docs/reproduction.md, with hardware and versions.
 The minutes are those of the updates alone, without compilation and evaluation.
 
 --config.KEY=VALUE changes the config of the rows, to try them on a small scale.
-Unless the key changes no update (data_dir, accumulation_steps and the like),
-the result is then printed only.
+Unless the key changes no result (data_dir, accumulation_steps and the like),
+this is a trial: its result is printed only. So is that of a row of ImageNet
+with other images than ImageNet's.
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
-import dataclasses
 import datetime
-import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-import jax
-from figures import ROWS, Row
-from machine import hardware, is_jpeg_copy, versions
-from reproduction_page import PAGE, Result, as_text, needed, read_measured, record, summarize
+from figures import ROWS
+from machine import commit, hardware, is_jpeg_copy, versions
+from measured import Result, read_measured
+from reproduction_page import PAGE, record, summarize
+from reproduction_task import Task, check, missing
 
-from mlpmixer_flax import UserError, evaluate, get_dataset_info, train
+from mlpmixer_flax import UserError, evaluate, fit, get_dataset_info
 from mlpmixer_flax.atomic import replacing, write_json
 from mlpmixer_flax.cli import path
-from mlpmixer_flax.config import CHANGE_NO_UPDATE, ConfigDict
+from mlpmixer_flax.data.named import with_absolute_path
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.huge_pages import use_huge_pages
+from mlpmixer_flax.reading import read_json, read_object
 from mlpmixer_flax.run_weights import score_of
-from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.rundir import is_run
+from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.report import read_metrics
-from mlpmixer_flax.weights.catalog import PUBLISHED
-from mlpmixer_flax.weights.download import cache_file
-from mlpmixer_flax.weights.source import find
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A row with one seed, and what the user asked for."""
-
-    name: str  # of the row
-    seed: int
-    workdir: Path
-    imagenet: str  # the dataset that stands for "imagenet2012"
-    overrides: tuple[str, ...]  # --config.KEY=VALUE
-
-    @property
-    def row(self) -> Row:
-        return ROWS[self.name]
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether the overrides make it another run than that of the row."""
-        keys = {override.partition("=")[0].removeprefix("--config.") for override in self.overrides}
-        return not keys <= {*CHANGE_NO_UPDATE}
-
-    @property
-    def run(self) -> Path:
-        return self.workdir / f"{self.name}-seed{self.seed}{'-trial' * self.is_trial}"
-
-    @property
-    def changes(self) -> list[str]:
-        """The arguments that change the config of the row, in the order in which they count."""
-        values = {**self.row.changes, "seed": self.seed}
-        if needed(self.row)[0] == "imagenet2012":
-            values["dataset"] = self.imagenet
-        return [*(f"--config.{key}={as_text(value)}" for key, value in values.items()), *self.overrides]
-
-    @property
-    def config(self) -> ConfigDict:
-        return load_config(self.row.config, self.changes)
-
-
-def open_dataset(task: Task) -> None:
-    """Raises UserError if the dataset of a task cannot be opened."""
-    if task.row.weights:
-        get_dataset_info(task.imagenet, "validation")
-    else:
-        get_dataset_info(task.config.dataset, task.config.train_split, data_dir=task.config.data_dir)
-
-
-def weights_of(task: Task) -> str:
-    """Returns the name of the weights that a task evaluates or starts from; "" = none."""
-    return task.row.weights or task.config.init_from
-
-
-def missing(task: Task) -> list[str]:
-    """Returns what a task needs and this machine does not have, in words."""
-    absent = []
-    try:
-        open_dataset(task)
-    except UserError:
-        absent.append(task.imagenet if task.row.weights else task.config.dataset)
-    if (weights := weights_of(task)) in PUBLISHED and not is_cached(weights):
-        absent.append("weights")
-    if task.row.gpu and jax.default_backend() == "cpu":
-        absent.append("GPU")
-    return absent
-
-
-def is_cached(weights: str) -> bool:
-    """Returns whether published weights are in the cache; uses no network."""
-    url = PUBLISHED[weights].url
-    if not url.startswith("hf-hub:"):
-        return cache_file(url).is_file()
-    try:
-        import huggingface_hub
-    except ImportError:
-        return False
-    return isinstance(
-        huggingface_hub.try_to_load_from_cache(url.removeprefix("hf-hub:"), "model.safetensors"), str
-    )
-
-
-def check(task: Task) -> None:
-    """Makes sure that a task can begin, and downloads its weights.
-
-    Raises:
-      UserError: its dataset cannot be opened, its weights cannot be had, or a config is changed that it does not have.
-    """
-    if task.row.weights and task.overrides:
-        raise UserError(f"{task.name} evaluates weights and has no config: leave out {task.overrides[0]}")
-    open_dataset(task)
-    if weights := weights_of(task):
-        find(weights)
+from mlpmixer_flax.training.signals import Interrupted
 
 
 def run(task: Task) -> int:
-    """Trains or evaluates a task to its end, and returns the exit status of the program that did."""
+    """Trains or evaluates a task to its end; returns the exit status of a program that does."""
     if not task.row.weights:
-        return train.main([f"--config={task.row.config}", f"--workdir={task.run}", *task.changes])
-    if (task.run / "result.json").exists():
+        return exit_status(
+            lambda: _train(task),
+            interrupted="stopped at once; the same command continues from the newest checkpoint, if there is one",
+        )
+    if stored_result(task):
         return 0
-    split = ["--split=validation", f"--dataset={task.imagenet}"]
+    (task.run / "result.json").unlink(missing_ok=True)  # of other images
+    split = ["--split=validation", f"--dataset={task.dataset}"]
     return evaluate.main([f"--weights={task.row.weights}", *split, f"--output={task.run}"])
+
+
+def _train(task: Task) -> int:
+    try:
+        fit(task.config, task.run)
+    except Interrupted as stop:
+        print(f"{signal.Signals(stop.number).name}: saved step {stop.step}; the same command continues")
+        return 128 + stop.number
+    return 0
 
 
 def result_of(task: Task) -> Result:
     """Returns what a finished run measured; stored in the run, with the machine and the day on which it ended."""
-    file = task.run / "result.json"
-    if task.is_trial or not file.exists():
-        result = measure(task)
-        with replacing(file) as opened:
-            write_json(opened, result)
-    return json.loads(file.read_text())
+    if stored := stored_result(task):
+        return stored
+    result = measure(task)
+    with replacing(task.run / "result.json") as file:
+        write_json(file, result)
+    return result
+
+
+def stored_result(task: Task) -> Result:
+    """Returns the result in a run directory; {} if there is none, or it is of other steps, images or another form."""
+    stored = read_object(task.run / "result.json")
+    same = stored.get("form") == task.form and stored.get("step") == last_step(task)
+    if same and task.row.weights:
+        scored = read_object(task.run / "scores.json")
+        images = get_dataset_info(task.dataset, "validation")["num_examples"]
+        same = (scored.get("dataset"), scored.get("images")) == (with_absolute_path(task.dataset), images)
+    return stored if same else {}
+
+
+def last_step(task: Task) -> int:
+    """Returns the step of the last scores of a run; 0 if it has none."""
+    scored = [row["step"] for row in read_metrics(task.run / "metrics.jsonl") if score_of(row)]
+    return int(scored[-1]) if scored else 0
 
 
 def measure(task: Task) -> Result:
     """Returns the result of a run that has just ended, as a line of measured.jsonl."""
-    result = {"row": task.name, "seed": task.seed}
-    if task.row.weights:
-        scores = json.loads((task.run / "scores.json").read_text())
-        result |= {"accuracy": 100 * scores["accuracy"], "first": 0.0, "minutes": 0.0, "data": ""}
-    else:
-        rows = read_metrics(task.run / "metrics.jsonl")
-        scores = [100 * score.value for row in rows if (score := score_of(row))]
-        timed = [row for row in rows if "images_per_second" in row]
-        steps = [0, *(row["step"] for row in timed)]
-        seconds = sum(
-            (step - before) * task.config.batch_size / row["images_per_second"]
-            for row, step, before in zip(timed, steps[1:], steps, strict=False)
-        )
-        result |= {"accuracy": scores[-1], "first": scores[0], "minutes": seconds / 60}
-        lossy = is_jpeg_copy(task.config.dataset, task.config.data_dir)
-        result |= {"data": "JPEG copy" if lossy else ""}
-    return result | {
-        "hardware": hardware(),
-        "versions": versions(),
+    found = _of_weights(task) if task.row.weights else _of_training(task)
+    about = {"hardware": hardware(), "versions": versions(), "commit": commit()}
+    return {
+        "row": task.name,
+        "seed": task.seed,
+        **found,
+        **about,
         "date": f"{datetime.date.today()}",
+        "form": task.form,
+        "step": last_step(task),
     }
+
+
+def _of_weights(task: Task) -> Mapping[str, Any]:
+    scores = read_json(task.run / "scores.json")
+    return {"accuracy": 100 * scores["accuracy"], "first": 0.0, "minutes": 0.0, "data": ""}
+
+
+def _of_training(task: Task) -> Mapping[str, Any]:
+    rows = read_metrics(task.run / "metrics.jsonl")
+    scores = [100 * score.value for row in rows if (score := score_of(row))]
+    timed = [row for row in rows if "images_per_second" in row]
+    steps = [0, *(row["step"] for row in timed)]
+    seconds = sum(
+        (step - before) * task.config.batch_size / row["images_per_second"]
+        for row, step, before in zip(timed, steps[1:], steps, strict=False)
+    )
+    data = "JPEG copy" if is_jpeg_copy(task.dataset, task.data_dir) else ""
+    return {"accuracy": scores[-1], "first": scores[0], "minutes": seconds / 60, "data": data}
 
 
 def show_table(tasks: Sequence[Task]) -> None:
@@ -185,9 +140,23 @@ def show_table(tasks: Sequence[Task]) -> None:
     print(f"{'row':<20}{'published':>10}  {'ours':<22}missing here")
     for task in tasks:
         ours = summarize([result for result in results if result["row"] == task.name])
-        absent = ", ".join(missing(task)) or "-"
+        time = f"; takes about {task.row.hours:g} h" if task.row.hours else ""
+        absent = ", ".join(missing(task)) or f"nothing{time}"
         print(f"{task.name:<20}{task.row.accuracy:>9g}%  {ours:<22}{absent}", flush=True)
     print(f"\n{PAGE}\nhas sources and commands. To run a row: python benchmarks/reproduce.py ROW")
+
+
+def that_can_run(tasks: Sequence[Task]) -> list[str]:
+    """Returns the names of the tasks that can run here, and prints why the others are left out."""
+    lacking: dict[str, list[str]] = {}  # what -> names; "" = nothing
+    for task in tasks:
+        fixed = task.row.weights and task.overrides
+        why = "they have no config to change" if fixed else ", ".join(missing(task))
+        lacking.setdefault(why if fixed or not why else f"missing here: {why}", []).append(task.name)
+    names = lacking.pop("", [])
+    for why, others in lacking.items():
+        print(wrap(f"left out ({why}): {', '.join(others)}"), flush=True)
+    return names
 
 
 def run_all(tasks: Sequence[Task]) -> int:
@@ -196,6 +165,8 @@ def run_all(tasks: Sequence[Task]) -> int:
     for number, task in enumerate(tasks, 1):
         title = f"{task.name}, seed {task.seed}"
         print(f"== {number} of {len(tasks)}: {title}, in {task.run}", flush=True)
+        if task.trial:
+            print(wrap(f"a trial, so its result is not recorded: {task.trial}"), flush=True)
         status = run(task)
         if status > 128:  # stopped by a signal
             return status
@@ -204,7 +175,7 @@ def run_all(tasks: Sequence[Task]) -> int:
             continue
         result = result_of(task)
         print(f"== {title}: {result['accuracy']:.2f}% (published: {task.row.accuracy:g}%)", flush=True)
-        if not task.is_trial:
+        if not task.trial:
             record(result)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
@@ -214,7 +185,9 @@ def run_all(tasks: Sequence[Task]) -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the options; exits with a message if they are wrong."""
     parser = argparse.ArgumentParser(
-        usage="python benchmarks/reproduce.py [ROW ...] [--seeds=N] [--workdir=FOLDER]",
+        allow_abbrev=False,
+        usage="python benchmarks/reproduce.py [ROW ...] [--seeds=N] [--workdir=FOLDER]\n"
+        "           [--imagenet=DATASET] [--config.KEY=VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
@@ -226,7 +199,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "rows", nargs="*", metavar="ROW", help='names of rows, or "all" (default: show the table)'
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, metavar="N", help="runs with seeds 0 to N-1 (default: 1)"
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs with seeds 0 to N-1 (default: 1); weights are evaluated once",
     )
     parser.add_argument(
         "--workdir",
@@ -249,8 +226,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seeds={arguments.seeds} must be at least 1")
     for name in arguments.rows:
         if name not in (*ROWS, "all"):
-            parser.error(f"no row {name!r}: without a ROW, the command lists them")
+            parser.error(f"no row {name!r}: {_near(name)}")
     return arguments
+
+
+def _near(name: str) -> str:
+    near = [row for row in ROWS if name in row] or get_close_matches(name, ROWS)
+    if not near:
+        return "without a ROW, the command lists them"
+    return f"did you mean {' or '.join(map(repr, near[:3]))}?"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,18 +247,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    workdir = arguments.workdir
+    if is_run(workdir) or (workdir / "result.json").exists():
+        raise UserError(
+            f"{workdir} is itself a run directory: give the folder that contains it, --workdir={workdir.parent}"
+        )
+    read_measured()  # now, so that a damaged line is found before hours of work
+
     def tasks_of(names: Sequence[str], seeds: int) -> list[Task]:
-        common = (arguments.workdir, arguments.imagenet, tuple(arguments.overrides))
-        return [Task(name, seed, *common) for seed in range(seeds) for name in names]
+        common = (workdir, arguments.imagenet, tuple(arguments.overrides))
+        return [
+            Task(name, seed, *common)
+            for seed in range(seeds)
+            for name in names
+            if seed == 0 or not ROWS[name].weights  # an evaluation has no seed
+        ]
 
     if not arguments.rows:
         show_table(tasks_of(list(ROWS), 1))
         return 0
-    names = [name for name in arguments.rows if name != "all"]
+    names = [name for name in dict.fromkeys(arguments.rows) if name != "all"]
     if "all" in arguments.rows:
-        names += [
-            task.name for task in tasks_of(list(ROWS), 1) if task.name not in names and not missing(task)
-        ]
+        names += that_can_run(tasks_of([name for name in ROWS if name not in names], 1))
+    if not names:
+        raise UserError("no row can run here: the lines above say what is missing")
     tasks = tasks_of(names, arguments.seeds)
     for task in tasks:
         check(task)

@@ -2,30 +2,31 @@
 
     python benchmarks/reproduction_page.py
 
-The text follows from figures.py and measured.jsonl alone. `reproduce.py` adds a result and writes the page; this command
-writes it again, after one of the two files was changed by hand.
+The text follows from figures.py and measured.jsonl alone. `reproduce.py` adds
+a result and writes the page; this command writes it again, after one of the two
+files was changed by hand.
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from figures import ROWS, Row
+from measured import Result, add, is_current, read_measured
 
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
-ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ROOT / "benchmarks" / "measured.jsonl"
-PAGE = ROOT / "docs" / "reproduction.md"
-
-# What a run measured, a line of measured.jsonl: "row", "seed", "accuracy" and "first" in %, "minutes", "hardware",
-# "versions", "data" and "date"
-Result = Mapping[str, Any]
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reproduction.md"
 
 HEAD = """\
 # Published figures, beside ours
@@ -33,7 +34,8 @@ HEAD = """\
 <!-- benchmarks/reproduce.py writes this page from benchmarks/figures.py and benchmarks/measured.jsonl: run it, do not edit -->
 
 Each row is a figure that somebody published for an MLP-Mixer, and the run of ours that stands beside it. One command runs
-a row, continues it exactly after any interruption, and writes its result into this page:
+a row, continues it exactly after any interruption, and writes its result into this page. A result that was entered by hand
+instead says so.
 
 ```
 python benchmarks/reproduce.py
@@ -45,25 +47,16 @@ The first command shows which rows can run on your machine, and runs nothing. `a
 machine can run: its data and weights are there, and so is a GPU if the row needs one.
 
 "Published" is the accuracy on the test split as its authors report it (ImageNet: the validation split). "Ours" is the mean of n
-runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured: what the row needs, or
-the time, was not there. tests/test_reproduce.py runs each of these rows on a small scale: a few images in the same file layout,
-and small random weights where it needs weights. Minutes are those of the updates, without compilation and evaluation, if nothing else is said.
+runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured; the row then says
+what was missing on our machine, or how long it takes. tests/test_reproduce_rows.py runs each of these rows on a small scale: a
+few images in the same file layout, and small random weights where it needs weights. Minutes are those of the updates, without
+compilation and evaluation, if nothing else is said.
 """
-
-
-def read_measured(file: Path = MEASURED) -> list[Result]:
-    """Returns all results, in the order of the file; [] if it does not exist."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def record(result: Result) -> None:
     """Adds a result to the file of all results, in place of one of the same row and seed, and writes the page."""
-    others = [old for old in read_measured() if (old["row"], old["seed"]) != (result["row"], result["seed"])]
-    order = {name: number for number, name in enumerate(ROWS)}
-    results = sorted([*others, result], key=lambda each: (order.get(each["row"], -1), each["seed"]))
-    with replacing(MEASURED) as file:
-        file.write("".join(json.dumps(each) + "\n" for each in results).encode())
-    write_page(results)
+    write_page(add(result))
 
 
 def write_page(results: Sequence[Result]) -> None:
@@ -78,18 +71,47 @@ def page(results: Sequence[Result]) -> str:
     for name, row in ROWS.items():
         own = [result for result in results if result["row"] == name]
         published = f"{row.accuracy:g}" + (f" ({row.first:g} after one epoch)" if row.first else "")
-        lines.append(f"| `{name}` | {row.task} | {published} | {summarize(own)} | {needs(row)} |")
+        ours = summarize(own) + ("" if own else f": {why_not(row)}")
+        lines.append(f"| `{name}` | {row.task} | {published} | {ours} | {needs(row)} |")
         details.append(_details(name, row, own))
-    return "\n".join([HEAD, *lines, "", *details])
+    return "\n".join([HEAD, *lines, "", _without_a_row(), "", *details])
 
 
 def summarize(results: Sequence[Result]) -> str:
-    """Returns the mean accuracy of the runs of one row and their number; "not yet" if there are none."""
+    """Returns the mean accuracy of the runs of one row and their number; "not yet" if there are none.
+
+    Results of an earlier form of the row count only if there are no others.
+    """
     if not results:
         return "not yet"
-    scores = [result["accuracy"] for result in results]
+    current = [result for result in results if is_current(result)]
+    scores = [result["accuracy"] for result in current or results]
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 2 else ""
-    return f"{statistics.mean(scores):.2f}{spread} (n = {len(scores)})"
+    return f"{statistics.mean(scores):.2f}{spread} (n = {len(scores)})" + (
+        "" if current else ", earlier form"
+    )
+
+
+def why_not(row: Row) -> str:
+    """Returns why a row is not measured yet: what our machine lacks, or how long the row takes there."""
+    dataset, weights = needed(row)
+    parts = [dataset == "imagenet2012" and "ImageNet", weights and "weights", row.gpu and "GPU"]
+    if any(parts):
+        return ", ".join(f"no {part}" for part in parts if part)
+    time = f"needs about {row.hours:g} hours on 2 cores, and " if row.hours else ""
+    return f"{time}was not run to its end"
+
+
+def _without_a_row() -> str:
+    """Returns a paragraph about the weights of timm that have no row."""
+    timm = [name for name in PUBLISHED if name.startswith("hf-hub:timm/")]
+    others = [name for name in timm if PUBLISHED[name].num_classes != 1000]
+    classes = sorted({PUBLISHED[name].num_classes for name in others})
+    return (
+        f"timm publishes {len(timm)} weights of Mixers, and {len(timm) - len(others)} of them have a row. The others have no "
+        f"accuracy on ImageNet until they are fine-tuned, because their heads have other classes "
+        f"({' or '.join(f'{count:,}' for count in classes)}, not 1,000): {', '.join(f'`{name}`' for name in others)}."
+    )
 
 
 def needs(row: Row) -> str:
@@ -120,15 +142,22 @@ def _details(name: str, row: Row, results: Sequence[Result]) -> str:
     lines.append(f"- Ours: {_command(row)}")
     if row.remarks:
         lines.append(f"- Differences: {row.remarks}")
-    for result in results:
-        data = f" on a {result['data']}" if result["data"] else ""
-        first = f", {result['first']:.2f} % at the first evaluation" if row.first else ""
-        minutes = f", {result['minutes']:.0f} minutes" if result["minutes"] else ""
-        lines.append(
-            f"- Seed {result['seed']}: {result['accuracy']:.2f} %{data}{first}{minutes}; {result['hardware']}; "
-            f"{result['versions']}; {result['date']}"
-        )
+    lines += [_run_line(row, result) for result in results]
     return "\n".join([*lines, ""])
+
+
+def _run_line(row: Row, result: Result) -> str:
+    """Returns the line of one run: accuracy, time, machine, versions, and whether it is one of the present row."""
+    data = f" on a {result['data']}" if result["data"] else ""
+    first = f", {result['first']:.2f} % at the first evaluation" if row.first else ""
+    minutes = f", {result['minutes']:.0f} minutes" if result["minutes"] else ""
+    commit = f", commit {result['commit']}" if result.get("commit") else ""
+    note = f"; {result['note']}" if result.get("note") else ""
+    earlier = "" if is_current(result) else "; measured with an earlier form of this row"
+    return (
+        f"- Seed {result['seed']}: {result['accuracy']:.2f} %{data}{first}{minutes}; {result['hardware']}; "
+        f"{result['versions']}{commit}; {result['date']}{note}{earlier}"
+    )
 
 
 def _command(row: Row) -> str:
@@ -145,8 +174,13 @@ def as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Runs the program. Exit status: 0 done, 2 measured.jsonl cannot be read."""
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    write_page(read_measured())
+    return exit_status(lambda: write_page(read_measured()))
+
+
+if __name__ == "__main__":
+    leave(main())

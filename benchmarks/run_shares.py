@@ -9,6 +9,11 @@ an epoch of the dataset for which the model is made, because the base config wri
 minutes on 2 CPU cores. Results: docs/performance.md
 """
 
+if __name__ == "__main__":
+    from mlpmixer_flax import quiet_ctrl_c
+
+    quiet_ctrl_c()
+
 import argparse
 import contextlib
 import statistics
@@ -102,7 +107,7 @@ def spread(values: list[float], digits: int) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     print(f"{'model':<8}{'of inference':<24}{'checkpoint, s':<24}share of an epoch of updates")
     for name in MODELS:

@@ -148,7 +148,7 @@ def main() -> None:
         serve(json.loads(sys.argv[1].removeprefix("--serve=")))
         return
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--side",

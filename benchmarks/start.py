@@ -49,7 +49,7 @@ def data_wait(run: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="default: %(default)s")
     turns = parser.parse_args().turns

@@ -67,7 +67,7 @@ def run_card(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     passed = True
     print(f"timm {timm.__version__}, torch {torch.__version__}, jax {jax.__version__}")

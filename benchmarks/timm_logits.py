@@ -79,7 +79,7 @@ def export(workdir: Path, format: str) -> Path:
 
 def main() -> int:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     images = np.random.default_rng(1).uniform(-1, 1, (8, 224, 224, 3)).astype(np.float32)
     worst = 0.0

@@ -265,7 +265,7 @@ def rows_of(
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=raw)
     parser.add_argument("--config", default="configs/b16_imagenet.py", help="(default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the config, repeatable")
     parser.add_argument("--topology", action="append", help="repeatable, or cpu (default: v5e:1x1)")

@@ -84,7 +84,7 @@ def run(workdir: Path, dataset: str, data_dir: Path, **changes: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--workdir", type=Path, required=True, help="directory for data and runs; takes 150 MB"

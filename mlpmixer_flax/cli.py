@@ -22,6 +22,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """Returns a parser for a program, whose --help shows a description (usually the docstring) and examples."""
     return argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=f"python -m mlpmixer_flax.{program}",
         usage=usage,
         description=description,

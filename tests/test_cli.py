@@ -1,6 +1,7 @@
 """Text, options and errors that all programs share."""
 
 import argparse
+import ast
 import contextlib
 import importlib
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -45,6 +47,31 @@ def test_help_fits_80_columns_and_begins_with_a_command(program, capsys, monkeyp
     assert [line for line in lines if len(line) > 80] == []
     assert lines[0].startswith(f"usage: python -m mlpmixer_flax.{program} ")
     assert any(f": python -m mlpmixer_flax.{program}" in line for line in lines)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_abbreviated_option_is_refused(program, capsys):
+    try:
+        assert importlib.import_module(f"mlpmixer_flax.{program}").main(["--hel"]) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert "usage: " not in capsys.readouterr().out  # it is not taken for --help
+
+
+def test_no_parser_takes_abbreviated_options():
+    """--seed=3 must not mean --seeds=3; the programs of benchmarks/ and tools/ have parsers of their own."""
+    root = Path(__file__).parent.parent
+    files = [
+        file for folder in ("mlpmixer_flax", "benchmarks", "tools") for file in (root / folder).rglob("*.py")
+    ]
+    parsers = [
+        (file.name, ast.unparse(call))
+        for file in files
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "argparse.ArgumentParser"
+    ]
+    assert len(parsers) > 20
+    assert [name for name, call in parsers if "allow_abbrev=False" not in call] == []
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -19,9 +19,14 @@ LARGE += ["--config.save_every_steps=3", "--config.log_every_steps=1", "--config
 STOPPED = "stopped at once; the run can continue from its newest checkpoint, if it has one\n"
 
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
 def start(*arguments):
+    """Starts a module of the package, or a program of benchmarks/."""
+    as_module = [] if arguments[0].endswith(".py") else ["-m"]
     return subprocess.Popen(
-        [sys.executable, "-u", "-m", *arguments],
+        [sys.executable, "-u", *as_module, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,7 +46,16 @@ def end_of(process):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
-    "program", [["mlpmixer_flax.train", "photos/"], ["mlpmixer_flax", "predict", "a.png"]]
+    "program",
+    [
+        ["mlpmixer_flax.train", "photos/"],
+        ["mlpmixer_flax", "predict", "a.png"],
+        *(
+            [f"{BENCHMARKS}/{name}.py", "--help"]
+            for name in ("reproduce", "levers", "flexible", "run_shares")
+        ),
+    ],
+    ids=lambda program: Path(program[0]).name,
 )
 def test_while_a_program_is_imported(program):
     process = start(*program)

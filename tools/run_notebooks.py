@@ -51,7 +51,7 @@ def shrink(png: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [file.stem for file in sorted(NOTEBOOKS.glob("*.ipynb"))]
     parser.add_argument(

@@ -70,7 +70,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 def main():
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         builder = Digits(data_dir=folder, file_format="array_record")

@@ -172,7 +172,7 @@ def write_weights(page: str) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     (ROOT / "docs" / "configuration.md").write_text(write_configuration())
     weights = ROOT / "docs" / "weights.md"

@@ -245,7 +245,7 @@ def run_all(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=500, help="values of each kind (default: 500)")
     parser.add_argument("--invalid", type=int, help="another number of invalid values")

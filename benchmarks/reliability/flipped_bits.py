@@ -79,7 +79,7 @@ def try_training(run: Path, like, states) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=372, help="number of flips (default: 372)")
     parser.add_argument("--seed", type=int, default=0, help="another number flips other bits (default: 0)")

@@ -330,7 +330,7 @@ def fuzz(name: str, count: int, first_seed: int, faults: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(READERS)} (default: all)")
     parser.add_argument("--count", type=int, default=100_000, help="inputs of each kind (default: 100,000)")

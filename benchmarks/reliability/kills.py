@@ -58,7 +58,7 @@ def result(workdir: Path):
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--count", type=int, default=35, help="number of kills, each of its own run (default: 35)"

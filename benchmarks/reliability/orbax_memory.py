@@ -68,7 +68,7 @@ def save_and_remove(checkpointer: ocp.Checkpointer, folder: Path, args) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     spec = ts.KvStore.Spec({"driver": "file", "path": "/tmp/"})
     left_behind("TensorStore: KvStore.Spec(...).to_json()", spec.to_json, 1000)

@@ -157,7 +157,7 @@ def predict(run: Path, images: Path, count: int, interval: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30, help="length of the training (default: 30)")
     parser.add_argument("--predictions", type=int, default=10_000, help="images to predict (default: 10,000)")
