@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import argparse
 import datetime
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -48,7 +47,6 @@ from mlpmixer_flax.run_weights import score_of
 from mlpmixer_flax.rundir import is_run
 from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.report import read_metrics
-from mlpmixer_flax.training.signals import Interrupted
 
 
 def run(task: Task) -> int:
@@ -65,13 +63,8 @@ def run(task: Task) -> int:
     return evaluate.main([f"--weights={task.row.weights}", *split, f"--output={task.run}"])
 
 
-def _train(task: Task) -> int:
-    try:
-        fit(task.config, task.run)
-    except Interrupted as stop:
-        print(f"{signal.Signals(stop.number).name}: saved step {stop.step}; the same command continues")
-        return 128 + stop.number
-    return 0
+def _train(task: Task) -> None:
+    fit(task.config, task.run)
 
 
 def result_of(task: Task) -> Result:

@@ -19,7 +19,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.compilation_cache import keep_compiled
 from mlpmixer_flax.faults import explain
 from mlpmixer_flax.text import printable
-from mlpmixer_flax.training.processes import is_lead
+from mlpmixer_flax.training.processes import Interrupted, is_lead
 
 _LOG_LEVELS = {
     "absl": logging.CRITICAL,  # Orbax and TFDS warn about normal things; Orbax logs each error that it also raises
@@ -58,7 +58,7 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "", dat
 
     The status is what the program returns (None = 0); 1 if the loss diverged, nobody reads the output any more, or
     the environment is at fault (memory, disk, driver); 2 for a UserError or a missing permission; 130 for Ctrl-C,
-    after printing `interrupted`. Any other exception is a bug and keeps its traceback.
+    after printing `interrupted`; 128 + n if signal n stopped a training after a checkpoint. Any other exception is a bug and keeps its traceback.
     """
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_DFL
@@ -105,6 +105,10 @@ def _run(program: Callable[[], int | None], interrupted: str) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         _drop_output()
         return 1
+    except Interrupted as stop:  # train itself prints a longer sentence
+        if is_lead():
+            print(f"{stop}; the same command continues", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         if interrupted and is_lead():
             print(interrupted, file=sys.stderr)

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,8 +38,7 @@ from mlpmixer_flax.text import wrap
 from mlpmixer_flax.training.configfile import load_config, shipped_configs
 from mlpmixer_flax.training.launch import start
 from mlpmixer_flax.training.loop import fit
-from mlpmixer_flax.training.processes import is_lead, together
-from mlpmixer_flax.training.signals import Interrupted
+from mlpmixer_flax.training.processes import Interrupted, is_lead, together
 from mlpmixer_flax.training.sizing import suit_images
 from mlpmixer_flax.training.validate import read_stored
 
@@ -116,10 +114,7 @@ def _train(arguments: argparse.Namespace) -> int:
         with contextlib.nullcontext(given) if given else _new_workdir(name) as workdir:
             train(config, workdir, distributed=arguments.distributed)
     except Interrupted as stop:
-        name = signal.Signals(stop.number).name
-        print(
-            f"{name}: saved step {stop.step}; the same command with --workdir={shown(workdir)} continues from there"
-        )
+        print(f"{stop}; the same command with --workdir={shown(workdir)} continues from there")
         return 128 + stop.number
     return 0
 

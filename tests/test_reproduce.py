@@ -160,7 +160,8 @@ def test_an_interrupted_row_continues_with_the_same_command(program, tmp_path, c
     trial = "--config.total_steps=300"
     command = [sys.executable, str(tmp_path / "benchmarks" / "reproduce.py"), "digits", trial]
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **output, text=True, env=environment) as process:
         assert process.stdout
         next(line for line in process.stdout if line.startswith("step 5/"))
         process.send_signal(signal.SIGINT)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from PIL import Image
 
 from mlpmixer_flax import fit, load, load_config
-from mlpmixer_flax.training.signals import Interrupted
+from mlpmixer_flax.training.processes import Interrupted
 
 SMALL = {
     "model.hidden_dim": 32,

@@ -26,11 +26,11 @@ from mlpmixer_flax.training.intervals import Best, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.multi_label import label_scores
-from mlpmixer_flax.training.processes import ending_all, from_lead, is_lead, together
+from mlpmixer_flax.training.processes import Interrupted, ending_all, from_lead, is_lead, together
 from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
 from mlpmixer_flax.training.resolutions import size_of_update
 from mlpmixer_flax.training.setup import Setup
-from mlpmixer_flax.training.signals import Interrupted, noted_signals, signal_row
+from mlpmixer_flax.training.signals import noted_signals, signal_row
 from mlpmixer_flax.training.step import PreviewStep, TrainState
 from mlpmixer_flax.training.tracker import Tracker
 from mlpmixer_flax.training.unlogged import Unlogged

@@ -33,6 +33,18 @@ class AgreedError(UserError, Agreed):
     """An error of one process, raised in all."""
 
 
+class Interrupted(Agreed):
+    """A signal asked the run to stop, and the run has saved a checkpoint."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number, step)
+        self.number = number  # of the signal
+        self.step = step  # the step of the checkpoint
+
+    def __str__(self) -> str:
+        return f"{signal.Signals(self.number).name}: saved step {self.step}"
+
+
 def is_lead() -> bool:
     """Returns whether this process prints and writes: the first one, or the only one. Starts no device."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0

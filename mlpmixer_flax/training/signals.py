@@ -9,20 +9,11 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from mlpmixer_flax.training.processes import Agreed, is_lead
+from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.step import TrainState, Update
 
 # SIGHUP, which Windows lacks, means that the terminal was closed.
 _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-
-
-class Interrupted(Agreed):
-    """A signal asked the run to stop, and the run has saved a checkpoint."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(number, step)
-        self.number = number  # of the signal
-        self.step = step  # the step of the checkpoint
 
 
 @contextlib.contextmanager
