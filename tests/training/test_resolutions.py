@@ -282,11 +282,13 @@ def test_commands_of_the_page_do_what_they_say(digits_run, flexible, tmp_path, m
 
 def test_progress_shows_other_sizes_in_a_line_of_their_own():
     scores = {"test/loss": 1.0, "test/accuracy": 0.5, "test/accuracy_4px": 0.25, "test/loss_4px": 2.0}
-    own, text = split_sizes({**scores, **{f"test/accuracy_{px}px": px / 100 for px in range(16, 90, 6)}})
+    scores |= {f"test/accuracy_{px}px": px / 100 for px in range(16, 90, 6)}
+    own, text = split_sizes(scores, best_by="accuracy")
     assert own == {"test/loss": 1.0, "test/accuracy": 0.5}
     assert text.startswith("  accuracy at 4 px 0.2500, 16 px 0.1600, ")
     assert max(map(len, text.splitlines())) <= 80
-    assert split_sizes(own) == (own, "")
+    assert split_sizes(scores, best_by="loss") == (own, "  loss at 4 px 2.0000")
+    assert split_sizes(own, best_by="accuracy") == (own, "")
 
 
 # --- devices and processes
