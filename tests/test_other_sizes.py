@@ -15,6 +15,7 @@ from mlpmixer_flax.evaluate import main as evaluate
 from mlpmixer_flax.export import export
 from mlpmixer_flax.inference.card import model_card
 from mlpmixer_flax.inference.hub_folder import timm_config
+from mlpmixer_flax.summary import main as summary
 from mlpmixer_flax.training.report import read_metrics
 
 CHANGES = {
@@ -182,6 +183,18 @@ def test_an_error_names_the_option_that_was_given(flexible, size_px, message, ca
     out, err = capsys.readouterr()
     assert message in err and "preprocess." not in err
     assert ("using step" in out) == (size_px == 9)  # before weights are read, if it is wrong for every model
+
+
+def test_summary_counts_the_work_of_a_size(flexible, own_size, capsys):
+    for named in (f"--workdir={flexible}", f"--weights={own_size}"):
+        for size_px, tokens in [(8, 16), (16, 64)]:
+            assert summary([named, f"--image_size_px={size_px}"]) == 0
+            out = capsys.readouterr().out
+            assert f"GMACs per image of {size_px}x{size_px}x1" in out and f" {tokens}x16 " in out
+        assert summary([named, "--image_size_px=9"]) == 2
+        assert "choose another --image_size_px" in capsys.readouterr().err
+    assert summary(["--config=digits.py", "--image_size_px=16"]) == 2
+    assert "give --config.preprocess.image_size_px=16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
