@@ -4,7 +4,8 @@ Give the parts to show. Without any, all parts are shown except shuffle, which
 trains three models.
 
   curves        loss, accuracy and learning rate of a run, over its steps and
-                epochs: curves.png
+                epochs: curves.png; the scores of other sizes of resolutions_px
+                are thin lines
   token_mixing  weights from patches to hidden units, as in the paper's Figure
                 5: token_mixing_block00.png and so on, one file per block
   stem          the kernels of the stem, the patch embedding: stem.png
