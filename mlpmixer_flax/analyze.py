@@ -4,7 +4,8 @@ Give the parts to show. Without any, all parts are shown except shuffle, which
 trains three models.
 
   curves        loss, accuracy and learning rate of a run, over its steps and
-                epochs: curves.png
+                epochs: curves.png; the scores of other sizes of resolutions_px
+                are thin lines
   token_mixing  weights from patches to hidden units, as in the paper's Figure
                 5: token_mixing_block00.png and so on, one file per block
   stem          the kernels of the stem, the patch embedding: stem.png
@@ -79,10 +80,11 @@ def _named(model: Model) -> str:
 
 def _token_mixing(model: Model, arguments: argparse.Namespace) -> None:
     rows, columns = (model.preprocess["image_size_px"] // side for side in model.module.patches["size"])
+    size = f", {arguments.image_size_px} px" if arguments.image_size_px else ""
     files = [f"token_mixing_block{i:02}.png" for i in range(model.module.num_blocks)]
     for i, file in enumerate(tqdm(files, "drawing token mixing", delay=2, leave=False, disable=None)):
         kernel = model.params[f"MixerBlock_{i}"]["token_mixing"]["Dense_0"]["kernel"]
-        title = f"Token mixing, block {i} of {_named(model)}"
+        title = f"Token mixing, block {i} of {_named(model)}{size}"
         save(weight_figures.token_mixing(kernel, grid=(rows, columns), title=title), arguments.output / file)
     print(f"token_mixing: {files[0]}" + f" to {files[-1]}" * (len(files) > 1))
 
@@ -109,6 +111,7 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
     result = few_shot(*train, *test, shots=shots)
     named = {
         "model": model.name,
+        **({"image_size_px": arguments.image_size_px} if arguments.image_size_px else {}),
         "dataset": data.dataset,
         "train_split": data.train_split,
         "test_split": data.test_split,
@@ -193,7 +196,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _config_to_shuffle(arguments: argparse.Namespace) -> ConfigDict:
-    """Returns the config that shuffle trains; raises UserError as `load_config`, or if it starts from weights."""
+    """Returns the config that shuffle trains; raises UserError as `load_config`, or if shuffle cannot use it."""
     config = load_config(arguments.config, arguments.overrides)
     for key in ("init_from", "distill_from"):
         if config[key]:
@@ -201,6 +204,11 @@ def _config_to_shuffle(arguments: argparse.Namespace) -> ConfigDict:
                 f"{key}={config[key]!r} cannot be used for shuffle, because it was trained on images that are not "
                 f"shuffled: set --config.{key}= (empty)"
             )
+    if config.resolutions_px:
+        raise UserError(
+            f"resolutions_px={config.resolutions_px} cannot be used for shuffle, because it trains with images of one "
+            "size: set --config.resolutions_px= (empty)"
+        )
     return config
 
 
@@ -212,6 +220,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if "shuffle" in arguments.parts:
         arguments.shuffled = _config_to_shuffle(arguments)
     model = load_model(arguments)
+    size = f"-{arguments.image_size_px}px" if arguments.image_size_px else ""
+    arguments.output = arguments.output or (arguments.workdir or Path()) / f"analysis{size}"
     make_folder(arguments.output)
     print(f"{model.name}, files in {shown(arguments.output)}:", flush=True)
     asked_for = {*arguments.parts} | ({"fewshot"} if arguments.dataset else set())
@@ -244,7 +254,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output",
         type=path,
         metavar="DIR",
-        help="directory to write (default: analysis, in the run directory or else in the current one)",
+        help="directory to write (default: analysis, in the run directory or else in the current one; with "
+        "--image_size_px=16 it is analysis-16px)",
     )
     fewshot = parser.add_argument_group("fewshot")
     add_dataset(fewshot)
@@ -266,7 +277,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="config file to train (default: configs/digits.py)",
     )
     arguments, arguments.overrides = parser.parse_known_intermixed_args(argv)
-    arguments.output = arguments.output or (arguments.workdir or Path()) / "analysis"
     return arguments
 
 

@@ -11,8 +11,10 @@ from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.faults import start_devices
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.model import Model
+from mlpmixer_flax.limits import check_limits
+from mlpmixer_flax.models import check_patch
 from mlpmixer_flax.remote import copy_of
-from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
+from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, score_of
 from mlpmixer_flax.rundir import fetch_run
 from mlpmixer_flax.weights.source import named_run
 
@@ -87,16 +89,25 @@ def load_model(arguments: argparse.Namespace) -> Model:
     Raises:
       UserError: as `load`, `Model.at_size` and `start_devices`, or --checkpoint is given for weights.
     """
+    size_px = arguments.image_size_px
+    if size_px is not None:
+        check_limits("preprocess.image_size_px", size_px, name="--image_size_px")
     model = _load_model(arguments)
-    size_px, own_px = arguments.image_size_px, model.preprocess["image_size_px"]
+    own_px = model.preprocess["image_size_px"]
     if size_px is None or size_px == own_px:
         arguments.image_size_px = None
         return model
+    check_patch(model.module.patches["size"], (size_px, size_px), change="--image_size_px")
     sized = model.at_size(size_px)
-    trained = size_px in model.config.get("resolutions_px", ())
+    score = score_of(sized.scores, model.config.get("best_by", "accuracy"))
     print(
         f"{size_px} px instead of {own_px} px: token mixing resampled"
-        + ("" if trained else "; a model that was not trained with this size is less accurate"),
+        + (f" ({score})" if score else "")
+        + (
+            ""
+            if size_px in model.resolutions_px
+            else "; a model that was not trained with this size is less accurate"
+        ),
         flush=True,
     )
     return sized
@@ -115,7 +126,10 @@ def _load_model(arguments: argparse.Namespace) -> Model:
     workdir = fetch_run(workdir)
     checkpoint = checkpoint or default_checkpoint(workdir)
     model = load_run(workdir, checkpoint)
-    print(f"using {describe_weights(workdir, checkpoint, step=model.step or 0)}", flush=True)
+    scored_px = model.preprocess["image_size_px"] if arguments.image_size_px else 0
+    print(
+        f"using {describe_weights(workdir, checkpoint, step=model.step or 0, size_px=scored_px)}", flush=True
+    )
     return model
 
 

@@ -126,6 +126,8 @@ def export(model: Model, output: str | os.PathLike[str], *, format: str, hub_nam
         "loss": model.loss,
         "written_by": f"mlpmixer-flax {__version__}",
     }
+    if model.resolutions_px:
+        metadata["resolutions_px"] = model.resolutions_px
     name = model.name
     if model.step is not None:
         metadata["step"] = model.step

@@ -70,8 +70,10 @@ LIMITS: dict[str, tuple[float, float, str]] = {
 _SMALLEST = 1e-37  # of all values except 0: in float32, smaller ones become 0
 
 
-def check_limits(key: str, value: Any) -> None:
+def check_limits(key: str, value: Any, *, name: str = "") -> None:
     """Checks a number, or each number of a tuple or list; values that are no numbers have no limits.
+
+    `name` is what the user gave it as, for the message; "" = the key.
 
     Raises:
       UserError: a number is not finite, or too small or too large for this key.
@@ -88,7 +90,7 @@ def check_limits(key: str, value: Any) -> None:
             continue
         if number != number:
             limit = "a number"
-        raise UserError(f"{key}={show(value)} must be {limit}")
+        raise UserError(f"{name or key}={show(value)} must be {limit}")
 
 
 def show(value: Any, length: int = 60) -> str:

@@ -15,8 +15,15 @@ GELU = {"tanh": partial(jax.nn.gelu, approximate=True), "erf": partial(jax.nn.ge
 _MOST_PATCHES = 2**16  # of an image: 4096x4096 px in patches of 16x16 px
 
 
-def check_patch(patch: tuple[int, int], image: tuple[int, int]) -> None:
+def check_patch(
+    patch: tuple[int, int],
+    image: tuple[int, int],
+    *,
+    change: str = "preprocess.image_size_px or model.patches.size",
+) -> None:
     """Checks that a patch divides an image, and not into too many; both are (height, width) in pixels.
+
+    `change` is what the user can change, for the message.
 
     Raises:
       UserError: it does not.
@@ -24,14 +31,13 @@ def check_patch(patch: tuple[int, int], image: tuple[int, int]) -> None:
     if image[0] % patch[0] or image[1] % patch[1]:
         raise UserError(
             f"a patch of {patch[0]}x{patch[1]} px does not divide an image of {image[0]}x{image[1]} px: "
-            "choose another preprocess.image_size_px or model.patches.size"
+            f"choose another {change}"
         )
     count = image[0] // patch[0] * (image[1] // patch[1])
     if count > _MOST_PATCHES:
         raise UserError(
             f"an image of {image[0]}x{image[1]} px has {count:,} patches of {patch[0]}x{patch[1]} px, but more than "
-            f"{_MOST_PATCHES:,} do not fit into memory: choose a smaller preprocess.image_size_px or a larger "
-            "model.patches.size"
+            f"{_MOST_PATCHES:,} do not fit into memory: choose another {change}"
         )
 
 

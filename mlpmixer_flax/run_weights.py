@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -111,18 +112,19 @@ def default_checkpoint(workdir: Path) -> str:
     return "best" if _scores(workdir) else "ema" if config["ema_decay"] else "last"
 
 
-def describe_weights(workdir: Path, checkpoint: str, *, step: int) -> str:
+def describe_weights(workdir: Path, checkpoint: str, *, step: int, size_px: int = 0) -> str:
     """Returns which weights were read, for a message: "step 300, the best checkpoint (test accuracy 95.20%)".
 
     Args:
       checkpoint: as for `open_run`, but not None.
       step: of the weights.
+      size_px: that the score is of, to be named with it; 0 = it is not.
     """
     score, has_ema = _scores(workdir).get(step), read_config_of_run(workdir)["ema_decay"]
     kinds = {"best": "the best checkpoint", "last": "the newest checkpoint", "ema": "the newest checkpoint"}
     parts = [f"step {step:,}"] + ([kinds[checkpoint]] if checkpoint in kinds else [])
     if score and (checkpoint != "last" or not has_ema):  # otherwise the score is that of the EMA
-        parts[-1] += f" ({score})"
+        parts[-1] += f" ({score}{f' at {size_px} px' * bool(size_px)})"
     if has_ema:
         parts.append("without EMA" if checkpoint == "last" else "EMA weights")
     return ", ".join(parts)
@@ -140,6 +142,12 @@ def score_of(scores: Any, name: str = "accuracy") -> Score | None:
 def sized(name: str, size_px: int) -> str:
     """Returns what a score is called at another size than the model's own: "test/accuracy_24px"."""
     return f"{name}_{size_px}px"
+
+
+def split_size(name: str) -> tuple[str, int]:
+    """Returns the name and the size of a score that `sized` named; the size is 0 if it is the model's own."""
+    found = re.fullmatch(r"(.+)_(\d{1,4})px", name)
+    return (found[1], int(found[2])) if found else (name, 0)
 
 
 def read_weights(

@@ -23,7 +23,8 @@ from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
-from mlpmixer_flax.models import MlpMixer
+from mlpmixer_flax.limits import check_limits
+from mlpmixer_flax.models import MlpMixer, check_patch
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, split_frozen
 from mlpmixer_flax.training.table import summarize
@@ -54,21 +55,43 @@ def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: i
     return _summarize(module, (size_px, size_px, channels), config)
 
 
-def summarize_run(workdir: str | Path) -> str:
-    """Returns the table of a run; raises UserError as `load_run`."""
+def summarize_run(workdir: str | Path, *, size_px: int | None = None) -> str:
+    """Returns the table of a run; `size_px` is the size of the images, None = that of the run.
+
+    Raises:
+      UserError: as `load_run`, or the model cannot have images of this size.
+    """
     model = load_run(workdir)
-    size_px = model.preprocess["image_size_px"]
-    return _summarize(model.module, (size_px, size_px, model.channels), ConfigDict(model.config))
+    own_px = model.preprocess["image_size_px"]
+    image_shape = _image_shape(model.module, (own_px, own_px, model.channels), size_px)
+    return _summarize(model.module, image_shape, ConfigDict(model.config))
 
 
-def summarize_weights(source: str) -> str:
-    """Returns the table of weights; raises UserError if they cannot be found or have no head."""
+def summarize_weights(source: str, *, size_px: int | None = None) -> str:
+    """Returns the table of weights; `size_px` is the size of the images, None = that of the weights.
+
+    Raises:
+      UserError: the weights cannot be found or have no head, or cannot have images of this size.
+    """
     if source in PUBLISHED:
         published = PUBLISHED[source]
-        size_px = published.origin["preprocess"]["image_size_px"]
+        own_px = published.origin["preprocess"]["image_size_px"]
+        own_shape = (own_px, own_px, 3)
         module = MlpMixer(num_classes=published.num_classes, **published.origin["model"])
-        return _summarize(module, (size_px, size_px, 3))
-    return _summarize(*module_of(find(source), source))
+    else:
+        module, own_shape = module_of(find(source), source)
+    return _summarize(module, _image_shape(module, own_shape, size_px))
+
+
+def _image_shape(
+    module: MlpMixer, own_shape: tuple[int, int, int], size_px: int | None
+) -> tuple[int, int, int]:
+    """Returns the shape of images of a size, None = the model's own; raises UserError if it cannot have this size."""
+    if size_px is None:
+        return own_shape
+    check_limits("preprocess.image_size_px", size_px, name="--image_size_px")
+    check_patch(module.patches["size"], (size_px, size_px), change="--image_size_px")
+    return size_px, size_px, own_shape[2]
 
 
 def _summarize(module: MlpMixer, image_shape: tuple[int, int, int], config: ConfigDict | None = None) -> str:
@@ -89,8 +112,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         __doc__,
         usage="%(prog)s --config=FILE [--config.KEY=VALUE ...]\n"
         "       %(prog)s --config=FILE --num_classes=N\n"
-        "       %(prog)s --workdir=RUN\n"
-        "       %(prog)s --weights=NAME",
+        "       %(prog)s --workdir=RUN [--image_size_px=N]\n"
+        "       %(prog)s --weights=NAME [--image_size_px=N]",
         examples="  python -m mlpmixer_flax.summary --config=configs/b16_cifar10.py \\\n"
         "      --config.model.num_blocks=6 --config.optimizer.name=adamw\n"
         "  python -m mlpmixer_flax.summary --config=configs/l16_imagenet.py \\\n"
@@ -107,6 +130,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="with --config: number of classes, for images with 3 channels (default: both as in the config's "
         "dataset, which must then be prepared)",
+    )
+    parser.add_argument(
+        "--image_size_px",
+        type=int,
+        metavar="N",
+        help="with --workdir or --weights: for images of this side (default: the model's own size)",
     )
     arguments, arguments.overrides = parser.parse_known_args(argv)
     return arguments
@@ -137,15 +166,20 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check_options(arguments)
+    size_px = arguments.image_size_px
+    if arguments.config is not None and size_px is not None:
+        raise UserError(
+            f"--image_size_px={size_px} is for --workdir and --weights: give --config.preprocess.image_size_px={size_px}"
+        )
     if arguments.config is not None:
         print(summarize_config(arguments.config, arguments.overrides, num_classes=arguments.num_classes))
     elif arguments.overrides or arguments.num_classes is not None:
         extra = " ".join(arguments.overrides) or f"--num_classes={arguments.num_classes}"
         raise UserError(f"{extra} has no meaning without --config: remove it")
     elif arguments.workdir:
-        print(summarize_run(arguments.workdir))
+        print(summarize_run(arguments.workdir, size_px=size_px))
     else:
-        print(summarize_weights(arguments.weights))
+        print(summarize_weights(arguments.weights, size_px=size_px))
 
 
 if __name__ == "__main__":

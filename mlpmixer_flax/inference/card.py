@@ -5,7 +5,7 @@ from typing import Any
 
 from mlpmixer_flax import __version__
 from mlpmixer_flax.inference.model import Model
-from mlpmixer_flax.run_weights import SCORED
+from mlpmixer_flax.run_weights import SCORED, split_size
 from mlpmixer_flax.text import listed, printable
 
 _MAX_CLASSES = 100  # named in the card; config.json has all
@@ -103,11 +103,13 @@ def _code(lines: list[str]) -> str:
 
 def _figures(model: Model) -> str:
     rows, names = [], _PERCENT | ({"accuracy": "all labels right"} if model.multi_label else {})
-    for key, value in sorted(model.scores.items()):
+    for key, value in sorted(model.scores.items(), key=lambda score: split_size(score[0])):
         scored, _, score = key.partition("/")
+        score, size_px = split_size(score)
         if scored in SCORED and isinstance(value, (int, float)):
             shown = f"{value:.2%}".replace("%", " %") if score in _PERCENT else f"{value:.4g}"
-            rows.append(f"| {scored} | {names.get(score, score)} | {shown} |")
+            size = f" at {size_px} px" if size_px else ""
+            rows.append(f"| {scored} | {names.get(score, score)}{size} | {shown} |")
     if not rows:
         return "None were stored with the weights: add those that you measured, on which images and how many."
     split = model.config.get("test_split", "")
@@ -163,9 +165,13 @@ def _training(model: Model) -> str:
     )
     if config["distill_from"]:
         start += ", and learned the predictions of " + config["distill_from"].rpartition("/")[2]
-    optimizer = config["optimizer"]
+    optimizer, resolutions = config["optimizer"], sorted(config.get("resolutions_px", ()))
+    images = (
+        f", each with images of one of {len(resolutions)} sizes ({listed([*map(str, resolutions)], 16)} px)"
+    )
     return (
-        f"{sizes} Started from {_text(start)}; {model.step:,} updates of {config['batch_size']:,} images with "
+        f"{sizes} Started from {_text(start)}; {model.step:,} updates of {config['batch_size']:,} images"
+        f"{images * bool(resolutions)}, with "
         f"{optimizer['name']}, learning rate {optimizer['learning_rate']:g}, {model.loss} loss, seed {config['seed']}."
     )
 

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from mlpmixer_flax import UserError
 from mlpmixer_flax.inference.drawing import WIDTH_INCHES, new_figure, percent, remove_blank_strips, short
 from mlpmixer_flax.inference.scores import calibration_error, confidence_bins
-from mlpmixer_flax.run_weights import SCORED, score_of
+from mlpmixer_flax.run_weights import SCORED, score_of, sized, split_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,24 +22,41 @@ _BLUE, _ORANGE, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 Rows = Sequence[Mapping[str, float]]  # of a metrics.jsonl
 _Lines = dict[str, list[tuple[float, float]]]  # name of a line -> its points (step, value)
+_Style = tuple[Any, str, float]  # color, line and marker, width
 
 
 def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "Figure":
     """Draws loss, accuracy and learning rate of a run over its steps, and over its epochs if their length is known.
 
-    If images have several labels, it also draws the mean average precision.
+    If images have several labels, it also draws the mean average precision. The scores of other sizes of
+    config.resolutions_px are thin lines, the darker the larger.
 
     Raises:
       UserError: the rows have no loss, accuracy or learning rate.
     """
+    found = sorted({split_size(key)[1] for row in rows for key in row} - {0})
+    other_sizes = {
+        f"{name}, {size_px} px": (name, size_px, shade)
+        for size_px, shade in zip(found, np.linspace(0.75, 0, len(found)), strict=True)
+        for name in SCORED
+    }
+
+    def at_other_sizes(score: str) -> _Lines:
+        return {
+            label: _points(rows, sized(f"{name}/{score}", size_px))
+            for label, (name, size_px, _) in other_sizes.items()
+        }
+
     panels = {
-        "loss": {name: _points(rows, f"{name}/loss") for name in ("train", *SCORED)},
-        "accuracy": {
+        "loss": at_other_sizes("loss") | {name: _points(rows, f"{name}/loss") for name in ("train", *SCORED)},
+        "accuracy": at_other_sizes("accuracy")
+        | {
             "train": _points(rows, "train/accuracy"),
             **{name: _points(rows, f"{name}/accuracy") for name in SCORED},
             **{f"{name}, top 5": _points(rows, f"{name}/accuracy_top5") for name in SCORED},
         },
-        "mean average precision": {name: _points(rows, f"{name}/mean_average_precision") for name in SCORED},
+        "mean average precision": at_other_sizes("mean_average_precision")
+        | {name: _points(rows, f"{name}/mean_average_precision") for name in SCORED},
         "learning rate": {"train": _points(rows, "train/learning_rate")},
     }
     panels = {label: lines for label, lines in panels.items() if any(lines.values())}
@@ -48,11 +65,12 @@ def curves(rows: Rows, *, title: str, steps_per_epoch: float | None = None) -> "
             "metrics.jsonl has no loss, accuracy or learning rate yet: let the run log a step first"
         )
     styles = {
-        "train": (_BLUE, "-o"),
-        "validation": (_ORANGE, "-s"),
-        "validation, top 5": (_ORANGE, "--^"),
-        "test": (_PURPLE, "-s"),
-        "test, top 5": (_PURPLE, "--^"),
+        "train": (_BLUE, "-o", 1.5),
+        "validation": (_ORANGE, "-s", 1.5),
+        "validation, top 5": (_ORANGE, "--^", 1.5),
+        "test": (_PURPLE, "-s", 1.5),
+        "test, top 5": (_PURPLE, "--^", 1.5),
+        **{label: (f"{shade:.3f}", ".-", 0.8) for label, (_, _, shade) in other_sizes.items()},
     }
     return _over_steps(panels, styles, title=title, steps_per_epoch=steps_per_epoch)
 
@@ -62,7 +80,7 @@ def compare(runs: Mapping[str, Rows], *, title: str, steps_per_epoch: float | No
     scored = next((found.scored for rows in runs.values() for row in rows if (found := score_of(row))), "")
     keys = {"training loss": "train/loss", f"{scored} accuracy": f"{scored}/accuracy"}
     panels = {label: {name: _points(rows, key) for name, rows in runs.items()} for label, key in keys.items()}
-    styles = dict(zip(runs, [(_BLUE, "-o"), (_ORANGE, "--s"), (_PURPLE, ":^")], strict=False))
+    styles = dict(zip(runs, [(_BLUE, "-o", 1.5), (_ORANGE, "--s", 1.5), (_PURPLE, ":^", 1.5)], strict=False))
     return _over_steps(panels, styles, title=title, steps_per_epoch=steps_per_epoch)
 
 
@@ -88,14 +106,14 @@ def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
 
 def _over_steps(
     panels: Mapping[str, _Lines],
-    styles: Mapping[str, tuple[str, str]],
+    styles: Mapping[str, _Style],
     *,
     title: str,
     steps_per_epoch: float | None,
 ) -> "Figure":
     """Draws one panel per label; lines without points are left out.
 
-    `styles` has the color, and the line and marker, of each name, which also differ in a gray print.
+    `styles` has the color, the line and marker, and the width, of each name; lines also differ in a gray print.
     """
     figure = new_figure(1.5 + 2.1 * len(panels), title)
     grid = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -103,9 +121,11 @@ def _over_steps(
     for axes, (label, lines) in zip(grid, panels.items(), strict=True):
         for name, points in lines.items():
             if points:
-                color, line = styles[name]
+                color, line, width = styles[name]
                 size = 4 if len(points) <= 50 else 0
-                (handles[name],) = axes.plot(*zip(*points, strict=True), line, color=color, markersize=size)
+                (handles[name],) = axes.plot(
+                    *zip(*points, strict=True), line, color=color, markersize=size, linewidth=width
+                )
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if "accuracy" in label:
@@ -124,7 +144,9 @@ def _over_steps(
         )
         epochs.set_xlabel("epoch")
     names = [name for name in styles if name in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=len(names))
+    figure.legend(
+        [handles[name] for name in names], names, loc="outside lower center", ncols=min(len(names), 5)
+    )
     return figure
 
 

@@ -69,6 +69,7 @@ def load_run(workdir: str | Path, checkpoint: str | None = None) -> Model:
         config=config,
         step=run.step,
         scores=run.scores,
+        resolutions_px=tuple(config["resolutions_px"]),
     )
 
 
@@ -94,6 +95,7 @@ def _load_weights(source: str) -> Model:
         class_names=tuple(class_names),
         loss=loss,
         config={},
+        resolutions_px=tuple(origin.get("resolutions_px", ())),
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import RowFunction, check_positive, forward, on_all_devices
 from mlpmixer_flax.inference.inputs import ImageBatches, Images
-from mlpmixer_flax.limits import check_limits
+from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import MlpMixer, check_patch
 from mlpmixer_flax.run_weights import sized
 from mlpmixer_flax.training.losses import LOSSES
@@ -58,6 +58,9 @@ class Model:
     flip: bool = False  # logits are the mean of those of an image and of its mirror image; twice the work
     # Of an evaluation of these weights in training, by name ("test/accuracy"); {} if there was none
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    resolutions_px: tuple[int, ...] = ()  # the sizes that it was trained with; () = only its own
+    # The model that `at_size` made this one of; None if it has the size that it was loaded with
+    _own: "Model | None" = dataclasses.field(default=None, init=False, repr=False)
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -66,32 +69,42 @@ class Model:
         """Number of channels of the model's images: 1 (gray), 3 (RGB) or 4 (RGBA)."""
         return self.params["stem"]["kernel"].shape[2]
 
-    def at_size(self, size_px: int) -> Self:
+    def at_size(self, size_px: int) -> "Model":
         """Returns the model for images of another size, with its token-mixing weights resampled.
 
         A model that was trained with `config.resolutions_px` is made for these sizes; another one loses accuracy.
-        `scores` are those of this size, if the run measured them.
+        `scores` are those of this size, if the run measured them. The weights are always those of the own size,
+        resampled once: `model.at_size(4).at_size(8)` is `model.at_size(8)`.
 
         Raises:
-          UserError: the patches of the model do not divide images of this size, or there would be too many.
+          UserError: the size is no whole number, the patches of the model do not divide images of this size, or there
+            would be too many.
         """
-        check_limits("preprocess.image_size_px", size_px)
-        check_patch(self.module.patches["size"], (size_px, size_px))
-        own_px = self.preprocess["image_size_px"]
+        if type(size_px) is not int:
+            raise UserError(
+                f"size_px={show(size_px)} has the wrong type: give a number of pixels, such as 32"
+            )
+        check_limits("preprocess.image_size_px", size_px, name="size_px")
+        check_patch(self.module.patches["size"], (size_px, size_px), change="size_px")
+        own = self._own or self
+        own_px, suffix = own.preprocess["image_size_px"], sized("", size_px)
         if size_px == own_px:
-            return self
-        grids = grid_of(self.module, own_px), grid_of(self.module, size_px)
-        suffix = sized("", size_px)
-        return dataclasses.replace(
-            self,
-            params=with_tokens(self.params, resampled(*grids)),
-            preprocess={**self.preprocess, "image_size_px": size_px},
+            return own
+        model = dataclasses.replace(
+            own,
+            params=with_tokens(
+                own.params, resampled(grid_of(own.module, own_px), grid_of(own.module, size_px))
+            ),
+            preprocess={**own.preprocess, "image_size_px": size_px},
             scores={
                 name.removesuffix(suffix): score
-                for name, score in self.scores.items()
+                for name, score in own.scores.items()
                 if name.endswith(suffix)
             },
+            resolutions_px=(),
         )
+        object.__setattr__(model, "_own", own)  # because the dataclass is frozen
+        return model
 
     # --- images in, results out
 

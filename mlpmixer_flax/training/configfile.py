@@ -199,6 +199,8 @@ def _parse(text: str, *, like: Any) -> Any:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(like, tuple) and like and all(isinstance(element, str) for element in like):
         return tuple(part.strip(" '\"") for part in text.strip("()[]").split(",") if part.strip())
+    if isinstance(like, tuple) and not text.strip():
+        return ()
     value = ast.literal_eval(text)
     if not isinstance(like, tuple):
         return value

@@ -176,5 +176,9 @@ def describe_length(
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config by dotted key, as JSON stores it, with lists for tuples."""
-    return flatten_dict(json.loads(json.dumps(config)), sep=".")
+    """Returns a config by dotted key, as JSON stores it, with lists for tuples.
+
+    `resolutions_px` is sorted, because its order changes no update.
+    """
+    flat: dict[str, Any] = flatten_dict(json.loads(json.dumps(config)), sep=".")
+    return flat | {key: sorted(flat[key]) for key in ("resolutions_px",) if key in flat}

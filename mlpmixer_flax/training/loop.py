@@ -149,7 +149,7 @@ def _run_updates(
             stopping = () if several else signals
             scores, by_class = _evaluate(setup, steps.scores, state, stopping=stopping)
             balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
-            reporter.evaluation(step, scores, balanced=balanced)
+            reporter.evaluation(step, scores, balanced=balanced, best_by=config.best_by)
             of_class = "average_precision" if setup.multi_label else "accuracy"
             reporter.by_class(step, by_class, tag=f"{setup.scored}_class_{of_class}")
             if on_evaluation:

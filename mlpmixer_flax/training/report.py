@@ -178,15 +178,17 @@ class Reporter:
             flush=True,
         )
 
-    def evaluation(self, step: int, scalars: dict[str, float], *, balanced: bool = False) -> None:
+    def evaluation(
+        self, step: int, scalars: dict[str, float], *, balanced: bool = False, best_by: str = "accuracy"
+    ) -> None:
         """Reports the scores of a split by name: `test/loss`, `validation/accuracy`, `test/accuracy_top5`.
 
         All are written. To fit into a line, it shows either `test/balanced_accuracy` (if `balanced`) or
         `test/accuracy_top5`. `test/skipped_images` stays the same, and was printed when the split was opened.
-        Other sizes of config.resolutions_px have a line of their own.
+        Other sizes of config.resolutions_px have a line of their own, with their score that `best_by` names.
         """
         self._write(step, scalars)
-        scalars, other_sizes = split_sizes(scalars)
+        scalars, other_sizes = split_sizes(scalars, best_by=best_by)
         hidden = ("/skipped_images", "/accuracy_top5" if balanced else "/balanced_accuracy")
         scored = next(iter(scalars)).partition("/")[0]
         shown = ", ".join(

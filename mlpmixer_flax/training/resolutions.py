@@ -1,6 +1,5 @@
 """Trains one model for several resolutions: each update has images of one size, and adapts the token mixing to it."""
 
-import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any, cast
@@ -11,11 +10,11 @@ import numpy as np
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.models import MlpMixer, check_patch
+from mlpmixer_flax.run_weights import split_size
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
 MAX_SIZES = 16
-_AT_SIZE = re.compile(r".*/(?P<score>\w+)_(?P<size_px>\d+)px")  # a name of `run_weights.sized`
 
 
 def sizes_of(config: ConfigDict) -> tuple[int, ...]:
@@ -49,7 +48,7 @@ def check_resolutions(config: ConfigDict) -> None:
             f"resolutions_px={sizes} has {odd[0]}, which patches of {patch[0]}x{patch[1]} px do not divide: give "
             "multiples of the patch"
         )
-    check_patch(patch, (max(sizes), max(sizes)))
+    check_patch(patch, (max(sizes), max(sizes)), change="resolutions_px or model.patches.size")
 
 
 def size_of_update(config: ConfigDict, step: int) -> int:
@@ -98,14 +97,17 @@ class ResizedMixer:
         return cast(jax.Array, self._model.apply({"params": params}, images, **options))
 
 
-def split_sizes(scores: Mapping[str, float]) -> tuple[dict[str, float], str]:
-    """Returns the scores of the model's own size, and text about the others: "  accuracy at 16 px 0.5412, 24 px 0.5302"."""
-    own, others = {}, {}
-    for name, score in scores.items():
-        if found := _AT_SIZE.fullmatch(name):
-            others.setdefault(found["score"], []).append(f"{found['size_px']} px {score:.4f}")
-        else:
-            own[name] = score
-    score = "mean_average_precision" if "mean_average_precision" in others else "accuracy"
-    text = f"{score.replace('_', ' ')} at {', '.join(others.get(score, []))}"
+def split_sizes(scores: Mapping[str, float], *, best_by: str) -> tuple[dict[str, float], str]:
+    """Returns the scores of the model's own size, and text about the others: "  accuracy at 16 px 0.5412, 24 px 0.5302".
+
+    The text has the score of config.best_by.
+    """
+    own, others = {}, []
+    for key, score in scores.items():
+        name, size_px = split_size(key)
+        if not size_px:
+            own[key] = score
+        elif name.endswith(f"/{best_by}"):
+            others.append(f"{size_px} px {score:.4f}")
+    text = f"{best_by.replace('_', ' ')} at {', '.join(others)}"
     return own, textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="    ") if others else ""

@@ -229,7 +229,7 @@ def _validate_combinations(config: ConfigDict) -> None:
     if config.distill_from and config.resolutions_px:
         raise UserError(
             f"resolutions_px={config.resolutions_px} cannot be used with distill_from, because a teacher has one size: set "
-            "resolutions_px to nothing"
+            "--config.resolutions_px= (empty)"
         )
     if config.distill_from and config.augment.label_smoothing:
         raise UserError(

@@ -79,7 +79,7 @@ def comparable(value: Any) -> Any:
 def _check(name: str, metadata: Mapping[str, Any]) -> None:
     """Raises UserError for metadata of the wrong types; values that enter a config are checked with the config."""
     model, preprocess = metadata.get("model", {}), metadata.get("preprocess", {})
-    class_names = metadata.get("class_names", [])
+    class_names, sizes = metadata.get("class_names", []), metadata.get("resolutions_px", [])
     valid = (
         isinstance(model, Mapping)
         and isinstance(model.get("gelu", ""), str)
@@ -89,6 +89,8 @@ def _check(name: str, metadata: Mapping[str, Any]) -> None:
         and size_px > 0
         and isinstance(class_names, (list, tuple))
         and all(isinstance(class_name, str) for class_name in class_names)
+        and isinstance(sizes, list)
+        and all(type(size_px) is int and size_px > 0 for size_px in sizes)
     )
     if not valid:
         raise UserError(f"the metadata of {name} is invalid: write the file again")

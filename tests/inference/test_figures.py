@@ -92,6 +92,30 @@ def test_validation_is_called_so_and_lines_differ_also_without_color():
     assert lines[1].get_color() == lines[2].get_color() != lines[0].get_color()
 
 
+@pytest.mark.parametrize("count", [1, 4, 15])
+def test_scores_of_other_sizes_are_thin_lines_of_their_own(count):
+    sizes = [16, 24, 48, *range(64, 1000, 32)][:count]
+    others = [
+        {f"{name}_{px}px": value + px / 1e5 for name, value in row.items() if "test" in name for px in sizes}
+        for row in ROWS
+    ]
+    figure = figures.curves([row | other for row, other in zip(ROWS, others, strict=True)], title="run")
+    assert legend(figure) == ["train", "test", "test, top 5", *(f"test, {px} px" for px in sizes)]
+    loss, accuracy, _ = figure.axes
+    assert points(loss)[0] == [[15, 1.50016], [20, 1.25016]]
+    assert points(loss)[count:] == [[[5.5, 2], [15.5, 1]], [[15, 1.5], [20, 1.25]]]  # over the others
+    assert points(accuracy)[0] == [[15, 0.40016], [20, 0.50016]] and len(accuracy.lines) == 3 + count
+    thin, usual = (
+        {line.get_linewidth() for line in lines} for lines in (loss.lines[:count], loss.lines[count:])
+    )
+    assert max(thin) < min(usual)
+    assert len({line.get_color() for line in loss.lines}) == 2 + count
+    check_texts(figure)
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert box.y1 < figure.axes[2].xaxis.label.get_window_extent().y0
+
+
 @pytest.mark.parametrize("last", [1, 3, 17, 30, 50])
 def test_a_short_last_window_makes_no_cliff(last):
     ends = [50, 100, 150, 150 + last]

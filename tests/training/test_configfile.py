@@ -38,8 +38,10 @@ def test_arguments_get_the_type_of_the_value_they_replace():
             "--config.augment.randaugment_ops=[rotate, invert]",
             "--config.train_split=train[:50%]",
             "--config.data_dir=",
+            "--config.resolutions_px=",
         ],
     )
+    assert config.resolutions_px == ()
     assert config.batch_size == 32
     assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
     assert config.augment.flip is True

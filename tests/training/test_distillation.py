@@ -259,7 +259,9 @@ def test_a_teacher_that_does_not_exist_is_refused_like_other_weights(tmp_path, c
 
 
 def test_several_resolutions_are_refused():
-    with pytest.raises(UserError, match="cannot be used with distill_from, because a teacher has one size"):
+    with pytest.raises(
+        UserError, match="because a teacher has one size: set --config.resolutions_px= .empty."
+    ):
         validate(config_with(distill_from="runs/teacher", resolutions_px=(8, 16)))
 
 

@@ -224,7 +224,10 @@ def test_the_stored_model_is_an_ordinary_one_and_scores_at_another_size_what_tra
     newest = [f"--workdir={workdir}", "--checkpoint=12"]
     assert evaluate([*newest, "--image_size_px=16"]) == 0
     out = capsys.readouterr().out
-    assert "16 px instead of 8 px: token mixing resampled\n" in out and "split test, 16 px: 364 images" in out
+    assert (
+        "16 px instead of 8 px: token mixing resampled (test accuracy" in out and "less accurate" not in out
+    )
+    assert "split test, 16 px: 364 images" in out
     (output,) = workdir.glob("evaluation*-16px")
     found = json.loads((output / "scores.json").read_text())
     assert found["accuracy"] == pytest.approx(scores["test/accuracy_16px"])
@@ -282,11 +285,13 @@ def test_commands_of_the_page_do_what_they_say(digits_run, flexible, tmp_path, m
 
 def test_progress_shows_other_sizes_in_a_line_of_their_own():
     scores = {"test/loss": 1.0, "test/accuracy": 0.5, "test/accuracy_4px": 0.25, "test/loss_4px": 2.0}
-    own, text = split_sizes({**scores, **{f"test/accuracy_{px}px": px / 100 for px in range(16, 90, 6)}})
+    scores |= {f"test/accuracy_{px}px": px / 100 for px in range(16, 90, 6)}
+    own, text = split_sizes(scores, best_by="accuracy")
     assert own == {"test/loss": 1.0, "test/accuracy": 0.5}
     assert text.startswith("  accuracy at 4 px 0.2500, 16 px 0.1600, ")
     assert max(map(len, text.splitlines())) <= 80
-    assert split_sizes(own) == (own, "")
+    assert split_sizes(scores, best_by="loss") == (own, "  loss at 4 px 2.0000")
+    assert split_sizes(own, best_by="accuracy") == (own, "")
 
 
 # --- devices and processes

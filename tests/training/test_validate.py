@@ -32,7 +32,10 @@ def test_the_base_config_is_valid_with_and_without_keys_left_open():
             {"preprocess__image_size_px": 1024},
             "1024x1024 px has 262,144 patches of 2x2 px, but more than 65,536",
         ),
-        ({"resolutions_px": (8, 1024)}, "1024x1024 px has 262,144 patches of 2x2 px, but more than 65,536"),
+        (
+            {"resolutions_px": (8, 1024)},
+            "1024x1024 px has 262,144 patches of 2x2 px, but more than 65,536 .*: choose another resolutions_px or model",
+        ),
         ({"preprocess__image_size_px": 0}, "preprocess.image_size_px=0 must be at least 1"),
         ({"preprocess__std": (0.5, 0.0, 0.5)}, "preprocess.std=.* must be at least 0.0001"),
         ({"preprocess__interpolation": "nearest"}, "unknown preprocess.interpolation 'nearest': .*bicubic"),
