@@ -120,7 +120,7 @@ _TRAINED = {
         "CIFAR-10 from scratch, 0.67 M parameters, for a CPU: 100 epochs without strong augmentation",
         *_OMIHUB_REPORTED,
         config="nano_cifar10.py",
-        hours=9.0,
+        hours=3.5,
         remarks="A third of their epochs, with crops and mirror images only: see omihub777_nano for their recipe.",
     ),
     "omihub777_nano": Row(

@@ -74,7 +74,7 @@ def nano(folder: Path) -> list[str]:
     def accuracy(name: str, rate: float, *, seed: int) -> float:
         changes = {**common, "optimizer.name": name, "optimizer.learning_rate": rate, "seed": seed}
         scores = fit(load_config("nano_cifar10.py", changes), folder / f"{name}-{rate}-seed{seed}")
-        return 100 * scores["test/accuracy"]
+        return 100 * scores["validation/accuracy"]  # because the split is a part of train
 
     tried = [("adamw", 2e-3), ("muon", 8e-3), ("adamw", 4e-3), ("muon", 1.6e-2)]
     return table(tried, accuracy, seeds=SEEDS[:1])
