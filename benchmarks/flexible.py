@@ -18,7 +18,7 @@ images:
 `cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
 images, on 10,000 of the training images, two seeds. Stored are 32 px.
 
-On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 about two hours (estimates). After each run the table is printed,
+On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 about an hour. After each run the table is printed,
 and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
 that was interrupted continues. Results: docs/resolutions.md
 """
