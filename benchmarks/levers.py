@@ -3,7 +3,7 @@
     python benchmarks/levers.py --workdir=FOLDER
 
 The model is a very small nano Mixer: patches of 4 px, 3 blocks, 48 channels, 44,170 parameters. It trains on 2,500 images,
-train[:5%], for 20 epochs in batches of 64, with the other values of configs/nano_cifar10.py. So it begins to learn its
+train[:5%], for 20 epochs in batches of 64 with AdamW, with the other values of configs/nano_cifar10.py. So it begins to learn its
 images by heart, as larger models do with all 50,000, and regularization has something to do. Every lever changes this base
 alone.
 
@@ -51,6 +51,8 @@ BASE = {
     "test_split": "train[90%:]",
     "batch_size": 64,
     "accumulation_steps": 1,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 2e-3,
     "total_epochs": EPOCHS,
     "eval_every_epochs": 0.0,
     "save_every_epochs": 5.0,

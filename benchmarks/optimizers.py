@@ -42,6 +42,8 @@ def run(workdir: Path, **changes: Any) -> float:
         "accumulation_steps": 1,
         **{f"model.{key}": value for key, value in flatten(mixer_digits_config).items()},
         "model.patches.size": (8, 8),
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": 2e-3,
         "eval_every_epochs": 0.0,
         "save_every_epochs": 0.0,
         **changes,

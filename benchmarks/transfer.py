@@ -75,6 +75,8 @@ def run(workdir: Path, dataset: str, data_dir: Path, **changes: Any) -> float:
         "dataset": dataset,
         "data_dir": str(data_dir),
         "accumulation_steps": 4,
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": 2e-3,
         "eval_every_epochs": 0.0,
         "save_every_epochs": 0.0,
         **changes,
