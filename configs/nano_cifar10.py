@@ -3,8 +3,8 @@
     python -m mlpmixer_flax.train --config=configs/nano_cifar10.py --workdir=runs/nano --config.total_epochs=10
 
 The optimizer is Muon, because it learned more than AdamW in 3 of the 100 epochs: 70.30 % of images held out from
-training, AdamW with a learning rate of 0.002 62.78 % (n = 1; `python benchmarks/optimizers.py nano --workdir=FOLDER`;
-docs/recipes.md has the other rates). Test accuracy on a JPEG copy of CIFAR-10, with AdamW and 10 epochs: 72.90 %
+training, AdamW at best 63.32 % (n = 1; `python benchmarks/optimizers.py nano --workdir=FOLDER`; docs/recipes.md has
+the learning rates). Test accuracy on a JPEG copy of CIFAR-10, with AdamW and 10 epochs: 72.90 %
 (n = 1), in 55 minutes on 2 cores of an AMD EPYC that had other work too, with jax 0.10.2 and flax 0.12.8:
 
     python benchmarks/reproduce.py class_project
