@@ -211,7 +211,7 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
     done: Results = json.loads(file.read_text()) if file.exists() else {}
-    for new in itertools.chain([{}], measure(experiment, workdir, done)):
+    for new in itertools.chain([{}], measure(experiment, workdir, done)):  # first what is done already
         done |= new
         with replacing(file) as opened:
             opened.write(json.dumps(done, indent=1).encode())

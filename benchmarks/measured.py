@@ -10,7 +10,7 @@ from figures import ROWS, Row
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
-from mlpmixer_flax.config import ConfigDict, flatten, get_config
+from mlpmixer_flax.config import CHANGE_NO_UPDATE, ConfigDict, flatten, get_config
 from mlpmixer_flax.training.configfile import load_config
 
 MEASURED = Path(__file__).resolve().parent / "measured.jsonl"
@@ -20,20 +20,9 @@ MEASURED = Path(__file__).resolve().parent / "measured.jsonl"
 # in place of "step" and "commit".
 Result = Mapping[str, Any]
 
-# Keys of a config that change neither the updates, nor when a run ends, nor which of its scores is the result
-CHANGE_NO_RESULT = (
-    "data_dir",
-    "accumulation_steps",
-    "mesh.fsdp",
-    "cache_bytes",
-    "num_workers",
-    "model.remat",
-    "log_every_steps",
-    "save_every_epochs",
-    "save_every_steps",
-    "keep_checkpoints",
-    "tracker",
-)
+# Keys that change no update, but decide when a run ends, or which of its scores is the result
+_CHOOSE_SCORES = {"eval_every_epochs", "eval_every_steps", "best_by", "early_stopping_evals"}
+CHANGE_NO_RESULT = tuple(key for key in CHANGE_NO_UPDATE if key not in _CHOOSE_SCORES)
 
 
 def form_of(row: Row) -> str:

@@ -58,7 +58,8 @@ def exit_status(program: Callable[[], int | None], *, interrupted: str = "", dat
 
     The status is what the program returns (None = 0); 1 if the loss diverged, nobody reads the output any more, or
     the environment is at fault (memory, disk, driver); 2 for a UserError or a missing permission; 130 for Ctrl-C,
-    after printing `interrupted`; 128 + n if signal n stopped a training after a checkpoint. Any other exception is a bug and keeps its traceback.
+    after printing `interrupted`; 128 + n if signal n stopped a training after a checkpoint. Any other exception is a
+    bug and keeps its traceback.
     """
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_DFL
