@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mlpmixer_flax.data.examples import open_examples
+from mlpmixer_flax.ending import exit_status, leave
 
 ANIMALS = {"bird": 2, "cat": 3, "dog": 5, "frog": 6, "horse": 7}  # class -> its label in CIFAR-10
 PER_CLASS = {"train": 860, "test": 200}
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

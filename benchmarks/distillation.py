@@ -19,6 +19,7 @@ from typing import Any
 
 from mlpmixer_flax import fit, load, load_config
 from mlpmixer_flax.config import flatten, mixer_digits_config, mixer_folder_config
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.scores import measure, open_split, score_images
 
 SEEDS = (0, 1)
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

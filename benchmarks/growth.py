@@ -20,6 +20,7 @@ import numpy as np
 from mlpmixer_flax.benchmark import named_config
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import TrainBatches, iterate, open_examples
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.drawing import new_figure
 from mlpmixer_flax.training.speed import prepare, time_calls
 
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

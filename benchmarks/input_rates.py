@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from mlpmixer_flax.dataloader import TrainBatches, iterate, open_examples
+from mlpmixer_flax.ending import exit_status, leave
 
 NUM_SMALL, SMALL_PX, NUM_LARGE, LARGE_PX = 10_000, 32, 2_000, 224
 BATCH_SIZE, TURNS = 100, 7
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from mlpmixer_flax.config import ConfigDict, resolve
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.configfile import load_config
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -30,6 +30,7 @@ from transfer import DATASETS, write_dataset
 
 from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.config import flatten, mixer_digits_config
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.training import setup
 from mlpmixer_flax.training.optimizer import make_optimizer
 
@@ -145,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

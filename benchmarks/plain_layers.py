@@ -20,6 +20,7 @@ import jax
 from mlpmixer_flax import models
 from mlpmixer_flax.benchmark import named_config
 from mlpmixer_flax.config import resolve
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.huge_pages import use_huge_pages
 from mlpmixer_flax.training.speed import KINDS, Run, prepare
 
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -16,6 +16,7 @@ from PIL import Image
 
 import mlpmixer_flax as mf
 from mlpmixer_flax.dataloader import open_examples
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.scores import measure, open_split, per_class, score_images
 
 RARE, IMAGES_OF_RARE, SEEDS = (5, 6, 7, 8, 9), 10, (0, 1, 2)
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

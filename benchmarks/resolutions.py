@@ -17,6 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mlpmixer_flax.dataloader import Examples
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.scores import score_images
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ except ModuleNotFoundError as error:
 
 import mlpmixer_flax as mf
 from mlpmixer_flax.config import mixer_b16_config, mixer_nano4_config, mixer_s16_config, mixer_s32_config
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.export import export
 from mlpmixer_flax.inference.model import Model
 
@@ -108,4 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(exit_status(main))

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 
 from mlpmixer_flax import pretrained
 from mlpmixer_flax.config import get_config, mixer_b16_config, mixer_s32_config, resolve
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.rundir import write_run
 from mlpmixer_flax.training.checkpoints import Checkpoints
@@ -116,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(exit_status(main))

@@ -32,6 +32,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install torch==2.13.0 timm") from None
 
 from mlpmixer_flax.benchmark import MODELS, write_figures
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training.speed import HEADER, KINDS, Row, format_row, make_row, time_calls
 from mlpmixer_flax.training.table import count_macs
@@ -190,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -35,6 +35,7 @@ from jax.experimental import topologies
 
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.data import augment
+from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.configfile import load_config
@@ -295,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mlpmixer_flax import fit, load_config
 from mlpmixer_flax.data.tfds import load_builder
+from mlpmixer_flax.ending import exit_status, leave
 
 # name -> (classes of CIFAR-10, training images per class)
 DATASETS = {"cifar10_source": (range(0, 5), 5_000), "cifar10_target": (range(5, 10), 200)}
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(exit_status(main))

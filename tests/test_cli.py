@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_no_parser_takes_abbreviated_options():
     ]
     assert len(parsers) > 20
     assert [name for name, call in parsers if "allow_abbrev=False" not in call] == []
+
+
+@pytest.mark.slow
+def test_a_script_of_benchmarks_ends_like_a_program(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "resolutions.py"
+    done = subprocess.run(
+        [sys.executable, script, f"--workdir={tmp_path}"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: no run in {tmp_path}: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", TEXTS)
