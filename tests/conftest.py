@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,3 +132,27 @@ def quick_lock(monkeypatch):
     from mlpmixer_flax.training import remote_lock
 
     monkeypatch.setattr(remote_lock, "RENEW_SECONDS", 0.5)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stops the time of reports; `clock.now += seconds` moves it on."""
+    from mlpmixer_flax.training import report
+
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server of a file for downloads, with an empty cache, and short pauses between tries."""
+    from download_site import serve
+
+    from mlpmixer_flax.weights import download
+
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.01, 0.01, 0.01))
+    with serve() as served:
+        yield served

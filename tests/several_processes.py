@@ -1,10 +1,14 @@
-"""Starts several processes of a program that find each other on this machine."""
+"""Starts several processes of a program that find each other on this machine, and compares what they save."""
 
 import os
 import re
 import socket
 import subprocess
 import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 
 # The model of `digits_run`, with everything that could differ between processes; mixup would take long to compile.
 CHANGES = {
@@ -77,3 +81,15 @@ def read_until(process, pattern):
         if re.search(pattern, line):
             return
     raise AssertionError(f"{''.join(lines)}\n{process.stderr.read()}")
+
+
+def state_at(workdir, step):
+    """Returns the arrays of a checkpoint by name, whatever devices they were on."""
+    found = []
+    for part in ("default", "weights"):
+        folder = (workdir / "checkpoints" / str(step) / part).absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            found.append(checkpointer.restore(folder, args=ocp.args.PyTreeRestore(stored, as_numpy)))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}

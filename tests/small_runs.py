@@ -73,3 +73,25 @@ TINY += [
     "--config.augment.min_crop_area=0.5",
     "--config.augment.mixup_alpha=0.0",
 ]
+
+# A run whose state several devices can divide
+DIVISIBLE = {
+    "batch_size": 32,
+    "accumulation_steps": 2,
+    "freeze": "stem",
+    "ema_decay": 0.9,
+    "model.num_blocks": 1,
+    "model.hidden_dim": 16,
+    "model.tokens_mlp_dim": 8,
+    "model.channels_mlp_dim": 32,
+    "model.dropout_rate": 0.1,
+    "augment.mixup_alpha": 0.0,
+    "optimizer.sam_rho": 0.05,
+    "optimizer.weight_decay": 0.1,
+    # Not Adam: it makes full updates of parameters whose gradient is nothing but rounding.
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.03,
+    "schedule.name": "constant",
+    "eval_every_steps": 10,
+    "save_every_steps": 10,
+}

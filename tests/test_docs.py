@@ -4,12 +4,11 @@ import importlib
 import json
 import re
 import runpy
-import shlex
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
+from documented import ROOT, run, words_of
 from PIL import Image
 
 from mlpmixer_flax import UserError
@@ -17,7 +16,6 @@ from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # (page, what follows the fence, content)
 BLOCKS = [
@@ -35,19 +33,6 @@ COMMANDS = [
 ]
 
 PROGRAMS = "train evaluate predict analyze embed export summary pretrained benchmark".split()
-
-
-def words_of(command: str) -> tuple[str, list[str]]:
-    """(program, its arguments) of python -m mlpmixer_flax.PROGRAM ..."""
-    words = shlex.split(command.partition(" > ")[0])
-    assert words[:2] == ["python", "-m"], command
-    package, _, program = words[2].partition(".")
-    assert package == "mlpmixer_flax", command
-    return program, words[3:]
-
-
-def run(program: str, arguments: list[str]) -> int:
-    return importlib.import_module(f"mlpmixer_flax.{program}").main(arguments)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from made_folders import names, write
-from test_step import CLASSES, DESCENT, MESH, config_with, fill, log_softmax, start, tiny_batch, tiny_model
+from tiny_updates import CLASSES, DESCENT, MESH, config_with, fill, log_softmax, start, tiny_batch, tiny_model
 
 from mlpmixer_flax import UserError, dataloader
 from mlpmixer_flax.data import augment

@@ -7,8 +7,9 @@ import chex
 import jax
 import numpy as np
 import pytest
-from test_processes import arguments, finish, rows, start_all, state_at
-from test_step import (
+from several_processes import arguments, finish, start_all, state_at
+from small_runs import rows
+from tiny_updates import (
     CLASSES,
     DESCENT,
     MESH,

@@ -7,32 +7,12 @@ import sys
 
 import numpy as np
 import pytest
-from test_processes import arguments, finish, rows, start_all, state_at
+from several_processes import arguments, finish, start_all, state_at
+from small_runs import DIVISIBLE, rows
 
 from mlpmixer_flax.run_weights import read_weights
 
 pytestmark = pytest.mark.slow
-
-VALUES = {
-    "batch_size": 32,
-    "accumulation_steps": 2,
-    "freeze": "stem",
-    "ema_decay": 0.9,
-    "model.num_blocks": 1,
-    "model.hidden_dim": 16,
-    "model.tokens_mlp_dim": 8,
-    "model.channels_mlp_dim": 32,
-    "model.dropout_rate": 0.1,
-    "augment.mixup_alpha": 0.0,
-    "optimizer.sam_rho": 0.05,
-    "optimizer.weight_decay": 0.1,
-    # Not Adam: it makes full updates of parameters whose gradient is nothing but rounding.
-    "optimizer.name": "sgd",
-    "optimizer.learning_rate": 0.03,
-    "schedule.name": "constant",
-    "eval_every_steps": 10,
-    "save_every_steps": 10,
-}
 
 CHILD = """
 import json, sys
@@ -112,7 +92,7 @@ def eight(tmp_path_factory):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(out), json.dumps(VALUES)],
+        [sys.executable, "-c", CHILD, str(out), json.dumps(DIVISIBLE)],
         env=environment,
         capture_output=True,
         text=True,
@@ -164,7 +144,7 @@ def test_given_weights_go_straight_to_their_parts(eight):
 def test_a_divided_run_continues_with_copies_then_in_two_processes_and_equals_a_run_with_copies(eight):
     out, found, printed = eight
     assert "continuing with mesh.fsdp=1 (was 8), total_steps=20 (was 10); updates stay the same" in printed
-    options = arguments({**VALUES, "total_steps": 30, "mesh.fsdp": 2})
+    options = arguments({**DIVISIBLE, "total_steps": 30, "mesh.fsdp": 2})
     statuses, texts, errors = finish(start_all(2, "train", *options, f"--workdir={out / 'parts'}"))
     assert statuses == [0, 0], errors
     assert "continuing with mesh.fsdp=2 (was 1), total_steps=30 (was 20); updates stay the same" in texts[0]

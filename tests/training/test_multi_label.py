@@ -8,11 +8,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from documented import commands_below, run, words_of
 from made_datasets import encode
 from sklearn import metrics
-from test_docs import run, words_of
-from test_rare_classes import commands_below
-from test_step import CLASSES, MESH, config_with, fill, start, tiny_batch, tiny_model
+from tiny_updates import CLASSES, MESH, config_with, fill, start, tiny_batch, tiny_model
 
 from mlpmixer_flax import UserError, load
 from mlpmixer_flax.data import augment
@@ -243,7 +242,7 @@ def test_a_table_is_followed_from_training_to_sets_of_classes(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     rows = write_quarters(tmp_path, "scenes.csv")
     printed = []
-    for command in commands_below("Several labels an image"):
+    for command in commands_below("labels.md", "Several labels an image"):
         program, arguments = words_of(command)
         assert run(program, [*arguments, *(TINY if program == "train" else [])]) == 0, capsys.readouterr().err
         printed.append(capsys.readouterr().out)
@@ -302,7 +301,7 @@ def test_a_table_with_the_rows_of_a_folder_gives_the_same_run(tmp_path, monkeypa
     ]
     with (tmp_path / "photos" / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label", "split"), *rows])
-    (command,) = commands_below("Labels in a table")
+    (command,) = commands_below("labels.md", "Labels in a table")
     assert words_of(command)[1][0] == "labels.csv"
     found = []
     for source in ("photos", "photos/labels.csv"):

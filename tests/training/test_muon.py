@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_fsdp import VALUES as FSDP_VALUES
+from small_runs import DIVISIBLE
 
 from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.training.optimizer import make_optimizer
@@ -97,7 +97,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # compiling takes nea
 for workdir, changes in json.loads(sys.argv[1]):
     fit(load_config("digits.py", changes), workdir)
 """
-VALUES = FSDP_VALUES | {
+VALUES = DIVISIBLE | {
     "model.dropout_rate": 0.0,
     "optimizer.sam_rho": 0.0,
     "optimizer.name": "muon",

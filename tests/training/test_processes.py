@@ -9,13 +9,20 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from made_datasets import encode
 from made_folders import write
-from several_processes import CHANGES, ENVIRONMENT, arguments, finish, free_port, read_until, start_all
+from several_processes import (
+    CHANGES,
+    ENVIRONMENT,
+    arguments,
+    finish,
+    free_port,
+    read_until,
+    start_all,
+    state_at,
+)
 from small_runs import rows
 
 from mlpmixer_flax.evaluate import main as evaluate
@@ -23,18 +30,6 @@ from mlpmixer_flax.train import main as train
 from mlpmixer_flax.training.report import TIMINGS
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def state_at(workdir, step):
-    """Returns the arrays of a checkpoint by name, whatever devices they were on."""
-    found = []
-    for part in ("default", "weights"):
-        folder = (workdir / "checkpoints" / str(step) / part).absolute()
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-            found.append(checkpointer.restore(folder, args=ocp.args.PyTreeRestore(stored, as_numpy)))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(found)}
 
 
 # --- the same numbers

@@ -3,19 +3,17 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
+from documented import commands_below, run, words_of
 from PIL import Image
-from test_docs import run, words_of
-from test_processes import CHANGES, arguments, finish, start_all
+from several_processes import CHANGES, arguments, finish, start_all
 
 from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.run_weights import read_weights
 from mlpmixer_flax.rundir import saved_steps
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "labels.md").read_text()
 # A tiny model instead of the one that suits photos; a learning rate with which the scores soon go up and down.
 SMALL = [
     *("--config=configs/digits.py", "--config.model.num_blocks=1", "--config.model.hidden_dim=16"),
@@ -26,12 +24,6 @@ SMALL = [
     ),
     *("--config.optimizer.learning_rate=0.05", "--config.eval_every_steps=2", "--config.batch_size=16"),
 ]
-
-
-def commands_below(heading):
-    """Returns the commands of the first block after a heading of the page."""
-    text = PAGE.partition(f"## {heading}\n")[2]
-    return re.search(r"```\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", "").splitlines()
 
 
 def follow(command, *more):
@@ -61,7 +53,7 @@ def evaluations(workdir):
 def test_a_run_with_rare_classes_stops_early_and_keeps_its_best_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_digits(tmp_path / "photos", {"1": 80, "4": 40, "8": 8})
-    train, evaluate = commands_below("Rare classes")
+    train, evaluate = commands_below("labels.md", "Rare classes")
     follow(train)
     said, workdir = capsys.readouterr().out, tmp_path / "runs" / "rare"
     assert re.search(

@@ -1,4 +1,4 @@
-"""Tests what a run reports in metrics.jsonl, in TensorBoard and on the terminal, and the means in between."""
+"""Tests what a run reports in metrics.jsonl, in TensorBoard and on the terminal."""
 
 import contextlib
 import fcntl
@@ -11,11 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
-import time
-from types import SimpleNamespace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,19 +19,10 @@ from tensorboardX.proto.event_pb2 import SessionLog
 from written_events import events, scalars
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.training import report
-from mlpmixer_flax.training.report import Recent, Reporter, read_metrics
+from mlpmixer_flax.training.report import Reporter, read_metrics
 
 TRAINING = {"train/loss": 1.23456, "train/accuracy": 0.5, "images_per_second": 1234.5}
 TEST = {"test/loss": 2.5, "test/accuracy": 0.25, "test/accuracy_top5": 0.75}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Stops the time; `clock.now += seconds` moves it on."""
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    return clock
 
 
 def open_reporter(workdir, start_step=0, total_steps=100):
@@ -311,114 +298,3 @@ def test_progress_bar_on_a_terminal(tmp_path, start, total, speed, shown):
     # The evaluation has a line of its own above the bar; there is no other line.
     others = [frame.strip() for frame in frames if frame.strip() and "|" not in frame]
     assert others == [f"step {start + 2}, epoch 0.50: test accuracy 0.2500, loss 2.5000"]
-
-
-# Means between two reports
-
-
-def values(loss, accuracy=0.5):
-    return {"loss": jnp.float32(loss), "accuracy": jnp.float32(accuracy)}
-
-
-def test_recent_returns_means_and_speed_since_the_last_summary(clock):
-    recent = Recent(32, [])
-    for step, loss in enumerate([1.0, 2.0, 6.0], 1):
-        recent.add(step, values(loss, loss / 10))
-    clock.now += 4
-    summary = recent.summary()
-    assert summary == pytest.approx(
-        {"train/loss": 3.0, "train/accuracy": 0.3, "images_per_second": 3 * 32 / 4, "data_wait": 0.0}
-    )
-    assert all(type(value) is float for value in summary.values())
-    recent.add(4, values(10.0))
-    clock.now += 2
-    assert recent.summary() == {
-        "train/loss": 10.0,
-        "train/accuracy": 0.5,
-        "images_per_second": 16.0,
-        "data_wait": 0.0,
-    }
-
-
-def test_stored_metrics_with_other_names_are_left_out():
-    recent = Recent(32, [{"loss": 9.0}, {}, {"loss": 2.0, "accuracy": 0.5}])
-    recent.add(4, values(1.0))
-    assert recent.summary()["train/loss"] == 1.5
-
-
-def test_the_wait_for_batches_is_a_share_of_the_time(clock):
-    recent = Recent(32, [])
-
-    def batches():
-        for _ in range(2):
-            clock.now += 3
-            yield {}
-            clock.now += 2  # the next batch is begun only when it is asked for
-
-    for step, _ in enumerate(recent.timing(batches()), 1):
-        recent.add(step, values(1.0))
-        clock.now += 1
-    assert recent.summary()["data_wait"] == pytest.approx((3 + 2 + 3) / (3 + 1 + 2 + 3 + 1 + 2))
-    clock.now += 1
-    recent.add(3, values(1.0))
-    assert recent.summary()["data_wait"] == 0
-
-
-def test_a_batch_that_is_made_while_the_device_computes_is_not_waited_for():
-    recent = Recent(32, [])
-    matrix = jnp.ones((500, 500))
-    update = jax.jit(lambda x: jax.lax.fori_loop(0, 500, lambda _, y: jnp.tanh(y @ x), x)[0, 0])
-    update.lower(matrix).compile()
-
-    def batches():
-        yield {}
-        time.sleep(0.005)  # a small part of the time of the update
-        yield {}
-        recent.waiting[-1][1]["loss"].block_until_ready()
-        time.sleep(0.2)
-        yield {}
-
-    update(matrix).block_until_ready()
-    batches = recent.timing(batches())
-    next(batches)
-    recent.waited = 0.0
-    recent.add(1, {"loss": update(matrix)})
-    next(batches)
-    assert recent.waited == 0
-    next(batches)
-    assert recent.waited >= 0.2
-
-
-def test_a_pause_does_not_count_in_the_speed(clock):
-    recent = Recent(10, [])
-    clock.now += 1
-    recent.add(1, values(1.0))
-    with recent.paused():
-        clock.now += 100
-    with recent.paused():
-        clock.now += 50
-    clock.now += 1
-    recent.add(2, values(2.0))
-    assert recent.summary()["images_per_second"] == pytest.approx(10.0)
-
-
-@pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
-@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-def test_a_metric_that_is_not_finite_stops_the_run_with_name_and_step(name, value, shown):
-    recent = Recent(1, [])
-    bad = {**values(1.0), "gradient_norm": np.float32(1.0), name: np.float32(value)}
-    recent.add(7, bad)  # is fetched when the device works on the next step
-    with pytest.raises(
-        FloatingPointError, match=rf"^{name} is {shown} at step 7: .*lower optimizer.learning_rate"
-    ):
-        recent.add(8, values(1.0))
-
-
-def test_a_metric_that_is_not_finite_is_found_before_a_summary_and_before_a_pause():
-    recent = Recent(1, [])
-    recent.add(3, values(np.nan))
-    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
-        recent.summary()
-    recent.add(4, values(np.inf))
-    with pytest.raises(FloatingPointError, match="loss is inf at step 4"), recent.paused():
-        pytest.fail("a checkpoint would be saved here")

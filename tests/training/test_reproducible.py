@@ -6,7 +6,8 @@ Each start is a process of its own, because JAX counts its devices once.
 import time
 
 import pytest
-from test_processes import arguments, finish, rows, start_all, state_at
+from several_processes import arguments, finish, start_all, state_at
+from small_runs import rows
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.training.reproducible import check_threads

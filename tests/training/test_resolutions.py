@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from documented import ROOT, run, words_of
 from flax.traverse_util import flatten_dict
 from jax.test_util import check_grads
-from test_docs import ROOT, run, words_of
-from test_processes import arguments, finish, rows, start_all, state_at
+from several_processes import arguments, finish, start_all, state_at
+from small_runs import rows
 
 from mlpmixer_flax import UserError, fit, load, load_config
 from mlpmixer_flax.evaluate import main as evaluate

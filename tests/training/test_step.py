@@ -1,180 +1,36 @@
-"""Compares the update with NumPy: losses, accumulation, EMA and randomness; also the evaluation step."""
+"""Compares the update with NumPy: gradients, freezing, EMA, accumulation and randomness."""
 
 import math
 from functools import cache, partial
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_updates import (
+    CLASSES,
+    DESCENT,
+    MESH,
+    MIXED,
+    QUICK,
+    SHIFTED,
+    config_with,
+    loss_by_hand,
+    make_run,
+    start,
+    tiny_batch,
+    tiny_model,
+)
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import INIT_HEADS, get_config, resolve
-from mlpmixer_flax.data import augment
-from mlpmixer_flax.data.images import RESAMPLING
-from mlpmixer_flax.models import GELU, MlpMixer
-from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.dropout import dropout_by_image
-from mlpmixer_flax.training.evaluation import make_eval_step
 from mlpmixer_flax.training.losses import LOSSES
-from mlpmixer_flax.training.optimizer import DIRECTIONS, SCHEDULES, make_optimizer, make_schedule
-from mlpmixer_flax.training.step import TrainState, init_state, make_preview_step, make_train_step
+from mlpmixer_flax.training.optimizer import make_optimizer
+from mlpmixer_flax.training.step import make_preview_step
 from mlpmixer_flax.training.validate import CHOICES
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-CLASSES = 3
-MESH = sharding.make_mesh()
-QUICK = {
-    "xla_backend_optimization_level": 0
-}  # compiles faster; compiling takes most of the time of these tests
-TINY = {
-    "model.patches.size": (4, 4),
-    "model.hidden_dim": 8,
-    "model.num_blocks": 1,
-    "model.tokens_mlp_dim": 6,
-    "model.channels_mlp_dim": 10,
-}
-# Plain gradient descent: an error in a gradient changes the parameters in proportion.
-DESCENT = {
-    "optimizer.name": "sgd",
-    "optimizer.momentum": 0.0,
-    "optimizer.clip_norm": 0.0,
-    "optimizer.learning_rate": 0.1,
-    "schedule.name": "constant",
-}
-SHIFTED = {"augment.crop_padding_px": 1, "augment.flip": True}
-MIXED = {"augment.mixup_alpha": 0.5, "augment.cutmix_alpha": 1.0, "augment.label_smoothing": 0.1}
-
-
-def config_with(**values):
-    config = get_config()
-    config.update_from_flattened_dict({**TINY, **values})
-    return resolve(config, {})
-
-
-def tiny_model(config):
-    return MlpMixer(num_classes=CLASSES, **config.model.to_dict())
-
-
-def tiny_batch(n=8, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "image": rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8),
-        "label": rng.integers(0, CLASSES, n, dtype=np.int32),
-        "mask": np.ones(n, bool),
-    }
-
-
-def make_run(**values):
-    """Returns a jitted update, and a state in which no parameters are zero, not even head and biases."""
-    return _make_run(tuple(sorted(values.items())))
-
-
-@cache  # tests share compiled updates
-def _make_run(values):
-    values = dict(values)
-    warmup_steps = values.get("schedule.warmup_steps", 0)
-    config = config_with(**values)
-    model = tiny_model(config)
-    schedule = make_schedule(config, total_steps=10, warmup_steps=warmup_steps)
-    optimizer = make_optimizer(config, schedule)
-    state = jax.eval_shape(lambda: start(model, optimizer, config))
-    update = make_train_step(model, optimizer, schedule, config, mesh=MESH)
-    return jax.jit(update, compiler_options=QUICK), fill(state)
-
-
-def start(model, optimizer, config):
-    return init_state(None, model=model, optimizer=optimizer, config=config, image_shape=(8, 8, 1))
-
-
-def fill(state):
-    """Fills the shapes of a state: random parameters, an EMA equal to them, an optimizer state of zeros."""
-    rng = np.random.default_rng(7)
-
-    def zeros(tree):
-        return jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), tree)
-
-    params = jax.tree.map(
-        lambda p: rng.normal(0, 0.3, p.shape).astype(p.dtype) + np.float32(p.ndim == 1), state.params
-    )
-    ema = None if state.ema is None else params
-    return TrainState(zeros(state.step), params, zeros(state.opt_state), ema)
-
-
-# Losses, and names in the config
-
-
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def loss_by_hand(name, logits, labels):
-    if name == "softmax":
-        return -(labels * log_softmax(logits)).sum(-1)
-    p = 1 / (1 + np.exp(-logits))
-    return -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).sum(-1)
-
-
-@pytest.mark.parametrize("name", CHOICES["loss"])
-def test_loss_equals_its_formula_with_soft_labels(name):
-    rng = np.random.default_rng(0)
-    logits, labels = rng.normal(0, 3, (6, 5)), rng.dirichlet(np.ones(5), 6)
-    loss = jax.jit(LOSSES[name].per_image)(np.float32(logits), np.float32(labels))
-    np.testing.assert_allclose(loss, loss_by_hand(name, logits, labels), rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", CHOICES["loss"])
-def test_loss_is_finite_and_exact_for_confident_wrong_logits(name):
-    logits, labels = np.float32([[200.0, -200.0]]), np.float32([[0.0, 1.0]])
-    np.testing.assert_allclose(
-        jax.jit(LOSSES[name].per_image)(logits, labels), {"softmax": [400.0], "sigmoid": [400.0]}[name]
-    )
-
-
-@pytest.mark.parametrize("name", CHOICES["loss"])
-def test_probabilities_equal_their_formula(name):
-    logits = np.random.default_rng(0).normal(0, 3, (6, 5))
-    expected = {"softmax": np.exp(log_softmax(logits)), "sigmoid": 1 / (1 + np.exp(-logits))}[name]
-    np.testing.assert_allclose(LOSSES[name].probabilities(np.float32(logits)), expected, rtol=1e-5)
-
-
-def test_names_in_the_config_are_those_of_the_tables():
-    assert set(CHOICES["loss"]) == set(LOSSES)
-    assert set(CHOICES["model.gelu"]) == set(GELU)
-    assert set(CHOICES["optimizer.name"]) == set(DIRECTIONS)
-    assert set(CHOICES["schedule.name"]) == set(SCHEDULES)
-    assert set(CHOICES["preprocess.interpolation"]) == set(RESAMPLING)
-    assert set(CHOICES["init_head"]) == set(INIT_HEADS)
-
-
-def build(config):
-    """Traces everything that reads a name, without compiling it."""
-    schedule = make_schedule(config, total_steps=10, warmup_steps=2)
-    optimizer = make_optimizer(config, schedule)
-    model = tiny_model(config)
-    state = jax.eval_shape(lambda: start(model, optimizer, config))
-    batch = {**tiny_batch(), "image": np.zeros((8, 6, 6, 1), np.uint8)}  # resized to 8 px
-    jax.eval_shape(make_train_step(model, optimizer, schedule, config, mesh=MESH), state, batch)
-    jax.eval_shape(make_eval_step(model, config, mesh=MESH), state.params, batch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("key", "name"), [(key, name) for key, names in CHOICES.items() for name in names])
-def test_every_name_in_the_config_builds_a_run(key, name):
-    build(config_with(**{key: name}))
-
-
-@pytest.mark.parametrize(
-    "key", sorted(CHOICES.keys() - {"init_head", "preprocess.fit", "tracker", "best_by"})
-)  # read elsewhere
-def test_no_other_name_builds_a_run(key):
-    with pytest.raises((ValueError, KeyError, TypeError), match="lamb"):
-        build(config_with(**{key: "lamb"}))
-
 
 # The update
 
@@ -451,101 +307,3 @@ def test_mixed_precision_keeps_parameters_and_optimizer_in_float32():
         assert leaf.dtype == (jnp.float32 if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.int32)
     gap = abs(float(metrics["loss"]) - float(exact(start, tiny_batch())[1]["loss"]))
     assert 1e-5 < gap < 0.05  # it does compute in bfloat16, whose rounding is 0.4 %
-
-
-# The evaluation step
-
-
-class FirstPixels(nn.Module):
-    """Returns the first pixels of the image as logits, so that the scores can be computed by hand."""
-
-    num_classes: int
-
-    def __call__(self, images, *, train=False):
-        return images.reshape(images.shape[0], -1)[:, : self.num_classes]
-
-
-def score(logits, labels, mask, *, loss="softmax"):
-    """Returns the sums of images whose pixels are these logits, integers from 0 to 255.
-
-    Pixels are divided by 255, and then by the std of 1/255, so that they do not change.
-    """
-    n, classes = np.shape(logits)
-    config = config_with(
-        **{
-            "preprocess.image_size_px": 3,
-            "preprocess.mean": (0.0,),
-            "preprocess.std": (1 / 255,),
-            "loss": loss,
-        }
-    )
-    images = np.full((n, 9), 255, np.uint8)
-    images[:, :classes] = logits
-    batch = {"image": images.reshape(n, 3, 3, 1), "label": np.int32(labels), "mask": np.array(mask)}
-    return jax.device_get(jax.jit(make_eval_step(FirstPixels(classes), config, mesh=MESH))({}, batch))
-
-
-def test_scores_are_sums_over_unmasked_rows_top1_and_top5_by_hand():
-    logits = [
-        [9, 1, 2, 3, 4, 5, 6],  # label 0: best
-        [9, 1, 2, 3, 4, 5, 6],  # label 3: fifth
-        [9, 1, 2, 3, 4, 5, 6],  # label 2: sixth
-        [1, 8, 2, 3, 4, 5, 6],  # label 1: best
-        [9, 1, 2, 3, 4, 5, 6],  # label 0, masked
-        [0, 0, 0, 0, 0, 0, 200],  # label 0, masked: a loss of 200 that must not count
-    ]
-    labels, mask = [0, 3, 2, 1, 0, 0], [True] * 4 + [False] * 2
-    sums = score(logits, labels, mask)
-    losses = -log_softmax(np.float64(logits))[np.arange(6), labels]
-    assert sums.keys() == {"loss", "accuracy", "accuracy_top5", "count", "class_accuracy", "class_count"}
-    np.testing.assert_array_equal(sums.pop("class_accuracy"), [1, 1, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(sums.pop("class_count"), [1, 1, 1, 1, 0, 0, 0])
-    assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (2, 3, 4)
-    np.testing.assert_allclose(sums["loss"], losses[:4].sum(), rtol=1e-5)
-    assert all(value.dtype == np.float32 and value.shape == () for value in sums.values())
-
-
-def test_scores_use_the_loss_of_the_config():
-    logits, labels = [[3, 1, 2], [0, 4, 1]], [0, 2]
-    one_hot = np.eye(3)[labels]
-    sums = score(logits, labels, [True, True], loss="sigmoid")
-    expected = loss_by_hand("sigmoid", np.float64(logits), one_hot).sum()
-    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("classes", [2, 4, 5])
-def test_with_five_classes_or_fewer_all_images_are_in_the_top5(classes):
-    logits = np.tile(np.arange(classes), (classes, 1))
-    sums = score(logits, np.arange(classes), [True] * classes)
-    assert (sums["accuracy"], sums["accuracy_top5"], sums["count"]) == (1, classes, classes)
-
-
-def test_a_batch_of_padding_has_sums_of_0():
-    sums = score([[1, 2], [3, 4]], [0, 0], [False, False])
-    assert len(sums) == 6 and not any(value.any() for value in sums.values())
-
-
-def test_evaluation_preprocesses_as_at_test_time_without_dropout_or_augmentation():
-    values = {
-        **SHIFTED,
-        "preprocess.crop_fraction": 0.5,
-        "preprocess.mean": (0.2,),
-        "model.dropout_rate": 0.5,
-        "model.stochastic_depth_rate": 0.5,
-    }
-    config = config_with(**values)
-    model, batch = tiny_model(config), tiny_batch()
-    params = make_run(**DESCENT)[1].params
-
-    @jax.jit
-    def by_hand(params):
-        middle = np.float32(batch["image"][:, 2:6, 2:6])
-        images = (augment.resize(middle, 8, "bilinear") / 255 - 0.2) / 0.5
-        return model.apply({"params": params}, images)
-
-    sums = jax.jit(make_eval_step(model, config, mesh=MESH))(params, batch)
-    logits = np.float64(by_hand(params))
-    np.testing.assert_allclose(
-        sums["loss"], -log_softmax(logits)[np.arange(8), batch["label"]].sum(), rtol=1e-5
-    )
-    assert sums["accuracy"] == (logits.argmax(-1) == batch["label"]).sum()

@@ -1,151 +1,31 @@
-"""Downloads from a real server that misbehaves on demand, in real processes that are killed."""
+"""Downloads from a real server: the cache, checks, mistakes of a user and the progress bar."""
 
 import base64
-import contextlib
 import hashlib
 import os
 import pty
-import re
-import signal
 import socket
 import subprocess
 import sys
 import termios
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from download_site import (
+    CONTENT,
+    FETCH,
+    MD5,
+    SENT_MD5,
+    SHA256,
+    SIZE_MIB,
+    break_off,
+    files,
+    refused,
+    wait_for_part,
+)
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.weights import download
 from mlpmixer_flax.weights.download import cache_dir, cache_file, fetch
-
-CONTENT = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
-SIZE_MIB = 3.01
-MD5 = hashlib.md5(CONTENT)
-SENT_MD5 = base64.b64encode(MD5.digest()).decode()  # as in x-goog-hash
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-FETCH = "import sys; from mlpmixer_flax.weights.download import fetch; print(fetch(sys.argv[1]))"
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves `server.site`; its fields say how."""
-
-    def do_GET(self):
-        site = self.server.site
-        site.paths.append(self.path)
-        if self.path in site.redirects:
-            self.send_response(302)
-            self.send_header("Location", site.redirects[self.path])
-            self.end_headers()
-            return
-        asked = self.headers["Range"]
-        start, status = 0, site.statuses.pop(0) if site.statuses else 200
-        if asked and site.ranges and status == 200:
-            start, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
-        if start and start >= len(site.content):
-            start, status = len(site.content), 416
-        body = site.content[start:]
-        self.send_response(status)
-        for name, value in [*site.headers.items(), *(("x-goog-hash", value) for value in site.hashes)]:
-            self.send_header(name, value)
-        if status == 206:
-            span = f"{start + site.range_shift}-{len(site.content) - 1}/{len(site.content)}"
-            self.send_header("Content-Range", f"bytes {span}")
-        if site.length:
-            self.send_header("Content-Length", len(body) + site.extra_length)
-        sent = body[: site.drops.pop(0)] if site.drops else body
-        site.log.append((asked, status, len(sent)))
-        with contextlib.suppress(OSError):  # the client may have closed the connection, or be dead
-            self.end_headers()
-            self.wfile.write(sent)
-            if site.hold and sent != body:
-                site.hold.wait(30)
-                self.wfile.write(body[len(sent) :])
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A server that has the same file at every path, an empty cache, and short pauses between tries."""
-    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download, "PAUSES_SECONDS", (0.01, 0.01, 0.01))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.site = SimpleNamespace(
-        port=server.server_port,
-        url=f"http://127.0.0.1:{server.server_port}/weights/Mixer-B_16.npz",
-        content=CONTENT,
-        statuses=[],  # instead of 200, request by request
-        headers={"ETag": '"one"'},
-        hashes=[],  # values of x-goog-hash
-        ranges=True,
-        range_shift=0,
-        length=True,
-        extra_length=0,
-        drops=[],  # number of bytes after which the connection is closed, request by request
-        hold=None,  # an event: wait for it instead of closing the connection
-        redirects={},
-        paths=[],
-        log=[],  # (Range, status, bytes sent)
-    )
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-
-    def close():
-        server.shutdown()
-        server.server_close()
-
-    server.site.close = close
-    yield server.site
-    if server.site.hold:
-        server.site.hold.set()
-    close()
-    thread.join()
-
-
-def files(tmp_path):
-    return sorted(file.name for file in tmp_path.rglob("*.*") if file.suffix != ".lock")
-
-
-def refused(url, **kwargs):
-    """Returns the one sentence that `fetch` raises."""
-    with pytest.raises(UserError) as raised:
-        fetch(url, **kwargs)
-    message = str(raised.value)
-    assert "\n" not in message and ": " in message, message
-    return message
-
-
-def break_off(site, sent=1000):
-    """Starts a download that ends with its first `sent` bytes in the cache."""
-    site.drops = [sent, 0, 0, 0]
-    assert "run the command again to continue" in refused(site.url)
-    site.log.clear()
-
-
-def start(url):
-    command = [sys.executable, "-c", FETCH, url]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_part(tmp_path, size):
-    """Returns the partial file as soon as it has `size` bytes."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        for part in tmp_path.rglob("*.part"):
-            if part.stat().st_size >= size:
-                return part
-        time.sleep(0.01)
-    raise AssertionError(f"no partial file of {size} bytes")
-
 
 # The cache
 
@@ -215,158 +95,6 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
         UserError, match="no home directory found for ~no.such.user/cache: set MLPMIXER_CACHE"
     ):
         cache_dir()
-
-
-# Interruptions
-
-
-def test_a_dropped_download_continues_where_it_stopped(site, tmp_path, capsys):
-    site.drops = [1_000_000, 500_000]
-    assert fetch(site.url).read_bytes() == CONTENT
-    # Each request starts with the last byte of the one before.
-    rest = len(CONTENT) - 1_499_998
-    assert site.log == [
-        (None, 200, 1_000_000),
-        ("bytes=999999-", 206, 500_000),
-        ("bytes=1499998-", 206, rest),
-    ]
-    assert files(tmp_path) == ["Mixer-B_16.npz"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"downloading {site.url} (3.01 MiB) to {cache_file(site.url)}"
-
-
-def test_a_connection_that_stalls_counts_as_dropped(site, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
-    site.hold, site.drops = threading.Event(), [1000]
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert [asked for asked, _, _ in site.log] == [None, "bytes=999-"]
-
-
-def test_after_a_few_tries_it_gives_up_and_the_next_run_continues(site):
-    site.drops = [1000, 1000, 1000, 1000]
-    message = refused(site.url)
-    assert f"3,997 of {len(CONTENT):,} bytes" in message and site.url in message
-    assert not cache_file(site.url).exists()
-    assert len(site.log) == 4
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log[4:] == [("bytes=3996-", 206, len(CONTENT) - 3996)]
-
-
-def test_a_failing_server_is_tried_again_once_the_download_has_begun(site):
-    site.drops, site.statuses = [1000], [200, 503]
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert [status for _, status, _ in site.log] == [200, 503, 206]
-
-
-def test_a_server_that_ignores_ranges_makes_it_start_over(site):
-    site.ranges, site.drops = False, [1000]
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log == [(None, 200, 1000), ("bytes=999-", 200, len(CONTENT))]
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [{"ETag": '"two"'}, {"Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, {"ETag": 'W/"one"'}, {}],
-)
-def test_a_file_that_changed_meanwhile_is_downloaded_anew(site, tmp_path, headers):
-    break_off(site)
-    site.content, site.headers = CONTENT[::-1], headers
-    assert fetch(site.url).read_bytes() == CONTENT[::-1]
-    assert site.log[0][:2] == ("bytes=999-", 206)
-    assert site.log[1:] == [(None, 200, len(CONTENT))]
-    assert files(tmp_path) == ["Mixer-B_16.npz"]
-
-
-def test_a_part_of_a_changed_file_is_removed_even_if_the_new_download_breaks_off(site, tmp_path):
-    break_off(site)
-    (old,) = tmp_path.rglob("*.part")
-    site.content, site.headers = CONTENT[::-1], {"ETag": '"two"'}
-    site.drops = [0, 500, 0, 0, 0]
-    refused(site.url)
-    (new,) = tmp_path.rglob("*.part")
-    assert new != old and new.read_bytes() == CONTENT[::-1][:500]
-    assert fetch(site.url).read_bytes() == CONTENT[::-1]
-    assert site.log[-1] == ("bytes=499-", 206, len(CONTENT) - 499)
-
-
-def test_a_file_that_shrank_meanwhile_is_downloaded_anew(site):
-    break_off(site)
-    site.content = b"short"
-    assert fetch(site.url).read_bytes() == b"short"
-    assert site.log == [("bytes=999-", 416, 0), (None, 200, 5)]
-
-
-@pytest.mark.parametrize("change", [{"range_shift": 1}, {"content": CONTENT[5000:7000]}])
-def test_another_range_than_the_missing_one_is_not_used(site, change):
-    break_off(site)
-    vars(site).update(change)
-    assert fetch(site.url).read_bytes() == site.content
-    assert [asked for asked, _, _ in site.log] == ["bytes=999-", None]
-
-
-@pytest.mark.parametrize(
-    "headers, asked",
-    [
-        ({}, None),
-        ({"ETag": 'W/"weak"'}, None),
-        ({"Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, "bytes=999-"),
-        ({"ETag": 'W/"weak"', "Last-Modified": "Tue, 04 May 2021 10:00:00 GMT"}, "bytes=999-"),
-        ({"ETag": f'"{"long" * 1000}"'}, "bytes=999-"),
-    ],
-)
-def test_a_download_continues_only_if_a_change_of_the_file_would_show(site, headers, asked):
-    site.headers = headers
-    break_off(site)
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log[0][0] == asked
-
-
-def test_of_a_complete_part_only_the_last_byte_is_downloaded_again(site, tmp_path):
-    site.hashes = [f"md5={SENT_MD5}"]
-    break_off(site)
-    wait_for_part(tmp_path, 1000).write_bytes(CONTENT)
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert site.log == [(f"bytes={len(CONTENT) - 1}-", 206, 1)]
-
-
-def test_a_part_that_is_too_long_is_downloaded_anew(site, tmp_path):
-    break_off(site)
-    wait_for_part(tmp_path, 1000).write_bytes(CONTENT + b"more")
-    assert fetch(site.url).read_bytes() == CONTENT
-    assert [status for _, status, _ in site.log] == [416, 200]
-
-
-# Several processes
-
-
-def test_of_two_processes_one_downloads_and_the_other_waits(site, tmp_path):
-    site.hold, site.drops = threading.Event(), [1_000_000]
-    with start(site.url) as first:
-        wait_for_part(tmp_path, 1)
-        with start(site.url) as second:
-            assert "waiting for another process" in second.stderr.readline()
-            site.hold.set()
-            outputs = [process.communicate(timeout=30)[0] for process in (first, second)]
-    assert outputs == [f"{cache_file(site.url)}\n"] * 2
-    assert cache_file(site.url).read_bytes() == CONTENT
-    assert len(site.log) == 1
-
-
-def test_after_kill_9_a_waiting_process_downloads_only_the_rest(site, tmp_path):
-    site.hold, site.drops = threading.Event(), [1_000_000]
-    with start(site.url) as first:
-        part = wait_for_part(tmp_path, 500_000)
-        with start(site.url) as second:
-            assert "waiting for another process" in second.stderr.readline()
-            first.send_signal(signal.SIGKILL)
-            output, errors = second.communicate(timeout=30)
-    assert first.returncode == -signal.SIGKILL
-    assert Path(output.strip()).read_bytes() == CONTENT, errors
-    (_, _, killed), (asked, status, rest) = site.log
-    first_byte = len(CONTENT) - rest
-    assert 500_000 <= first_byte + 1 <= killed
-    assert (asked, status) == (f"bytes={first_byte}-", 206)
-    assert not part.exists()
 
 
 # Checks
