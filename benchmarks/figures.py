@@ -88,6 +88,8 @@ _VT_SOURCE = (
 )
 _VT_REMARKS = "They train on 98 % of the training images and leave out 272 test images; we use all of both."
 _PAPER = "[arXiv 2105.01601](https://arxiv.org/abs/2105.01601)"
+# Millions of parameters with 1,000 classes
+_MILLIONS = {"s32": 19.1, "s16": 18.5, "s8": 20.6, "b32": 60.3, "b16": 59.9, "l16": 208.2}
 _ON_IMAGENET = {  # the preset "imagenet2012" of vision_transformer's vit_jax/configs/common.py
     "dataset": "imagenet2012",
     "test_split": "validation",
@@ -127,7 +129,7 @@ _TRAINED = {
         "CIFAR-10 from scratch, 0.67 M parameters, for a CPU: 100 epochs without strong augmentation",
         *_OMIHUB_REPORTED,
         config="nano_cifar10.py",
-        hours=3.5,
+        hours=4.0,
         remarks="A third of their epochs, with crops and mirror images only: see omihub777_nano for their recipe.",
     ),
     "omihub777_nano": Row(
@@ -227,7 +229,7 @@ _TRAINED = {
             f"fine-tuning on CIFAR-10 at 224 px: Mixer-{size[0].upper()}/16, pre-trained on {name}",
             _VT_SOURCE,
             accuracy,
-            f"10,000 updates of 512 images, {hours} h on four V100",
+            f"{_MILLIONS[size]:g} M parameters, 10,000 updates of 512 images, {hours} h on four V100",
             config=f"{size}_cifar10.py",
             changes={"init_from": f"{upstream}/Mixer-{size[0].upper()}_16"},
             gpu=True,
@@ -245,7 +247,7 @@ _TRAINED = {
             f"ImageNet from scratch: Mixer-{size[0].upper()}/16, 300 epochs",
             _PAPER,
             accuracy,
-            "300 epochs, batches of 4,096, on TPUs",
+            f"{_MILLIONS[size]:g} M parameters, 300 epochs, batches of 4,096, on TPUs",
             config=f"{size}_imagenet.py",
             gpu=True,
         )
@@ -256,7 +258,7 @@ _TRAINED = {
             f"fine-tuning on ImageNet at {px} px: Mixer-{size[0].upper()}/16, pre-trained on ImageNet-21k",
             _PAPER,
             accuracy,
-            "pre-trained for 300 epochs",
+            f"{_MILLIONS[size]:g} M parameters, pre-trained for 300 epochs",
             config=f"{size}_cifar10.py",
             changes={**_ON_IMAGENET, **more},
             gpu=True,
@@ -290,7 +292,7 @@ def _evaluated(name: str) -> tuple[str, Row]:
         f"{kind} on ImageNet, weights `{name}` evaluated",
         source,
         float(published.top1),
-        published.note,
+        ", ".join(filter(None, [f"{_MILLIONS[published.size]:g} M parameters", published.note])),
         weights=name,
     )
 

@@ -8,17 +8,17 @@ images:
 
 - flexible: one model for all five sizes
 - specialist: one model per size
-- resampled: the specialist for the stored size, with its token mixing resampled to the others and not trained further
+- resampled: the specialist for the own size, with its token mixing resampled to the others and not trained further
 - made flexible: the same specialist, after 3 more epochs with all sizes
 - flexible, 5 times: one model for all sizes again, with five times the updates, so each size has as many as its specialist
-- other patches: a model for images of the stored size, in larger or smaller patches that give as many tokens as the
+- other patches: a model for images of the own size, in larger or smaller patches that give as many tokens as the
   specialist's. It tells what a model for several patch sizes could gain over one for several image sizes.
 
-`digits`: configs/digits.py, 672 updates of 64 images, three seeds. Stored are 8 px.
+`digits`: configs/digits.py, 672 updates of 64 images, three seeds. The own size is 8 px.
 `cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
-images, on 10,000 of the training images, two seeds. Stored are 32 px.
+images, on 10,000 of the training images, two seeds. The own size is 32 px.
 
-On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 about an hour. After each run the table is printed,
+On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 more than an hour. After each run the table is printed,
 and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
 that was interrupted continues. Results: docs/resolutions.md
 """
@@ -117,20 +117,20 @@ class Run:
 def runs(experiment: Experiment) -> Iterator[Run]:
     """Yields all trainings, the most telling first."""
     config = load_config(experiment.config)
-    stored, patch = config.preprocess.image_size_px, config.model.patches.size[0]
-    others = [size for size in experiment.sizes if size != stored]
+    own, patch = config.preprocess.image_size_px, config.model.patches.size[0]
+    others = [size for size in experiment.sizes if size != own]
     for seed in experiment.seeds:
         yield Run("flexible", seed, {})
-        for size in (stored, *others):
+        for size in (own, *others):
             specialist = Run("specialist", seed, {"preprocess.image_size_px": size}, size)
             yield specialist
-            if size == stored:
+            if size == own:
                 yield Run("made flexible", seed, {**experiment.finetuning, "init_from": specialist.folder})
     for seed in experiment.seeds:
         yield Run("flexible, 5 times", seed, experiment.longer)
     for seed in experiment.seeds:
         for size in others:
-            side, rest = divmod(stored * patch, size)
+            side, rest = divmod(own * patch, size)
             if not rest:
                 yield Run("other patches", seed, {"model.patches.size": (side, side)}, size)
 

@@ -1,11 +1,10 @@
-"""Measures what each lever gives to a small Mixer on CIFAR-10: augmentation, regularization, optimizers, patch size.
+"""Measures what each change of the training gives to a small Mixer on CIFAR-10: of augmentation, optimizer, patches and others.
 
     python benchmarks/levers.py --workdir=FOLDER
 
 The model is a very small nano Mixer: patches of 4 px, 3 blocks, 48 channels, 44,170 parameters. It trains on 2,500 images,
-train[:5%], for 20 epochs in batches of 64 with AdamW, with the other values of configs/nano_cifar10.py. So it begins to learn its
-images by heart, as larger models do with all 50,000, and regularization has something to do. Every lever changes this base
-alone.
+train[:5%], for 20 epochs in batches of 64 with AdamW, with the other values of configs/nano_cifar10.py. It has few images for
+its size, as larger models have with all 50,000. Each change ("lever") is one from this base.
 
 Levers are compared on images held out from training, train[90%:]. The test split is scored too, and decides nothing. Each
 score is also given for the mean of the logits of an image and its mirror image ("flip"). At the end, the best value of each
@@ -151,7 +150,7 @@ def table(found: Mapping[str, list[Scores]]) -> str:
     """Returns a Markdown table with a row per run; the runs of different seeds are one row."""
     base = mean(found["base"], "held out")
     lines = [
-        f"| lever | gain | {' | '.join(COLUMNS)} | held out, each seed |",
+        f"| change | gain | {' | '.join(COLUMNS)} | held out, each seed |",
         "|" + "---|" * (len(COLUMNS) + 3),
     ]
     for name, runs in found.items():

@@ -9,7 +9,8 @@ one. A row that you name is run on any device, and its weights are downloaded.
 A row is a run directory, WORKDIR/ROW-seedN. Repeat the command to continue what
 was interrupted; a finished run is not run again. Each result is added to
 benchmarks/measured.jsonl and docs/reproduction.md, with hardware and versions.
-The minutes are those of the updates alone, without compilation and evaluation.
+The minutes are the number of updates times their median time, without
+compilation and evaluation.
 
 --config.KEY=VALUE changes the config of the rows, to try them on a small scale.
 Unless the key changes no result (data_dir, accumulation_steps and the like),
@@ -24,6 +25,7 @@ if __name__ == "__main__":
 
 import argparse
 import datetime
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -118,13 +120,11 @@ def _of_training(task: Task) -> Mapping[str, Any]:
     rows = read_metrics(task.run / "metrics.jsonl")
     scores = [100 * score.value for row in rows if (score := score_of(row))]
     timed = [row for row in rows if "images_per_second" in row]
-    steps = [0, *(row["step"] for row in timed)]
-    seconds = sum(
-        (step - before) * task.config.batch_size / row["images_per_second"]
-        for row, step, before in zip(timed, steps[1:], steps, strict=False)
-    )
+    # The median, because a process that was held up for a while computed nothing in that time.
+    speed = statistics.median(row["images_per_second"] for row in timed)
+    minutes = timed[-1]["step"] * task.config.batch_size / speed / 60
     data = "JPEG copy" if is_jpeg_copy(task.dataset, task.data_dir) else ""
-    return {"accuracy": scores[-1], "first": scores[0], "minutes": seconds / 60, "data": data}
+    return {"accuracy": scores[-1], "first": scores[0], "minutes": minutes, "data": data}
 
 
 def show_table(tasks: Sequence[Task]) -> None:

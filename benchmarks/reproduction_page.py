@@ -49,8 +49,8 @@ machine can run: its data and weights are there, and so is a GPU if the row need
 "Published" is the accuracy on the test split as its authors report it (ImageNet: the validation split). "Ours" is the mean of n
 runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured; the row then says
 what was missing on our machine, or how long it takes. tests/test_reproduce_rows.py runs each of these rows on a small scale: a
-few images in the same file layout, and small random weights where it needs weights. Minutes are those of the updates, without
-compilation and evaluation, if nothing else is said.
+few images in the same file layout, and small random weights where it needs weights. Minutes are the number of updates
+times the median time of an update, without compilation and evaluation, if nothing else is said.
 """
 
 
@@ -137,8 +137,7 @@ def needed(row: Row) -> tuple[str, str]:
 def _details(name: str, row: Row, results: Sequence[Result]) -> str:
     """Returns the section of a row: source, what is reported, our command and each run."""
     lines = [f"## {name}", "", f"{row.task[0].upper()}{row.task[1:]}.", "", f"- Source: {row.source}"]
-    if row.reported:
-        lines.append(f"- Reported: {row.accuracy:g} %; {row.reported}")
+    lines.append(f"- Reported: {row.accuracy:g} %; {row.reported}")
     lines.append(f"- Ours: {_command(row)}")
     if row.remarks:
         lines.append(f"- Differences: {row.remarks}")
@@ -162,7 +161,7 @@ def _run_line(row: Row, result: Result) -> str:
 
 def _command(row: Row) -> str:
     if row.weights:
-        return f"`python -m mlpmixer_flax.evaluate --weights={row.weights}`"
+        return f"`python -m mlpmixer_flax.evaluate --weights={row.weights} --dataset=imagenet2012 --split=validation`"
     changes = ", ".join(f"`{key}={as_text(value)}`" for key, value in row.changes.items())
     return f"[{row.config}](../configs/{row.config})" + (f" with {changes}" if changes else "")
 
