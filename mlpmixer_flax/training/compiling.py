@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from mlpmixer_flax.dataloader import Examples
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import EvalStep
 from mlpmixer_flax.training.optimizer import Params
@@ -34,10 +34,10 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
     """
     started = time.monotonic()
     everywhere, rows = sharding.replicated(setup.mesh), sharding.split_by_rows(setup.mesh)
-    n = setup.config.batch_size
     of_teacher = setup.teacher.place(setup.mesh) if setup.teacher else ()
 
-    def batch_of(examples: Examples) -> dict[str, jax.ShapeDtypeStruct]:
+    def batch_of(batches: TrainBatches | TestBatches) -> dict[str, jax.ShapeDtypeStruct]:
+        examples, n = batches.examples, batches.batch_size
         labels = examples.as_array([])
         return {
             "image": jax.ShapeDtypeStruct((n, *examples.image_shape), jnp.uint8, sharding=rows),
@@ -46,7 +46,7 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
         }
 
     def compile_update(update: Update) -> TrainStep:
-        batch = batch_of(setup.train_batches.examples)
+        batch = batch_of(setup.train_batches)
         if jax.process_count() > 1:
             update = agreeing(update)
             batch[SIGNAL] = jax.ShapeDtypeStruct((jax.device_count(),), jnp.int32, sharding=rows)
@@ -56,11 +56,11 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
 
     def compile_score(score: EvalStep) -> EvalStep:
         score = jax.jit(score, out_shardings=everywhere)
-        return score.lower(setup.like.eval_params, batch_of(setup.test_batches.examples)).compile()
+        return score.lower(setup.like.eval_params, batch_of(setup.test_batches)).compile()
 
     def compile_preview() -> PreviewStep:
         preview = jax.jit(setup.preview, out_shardings=everywhere)
-        return preview.lower(batch_of(setup.train_batches.examples)).compile()
+        return preview.lower(batch_of(setup.train_batches)).compile()
 
     def start() -> TrainState:
         return start_state(setup, params) if state is None else state

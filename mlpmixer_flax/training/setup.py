@@ -275,5 +275,6 @@ def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
     test_examples = open_split(config.test_split, min_crop_area=1.0)
     return (
         TrainBatches(train_examples, batch_size=config.batch_size, seed=config.seed, **shard),
-        TestBatches(test_examples, batch_size=config.batch_size, **shard),
+        # No more images at a time than an update computes, because more might not fit into the memory
+        TestBatches(test_examples, batch_size=config.batch_size // (config.accumulation_steps or 1), **shard),
     )

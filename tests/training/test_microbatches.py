@@ -1,4 +1,4 @@
-"""How many microbatches an update has if the config does not say."""
+"""How many microbatches an update has if the config does not say, and what they save."""
 
 from types import SimpleNamespace
 
@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from mlpmixer_flax import load_config
 from mlpmixer_flax.benchmark import named_config
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.training import sharding
+from mlpmixer_flax.training.compiling import compile_steps
 from mlpmixer_flax.training.microbatches import describe_microbatches, microbatches_of
+from mlpmixer_flax.training.setup import make_setup
 
 ON_CPU = sharding.make_mesh(devices=jax.devices("cpu")[:1])
 
@@ -63,3 +66,17 @@ def test_the_line_at_the_start_has_the_images_that_a_device_or_a_chunk_computes_
     assert describe_microbatches(config, ON_CPU).startswith("for speed, 16 images at a time")
     config.accumulation_steps = 2  # chosen by the user
     assert describe_microbatches(config, ON_CPU) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_to_compile")
+def test_an_evaluation_needs_less_memory_too():
+    """Otherwise a batch that fits only because it is divided would fail at the end of the first epoch."""
+
+    def memory(accumulation_steps):
+        changes = {"batch_size": 512, "accumulation_steps": accumulation_steps, "augment.mixup_alpha": 0.0}
+        setup = make_setup(resolve(load_config("digits.py", changes), {}))
+        score = compile_steps(setup, None, params=None).scores[8]
+        return score.memory_analysis().temp_size_in_bytes
+
+    assert memory(32) < memory(1) / 8
