@@ -13,6 +13,8 @@ import pytest
 from small_runs import last_state, read_until, rows, start_process
 from written_events import events
 
+from mlpmixer_flax.run_weights import default_checkpoint, describe_weights
+
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
@@ -105,10 +107,22 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     assert "SIGTERM: saved step 2;" in out and "validation accuracy" not in out
     assert [row for row in rows(tmp_path / "run") if "validation/accuracy" in row] == []
 
+    # In the evaluation that is made up for, a signal ends the run as well.
+    process = start_process(tmp_path / "run", *arguments)
+    read_until(process, "compiled in")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "Traceback" not in out, out
+    assert "SIGTERM: saved step 2;" in out
+
     process = start_process(tmp_path / "run", *arguments)
     out = process.stdout.read()
-    assert process.wait() == 0, out
-    assert [row["step"] for row in rows(tmp_path / "run") if "validation/accuracy" in row] == [2]
+    assert process.wait() == 0 and "best: " in out, out
+    (row,) = [row for row in rows(tmp_path / "run") if "validation/accuracy" in row]
+    assert row["step"] == 2
+    text = f"step 2, the best checkpoint (validation accuracy {row['validation/accuracy']:.2%})"
+    assert describe_weights(tmp_path / "run", default_checkpoint(tmp_path / "run"), step=2).startswith(text)
 
 
 STREAMED = ["--config.cache_bytes=0", "--config.num_workers=2", "--config.total_steps=100000"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.atomic import make_folder
+from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.reading import check_files_in
@@ -132,6 +133,21 @@ class Checkpoints:
                 self._check_exists()
                 args = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
                 self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics, force=True)
+
+    def add_scores(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the scores of a saved state that was not evaluated when it was saved."""
+
+        def write() -> None:
+            folder = self.folder / str(step)
+            (folder / "metrics").mkdir(exist_ok=True)
+            with replacing(folder / "metrics" / "metrics") as file:
+                file.write(json.dumps(metrics).encode())
+            write_checksums(folder)
+
+        with self._judging():
+            from_lead(write)
+            self._manager.close()
+            self._manager = self._open()
 
     def restore(self, like: TrainState) -> tuple[int, TrainState | None]:
         """Returns (step, state) of the newest checkpoint that can be read, or (0, None) if none exists.

@@ -1,6 +1,5 @@
 """Runs the training loop: from a config to the run directory of a trained model."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -144,10 +143,14 @@ def _run_updates(
         if steps.preview:
             reporter.beginning(flatten(config), _first_images(setup, steps.preview))
 
-        def evaluate(step: int, state: TrainState) -> dict[str, float]:
+        def evaluate(step: int, state: TrainState) -> dict[str, float] | None:
+            """Returns the scores of a state; None if a signal arrived meanwhile."""
             # Of several processes, none may leave an evaluation before the others.
             stopping = () if several else signals
-            scores, by_class = _evaluate(setup, steps.scores, state, stopping=stopping)
+            try:
+                scores, by_class = _evaluate(setup, steps.scores, state, stopping=stopping)
+            except _Abandoned:
+                return None
             balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
             reporter.evaluation(step, scores, balanced=balanced, best_by=config.best_by)
             of_class = "average_precision" if setup.multi_label else "accuracy"
@@ -157,7 +160,11 @@ def _run_updates(
             return scores
 
         if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
-            evaluate(start, state)  # a signal had ended this evaluation
+            scores = evaluate(start, state)  # a signal had ended this evaluation
+            if scores is None:
+                raise Interrupted(signals[0], start)
+            best.improves(scores)
+            checkpoints.add_scores(start, scores)
             if _stops_early(config, workdir, start):
                 return
         unlogged = Unlogged(workdir)
@@ -175,7 +182,7 @@ def _run_updates(
 
             scores = None
             if intervals.evaluate(step):
-                with recent.paused(), contextlib.suppress(_Abandoned):
+                with recent.paused():
                     scores = evaluate(step, state)
 
             # Read once per step: a signal that arrives after this line stops the run after the next step.

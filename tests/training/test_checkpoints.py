@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from small_checkpoints import PLACE, as_run, kept, restore, save, state
+from small_checkpoints import PLACE, as_run, kept, restore, save, scores, state
 
 from mlpmixer_flax import UserError, run_weights
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open_run, read_weights
@@ -45,6 +45,22 @@ def test_saving_a_step_twice_is_harmless(tmp_path):
     save(tmp_path, {1: 0.5})
     save(tmp_path, {1: 0.5, 2: None})
     assert kept(tmp_path) == [1, 2]
+
+
+def test_scores_that_are_added_later_count_like_those_that_were_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state(1), scores(0.5))
+    checkpoints.save(2, state(2), None)
+    checkpoints.best()  # waits until both are on disk
+    checkpoints.add_scores(2, scores(0.9))
+    assert checkpoints.best() == (2, (0.9, "test", "accuracy"))
+    for step in (3, 4):
+        checkpoints.save(step, state(step), scores(0.1))
+    checkpoints.close()
+    assert kept(tmp_path) == [2, 4]
+    step, params = read_weights(tmp_path, "best")
+    assert step == 2
+    chex.assert_trees_all_equal(params, jax.device_get(state(2).params))
 
 
 def test_a_checkpoint_half_written_by_a_killed_run_is_ignored(tmp_path):
