@@ -94,6 +94,16 @@ def test_intervals_are_independent_and_everything_is_due_at_the_end(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_warmup_that_is_longer_than_the_run_is_said(tmp_path, capsys):
+    arguments = ["--config.total_steps=1", "--config.optimizer.learning_rate=0.03"]
+    assert run_small(tmp_path / "run", *arguments, "--config.schedule.warmup_steps=500") == 0
+    line = (
+        "the warmup has 500 steps, so the learning rate never reaches 0.03:\n  lower schedule.warmup_steps or"
+    )
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_diverging_run_stops_with_the_step_and_keeps_its_checkpoint(tmp_path, capsys):
     workdir = tmp_path / "run"
     arguments = [

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.config import ConfigDict, flatten
+from mlpmixer_flax.config import ConfigDict, flatten, in_steps
 from mlpmixer_flax.data.class_counts import describe_classes
 from mlpmixer_flax.data.named import count_overlap
 from mlpmixer_flax.dataloader import check_workers
@@ -130,6 +130,12 @@ def _describe(setup: Setup, workdir: Path) -> None:
         )
     if microbatches := describe_microbatches(config, setup.mesh):
         print(microbatches)
+    warmup_steps = in_steps(config.schedule, "warmup", setup.steps_per_epoch)
+    if warmup_steps >= total_steps:
+        print(
+            f"the warmup has {warmup_steps:,} steps, so the learning rate never reaches {config.optimizer.learning_rate:g}:\n"
+            "  lower schedule.warmup_steps or schedule.warmup_epochs"
+        )
     chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # from JAX_PLATFORMS
     if jax.default_backend() == "cpu" and chosen != "cpu":
         print(why_cpu())
