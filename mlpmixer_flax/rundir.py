@@ -53,6 +53,12 @@ def is_run(workdir: Path) -> bool:
     return False
 
 
+def has_updates(workdir: Path) -> bool:
+    """Returns whether a run has made updates: it has a checkpoint, or lines in metrics.jsonl."""
+    metrics = workdir / "metrics.jsonl"
+    return bool(saved_steps(workdir)) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
 def read_config(workdir: Path) -> dict[str, Any]:
     """Returns the config of a run as plain data, or {} if the directory has no config.json.
 

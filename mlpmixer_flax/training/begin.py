@@ -14,7 +14,7 @@ from mlpmixer_flax.data.class_counts import describe_classes
 from mlpmixer_flax.data.named import count_overlap
 from mlpmixer_flax.dataloader import check_workers
 from mlpmixer_flax.remote import shown
-from mlpmixer_flax.rundir import read_config, saved_steps, write_run
+from mlpmixer_flax.rundir import saved_steps, write_run
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training import continuing, record
 from mlpmixer_flax.training.advice import why_cpu
@@ -27,6 +27,7 @@ from mlpmixer_flax.training.resolutions import sizes_of
 from mlpmixer_flax.training.setup import Setup, initial_params, make_setup, settle, to_store
 from mlpmixer_flax.training.table import summarize
 from mlpmixer_flax.training.tracker import check_tracker
+from mlpmixer_flax.training.validate import read_stored
 
 
 def agree_on_workdir(workdir: str | Path) -> Path:
@@ -68,7 +69,7 @@ def begin(
             if changes:
                 print(continuing.describe_changes(changes), flush=True)
             lock.take()
-            if read_config(workdir) != stored:
+            if read_stored(workdir) != stored:
                 raise UserError(
                     f"another process has begun a run in {workdir} meanwhile: choose another --workdir"
                 )

@@ -14,7 +14,7 @@ from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.run_weights import BEST_BY
-from mlpmixer_flax.rundir import read_config
+from mlpmixer_flax.rundir import has_updates, is_run, read_config
 from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
@@ -140,14 +140,15 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
 def read_stored(workdir: Path) -> dict[str, Any]:
     """Returns the config of the run that is to begin or continue in a directory, as plain data; {} if it begins.
 
-    It has the keys of the version of the package that wrote it.
+    A run that ended before its first update, for want of memory for example, begins again, perhaps with another config.
+    The config has the keys of the version of the package that wrote it.
 
     Raises:
       UserError: config.json cannot be read, or a value has the wrong type or is out of its range.
     """
     stored = read_config(workdir)
     _known_values(flatten_dict(stored, sep="."), name=f"{shown(workdir)}/config.json")
-    return stored
+    return {} if is_run(workdir) and not has_updates(workdir) else stored
 
 
 def _known_values(given: Mapping[str, Any], *, name: str) -> dict[str, Any]:

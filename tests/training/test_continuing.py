@@ -125,6 +125,7 @@ def test_a_damaged_config_of_a_run_is_named_and_stays_as_it_is(
     (tmp_path / "run").mkdir()
     config = (finished / "config.json").read_text().rpartition("}")[0] + f", {changes}}}"
     (tmp_path / "run" / "config.json").write_text(config)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
     write(tmp_path / "photos", *names("cat", 2), *names("dog", 2))
     data = str(tmp_path / "photos") if is_folder else "--config=digits.py"
     assert main([data, f"--workdir={tmp_path / 'run'}"]) == 2
