@@ -99,14 +99,18 @@ def quick_to_compile():
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
+def common(tmp_path_factory):
+    """A directory of all processes that run tests, for what is made once; a FileLock lets one of them make it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def digits_run(common):
     """The directory of a small run on the digits that keeps an EMA; trained once, so copy it before you change it."""
     from mlpmixer_flax import fit, load_config
 
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # of all processes that run tests
-    workdir = root / "digits_run"
+    workdir = common / "digits_run"
     changes = {
         "model.hidden_dim": 16,
         "model.channels_mlp_dim": 16,

@@ -49,7 +49,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGINT, signal.SIGHUP))],
 )
 def test_a_signal_makes_the_run_save_and_the_same_command_continues(tmp_path, number):
     workdir = tmp_path / "run"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from made_datasets import encode
 from made_folders import write
 from several_processes import (
@@ -110,10 +112,19 @@ def machines(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, origin, digits_run, machines):
-    """What two processes found, which a program has connected, and the directory with their run."""
-    out, at = tmp_path_factory.mktemp("two"), f"127.0.0.1:{free_port()}"
-    changes = json.dumps({**origin, "total_steps": 20})
+def two(common, origin, digits_run, machines):
+    """What two processes found, which a program has connected, the directory with their run, and what they printed."""
+    out, printed = common / "two", common / "two.json"
+    with FileLock(f"{out}.lock"):
+        if not printed.exists():
+            out.mkdir()
+            printed.write_text(json.dumps(_run_two(out, origin, digits_run, machines)))
+    found = [json.loads((out / f"{index}.json").read_text()) for index in range(2)]
+    return found, out, json.loads(printed.read_text())
+
+
+def _run_two(out, origin, digits_run, machines):
+    at, changes = f"127.0.0.1:{free_port()}", json.dumps({**origin, "total_steps": 20})
     processes = [
         subprocess.Popen(
             [sys.executable, "-u", "-c", CHILD, at, str(index), str(out), str(digits_run), changes],
@@ -127,7 +138,7 @@ def two(tmp_path_factory, origin, digits_run, machines):
     ]
     statuses, texts, errors = finish(processes)
     assert statuses == [0, 0], errors
-    return [json.loads((out / f"{index}.json").read_text()) for index in range(2)], out, texts
+    return texts
 
 
 @pytest.mark.slow
@@ -199,7 +210,7 @@ def test_two_processes_compute_what_one_with_two_devices_does_bit_for_bit(two, o
 @pytest.mark.usefixtures("quick_to_compile")
 def test_a_run_continues_on_more_and_on_fewer_processes_with_the_same_trajectory(two, origin, tmp_path):
     (_, out, _), one = two, tmp_path / "one"
-    workdir = out / "run"  # two processes have begun it
+    workdir = shutil.copytree(out / "run", tmp_path / "run")  # two processes have begun it
     four = start_all(4, "train", *arguments({**origin, "total_steps": 100_000}), f"--workdir={workdir}")
     read_until(four[0], r"^step 28/")
     four[2].send_signal(signal.SIGTERM)
