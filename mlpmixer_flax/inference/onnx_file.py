@@ -21,7 +21,7 @@ _PROBABILITIES = {"softmax": "Softmax", "sigmoid": "Sigmoid"}  # loss -> operati
 def write_onnx(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
     """Writes the model with its weights and the metadata, and the metadata also as JSON beside it.
 
-    The graph maps "images", uint8 (b, h, w, c), for any b, already cropped to the model's size, to
+    The graph maps "images", uint8 (b, h, w, c), for any b, already squares of the model's size, to
     "probabilities", float32 (b, classes). It computes in float32. Returns notes for the user.
 
     Raises:
