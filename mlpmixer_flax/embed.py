@@ -5,8 +5,8 @@ patterns; without any, the images of a split. Writes one row per image:
 
   features    the input of the model's head: float32 (n, hidden_dim)
   file        name of the file; not for a TFDS dataset, which has no files
-  label       number and name of the class, for a split
-  class_name
+  label       number and name of the class, for a split; if its images may have
+  class_name  several labels, 1 or 0 for every class, and names such as sea|sand
 
 --output ends in .npz (numpy.load reads it) or .parquet (pandas.read_parquet and
 others do).
@@ -153,7 +153,7 @@ def _show_nearest(
         cells = []
         for number, score, image in zip(numbers, scores, read(numbers.tolist()), strict=True):
             name = f"image {number}" if files is None else str(files[number])
-            kind = () if class_names is None else (str(class_names[number]),)
+            kind = () if class_names is None else (str(class_names[number]) or "(none)",)
             print(f"  {score:6.3f}  {printable(', '.join((name, *kind)))}")
             cells.append(Cell(image, (name.rpartition("/")[2], *kind, f"{score:.3f}")))
         rows.append((Cell(_read(query, model), (query.rpartition("/")[2],)), cells))

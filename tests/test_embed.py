@@ -1,5 +1,6 @@
 """Features of files and splits: what is written, which images are similar, and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,45 @@ def test_rows_of_a_split_have_labels_and_both_formats_have_the_same(digits_run, 
         assert table["class_name"].tolist() == [str(label) for label in examples.labels]
         photos = [image[..., 0] for image in examples.images]
         np.testing.assert_allclose(table["features"], load(digits_run).features(photos), atol=1e-5)
+
+
+SCENES = ["zero|round", "round", "", "zero", "round|zero", ""]
+
+
+@pytest.fixture(scope="module")
+def scenes(digits, tmp_path_factory):
+    """A table of the digits; the first training images have two labels, one or none."""
+    folder = shutil.copytree(digits, tmp_path_factory.mktemp("scenes") / "digits")
+    labels = [*SCENES, *["zero"] * 34]
+    files = sorted(str(file.relative_to(folder)) for file in folder.glob("*/*.png"))
+    splits = ["train"] * 6 + ["validation"] * 34
+    rows = [",".join(row) for row in zip(files, labels, splits, strict=True)]
+    table = folder / "scenes.csv"
+    table.write_text("\n".join(["file,labels,split", *rows]))
+    return table
+
+
+def test_rows_of_images_with_several_labels_have_all_of_them(digits_run, scenes, tmp_path, capsys):
+    source = [f"--workdir={digits_run}", f"--dataset=table:{scenes}", "--split=train"]
+    query = scenes.parent / "0" / "07.png"
+    for name in ("scenes.npz", "scenes.parquet"):
+        assert main([*source, f"--nearest={query}", f"--output={tmp_path / name}"]) == 0
+    found = parquet.read_table(tmp_path / "scenes.parquet")
+    with np.load(tmp_path / "scenes.npz") as table:
+        assert found.column_names == list(table) == ["file", "label", "class_name", "features"]
+        assert table["class_name"].tolist() == ["round|zero", "round", "", "zero", "round|zero", ""]
+        # in the order of the classes, "round" and "zero"
+        assert table["label"].tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 1], [0, 0]]
+        for name in table:
+            np.testing.assert_array_equal(np.stack(found[name].to_numpy()), table[name])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.rpartition(", ")[2] for line in lines if ".png, " in line} <= {
+        "round",
+        "zero",
+        "round|zero",
+        "(none)",
+    }
+    assert any(line.endswith(".png, (none)") for line in lines)
 
 
 def test_similar_images_are_printed_and_drawn_without_the_image_itself(digits_run, digits, tmp_path, capsys):
