@@ -122,6 +122,27 @@ def test_similar_images_are_printed_and_drawn_without_the_image_itself(digits_ru
     assert sheet.width == 1200 and str(digits_run) in sheet.info["Title"].replace("\n", "")
 
 
+def test_an_image_of_a_split_is_not_similar_to_itself(digits_run, scenes, tmp_path, capsys, monkeypatch):
+    """Also if it is named by another path than that of the dataset."""
+    monkeypatch.chdir(scenes.parent)
+    query = scenes.parent / "0" / "07.png"
+    for dataset in (f"table:{scenes}", f"folder:{scenes.parent}"):
+        arguments = [
+            f"--dataset={dataset}",
+            "--split=train+validation",
+            "--skip_bad_images",
+            "--nearest=0/07.png",
+        ]
+        output = tmp_path / f"{dataset.partition(':')[0]}.npz"
+        assert main([f"--workdir={digits_run}", *arguments, "--count=99", f"--output={output}"]) == 0
+        out = capsys.readouterr().out
+        with np.load(output) as table:
+            files = table["file"].tolist()
+        assert str(query.relative_to(scenes.parent)) in files
+        for file in files:
+            assert (f"  {file}, " in out) == (file != "0/07.png")
+
+
 def test_similar_images_of_a_split_have_their_class(digits_run, digits, tmp_path, capsys):
     query = next(digits.glob("0/*.png"))
     arguments = ["--dataset=digits", "--split=train[:100]", f"--nearest={query}", "--count=3"]
@@ -153,6 +174,7 @@ def test_nearest_sorts_by_the_angle_and_leaves_rows_out():
         (["{image}", "--nearest={image}", "--count=701", "--output=a.npz"], "does not fit on a sheet"),
         (["{broken}", "--output=a.npz"], "broken.png' cannot be used"),
         (["{image}", "--nearest={broken}", "--output=a.npz"], "broken.png' cannot be used"),
+        (["{image}", "--nearest={image}", "--output=a.npz"], "there is no other image to compare --nearest="),
     ],
 )
 def test_an_error_is_one_line_and_nothing_is_written(
