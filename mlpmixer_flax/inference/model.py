@@ -224,7 +224,7 @@ class Model:
             image_size_px=self.preprocess["image_size_px"],
             crop_fraction=self.preprocess["crop_fraction"],
             interpolation=self.preprocess["interpolation"],
-            fit=self.preprocess.get("fit", "crop"),  # runs of older versions have no such key
+            fit=self.preprocess["fit"],
             skip_bad_images=skip_bad_images,
         )
         return dataclasses.replace(examples, image_shape=(*examples.image_shape[:2], self.channels))
@@ -297,5 +297,5 @@ class Model:
             size_px=self.preprocess["image_size_px"],
             crop_fraction=self.preprocess["crop_fraction"],
             interpolation=self.preprocess["interpolation"],
-            fit=self.preprocess.get("fit", "crop"),  # runs of older versions have no such key
+            fit=self.preprocess["fit"],
         )
