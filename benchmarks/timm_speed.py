@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 from mlpmixer_flax.benchmark import MODELS, write_figures
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.training.speed import HEADER, KINDS, Row, format_row, make_row, time_calls
+from mlpmixer_flax.training.speed import HEADER, KINDS, Row, check_seconds, format_row, make_row, time_calls
 from mlpmixer_flax.training.table import count_macs
 
 CLASSES = 1000
@@ -171,6 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     arguments = parser.parse_args()
+    check_seconds(arguments.seconds)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     facts = {"device": device, "torch": torch.__version__, "timm": timm.__version__}
     print(f"{device}, torch {torch.__version__}, timm {timm.__version__}")

@@ -46,6 +46,7 @@ from mlpmixer_flax.training.speed import (
     KINDS,
     Row,
     check_batch_size,
+    check_seconds,
     format_row,
     measure,
     measure_product,
@@ -194,8 +195,7 @@ def _configs(arguments: argparse.Namespace) -> dict[str, ConfigDict]:
     else:
         configs = {name: resolve(named_config(name), {}) for name in arguments.model}
     check_positive(num_classes=arguments.num_classes)
-    if not arguments.seconds > 0:
-        raise UserError(f"seconds={arguments.seconds} must be above 0")
+    check_seconds(arguments.seconds)
     for config in configs.values():
         for kind in _kinds(arguments):
             for batch_size in arguments.batch_size or [config.batch_size]:

@@ -5,8 +5,8 @@ patterns; without any, the images of a split. Writes one row per image:
 
   features    the input of the model's head: float32 (n, hidden_dim)
   file        name of the file; not for a TFDS dataset, which has no files
-  label       number and name of the class, for a split
-  class_name
+  label       number and name of the class, for a split; if its images may have
+  class_name  several labels, 1 or 0 for every class, and names such as sea|sand
 
 --output ends in .npz (numpy.load reads it) or .parquet (pandas.read_parquet and
 others do).
@@ -23,6 +23,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ from mlpmixer_flax.cli import (
     path,
 )
 from mlpmixer_flax.data.images import MODES, open_image
-from mlpmixer_flax.dataloader import get_dataset_info
+from mlpmixer_flax.dataloader import Examples, get_dataset_info
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.embedding import (
@@ -63,6 +64,8 @@ from mlpmixer_flax.training.launch import check_alone
 
 _SIDE_PX = 200  # of the larger side of an image in the sheet
 Reader = Callable[[Sequence[int]], list[np.ndarray]]  # numbers of images -> uint8 (h, w, c)
+# The file of a query, the numbers of the images that are most similar to it, and their similarities
+Found = tuple[str, np.ndarray, np.ndarray]
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -93,27 +96,22 @@ def _run(arguments: argparse.Namespace) -> int:
         all_usable = all_usable and not flaws
         used = table["file"].tolist()
         table["file"] = np.array([url_of(Path(file)) or file for file in used])
-        subject = f"{len(used):,} images"
-        own, read = [os.path.abspath(file) for file in used], _reader_of_files(used, model)
+        subject, paths, read = f"{len(used):,} images", used, _reader_of_files(used, model)
     else:
-        table, subject, read = _embed_split(model, arguments)
-        own = []
-    query_features = list(model.features(queries)) if queries else []  # before anything is written
+        table, subject, examples = _embed_split(model, arguments)
+        paths, read = examples.paths or [], partial(read_originals, examples, side_px=_SIDE_PX)
+    found = _find_nearest(queries, model, table["features"], paths, arguments.count) if queries else []
     write_table(output, table)
     publish(output)
     n, width = table["features"].shape
     print(f"{shown(output)}: features of {n:,} images, {width} numbers each, by {printable(model.name)}")
-    if queries:
-        found = []
-        for query, features in zip(queries, query_features, strict=True):
-            itself = [i for i, name in enumerate(own) if name == os.path.abspath(query)]
-            found.append((query, *nearest(features, table["features"], arguments.count, leave_out=itself)))
+    if found:
         _show_nearest(found, table, read, model, output.with_suffix(".png"), subject=subject)
     return 0 if all_usable else 1
 
 
-def _embed_split(model: Model, arguments: argparse.Namespace) -> tuple[Table, str, Reader]:
-    """Returns the table of a split, its name, and the function that reads images of it."""
+def _embed_split(model: Model, arguments: argparse.Namespace) -> tuple[Table, str, Examples]:
+    """Returns the table of a split, its name, and its examples."""
     arguments.test_split = arguments.split
     data = named_dataset(arguments, model)
     place = {"data_dir": data.data_dir}
@@ -122,7 +120,32 @@ def _embed_split(model: Model, arguments: argparse.Namespace) -> tuple[Table, st
     examples = model.open(data.dataset, data.test_split, skip_bad_images=skip, **place)
     table = embed_split(model, examples, names, batch_size=arguments.batch_size)
     subject = f"{data.dataset}, split {data.test_split}"
-    return table, subject, lambda numbers: read_originals(examples, numbers, side_px=_SIDE_PX)
+    return table, subject, examples
+
+
+def _find_nearest(
+    queries: Sequence[str], model: Model, features: np.ndarray, paths: Sequence[str], count: int
+) -> list[Found]:
+    """Returns the images that are most similar to each query, which is left out itself.
+
+    Args:
+      queries: files.
+      features: of the images, (n, hidden_dim).
+      paths: of the images; empty if they are not files.
+
+    Raises:
+      UserError: a query cannot be used, or there is no other image.
+    """
+    own = [os.path.abspath(path) for path in paths]
+    found = []
+    for query, query_features in zip(queries, model.features(queries), strict=True):
+        itself = [i for i, path in enumerate(own) if path == os.path.abspath(query)]
+        if len(itself) == len(features):
+            raise UserError(
+                f"there is no other image to compare --nearest={shown(Path(query))} with: give more images"
+            )
+        found.append((query, *nearest(query_features, features, count, leave_out=itself)))
+    return found
 
 
 def _reader_of_files(files: Sequence[str], model: Model) -> Reader:
@@ -136,7 +159,7 @@ def _read(file: str, model: Model) -> np.ndarray:
 
 
 def _show_nearest(
-    found: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    found: Sequence[Found],
     table: Table,
     read: Reader,
     model: Model,
@@ -144,7 +167,7 @@ def _show_nearest(
     *,
     subject: str,
 ) -> None:
-    """Prints and draws the images that are most similar to each query: (file, numbers, similarities)."""
+    """Prints and draws the images that are most similar to each query."""
     files, class_names = table.get("file"), table.get("class_name")
     rows = []
     for query, numbers, scores in found:
@@ -153,7 +176,7 @@ def _show_nearest(
         cells = []
         for number, score, image in zip(numbers, scores, read(numbers.tolist()), strict=True):
             name = f"image {number}" if files is None else str(files[number])
-            kind = () if class_names is None else (str(class_names[number]),)
+            kind = () if class_names is None else (str(class_names[number]) or "(none)",)
             print(f"  {score:6.3f}  {printable(', '.join((name, *kind)))}")
             cells.append(Cell(image, (name.rpartition("/")[2], *kind, f"{score:.3f}")))
         rows.append((Cell(_read(query, model), (query.rpartition("/")[2],)), cells))

@@ -33,16 +33,31 @@ A stablehlo file runs without this package, after pip install jax flatbuffers:
   probabilities = predict(images)  # uint8 (n, 224, 224, 3) -> float32 (n, 1000)
 
 Images must have the model's size and channels, and values from 0 to 255; the
-function applies mean and std. Pillow prepares a photo as in evaluation:
+function applies mean and std. "preprocess" in OUTPUT.json says how to prepare a
+photo as in evaluation, with Pillow. The second line, if "fit" is "crop":
 
   photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
   photo = ImageOps.fit(photo, (224, 224), Image.BILINEAR, bleed=0.0625)
   images = numpy.asarray(photo)[None]
 
-"preprocess" in OUTPUT.json has image_size_px instead of 224, interpolation
-instead of BILINEAR, and crop_fraction: bleed is (1 - crop_fraction) / 2. A
-model of gray images takes shape (n, height, width, 1) and needs "L" instead of
-"RGB".
+Instead of the second line, if "fit" is "stretch":
+
+  bleed, (w, h) = 0.0625, photo.size
+  box = bleed * w, bleed * h, (1 - bleed) * w, (1 - bleed) * h
+  photo = photo.resize((224, 224), Image.BILINEAR, box)
+
+Instead of the second line, if "fit" is "pad":
+
+  bleed, (w, h) = 0.0625, photo.size
+  box = bleed * w, bleed * h, (1 - bleed) * w, (1 - bleed) * h
+  w, h = [max(1, round(224 * side / max(w, h))) for side in (w, h)]
+  part = photo.resize((w, h), Image.BILINEAR, box)
+  photo = Image.new("RGB", (224, 224), "gray")
+  photo.paste(part, ((224 - w) // 2, (224 - h) // 2))
+
+"preprocess" also has image_size_px instead of 224, interpolation instead of
+BILINEAR, and crop_fraction: bleed is (1 - crop_fraction) / 2. A model of gray
+images takes shape (n, height, width, 1) and needs "L" instead of "RGB".
 
 JAX guarantees that releases up to 6 months newer and 3 weeks older than the one
 that wrote the file can load it (docs.jax.dev/en/latest/export/export.html).

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from mlpmixer_flax.benchmark import MODELS, main
+from mlpmixer_flax.config import resolve
 from mlpmixer_flax.models import MlpMixer
-from mlpmixer_flax.training.speed import Row, format_row, make_row, time_calls
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.optimizer import SCHEDULES
+from mlpmixer_flax.training.speed import Row, format_row, make_row, prepare, time_calls
 from mlpmixer_flax.training.table import count_macs
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -85,6 +88,16 @@ def test_a_config_is_measured_with_its_batch_size(capsys):
     assert re.search(r"^mnist +training +4 ", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_updates_have_a_learning_rate_with_every_schedule(schedule):
+    config = load_config("digits.py", {"schedule.name": schedule, "schedule.warmup_epochs": 1.0})
+    config.model.num_blocks = 1
+    prepared = prepare(resolve(config, {}), "training", 8, num_classes=10)
+    with jax.debug_nans(True):
+        prepared.run(3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,7 +111,13 @@ def test_a_config_is_measured_with_its_batch_size(capsys):
             ["--model=digits", "--num_classes=10000000000"],
             "num_classes=10000000000 must be at most 16,777,216",
         ),
-        (["--model=digits", "--seconds=0"], "seconds=0.0 must be above 0"),
+        *[
+            (
+                ["--model=digits", f"--seconds={seconds}"],
+                f"seconds={float(seconds)} must be above 0 and at most 86400",
+            )
+            for seconds in ("0", "inf", "nan", "1e300")
+        ],
         (
             ["--model=digits", "--config.batch_size=8"],
             "--config.batch_size=8 has no meaning without --config",

@@ -1,5 +1,6 @@
 """Features of files and splits: what is written, which images are similar, and what is refused."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,45 @@ def test_rows_of_a_split_have_labels_and_both_formats_have_the_same(digits_run, 
         np.testing.assert_allclose(table["features"], load(digits_run).features(photos), atol=1e-5)
 
 
+SCENES = ["zero|round", "round", "", "zero", "round|zero", ""]
+
+
+@pytest.fixture(scope="module")
+def scenes(digits, tmp_path_factory):
+    """A table of the digits; the first training images have two labels, one or none."""
+    folder = shutil.copytree(digits, tmp_path_factory.mktemp("scenes") / "digits")
+    labels = [*SCENES, *["zero"] * 34]
+    files = sorted(str(file.relative_to(folder)) for file in folder.glob("*/*.png"))
+    splits = ["train"] * 6 + ["validation"] * 34
+    rows = [",".join(row) for row in zip(files, labels, splits, strict=True)]
+    table = folder / "scenes.csv"
+    table.write_text("\n".join(["file,labels,split", *rows]))
+    return table
+
+
+def test_rows_of_images_with_several_labels_have_all_of_them(digits_run, scenes, tmp_path, capsys):
+    source = [f"--workdir={digits_run}", f"--dataset=table:{scenes}", "--split=train"]
+    query = scenes.parent / "0" / "07.png"
+    for name in ("scenes.npz", "scenes.parquet"):
+        assert main([*source, f"--nearest={query}", f"--output={tmp_path / name}"]) == 0
+    found = parquet.read_table(tmp_path / "scenes.parquet")
+    with np.load(tmp_path / "scenes.npz") as table:
+        assert found.column_names == list(table) == ["file", "label", "class_name", "features"]
+        assert table["class_name"].tolist() == ["round|zero", "round", "", "zero", "round|zero", ""]
+        # in the order of the classes, "round" and "zero"
+        assert table["label"].tolist() == [[1, 1], [1, 0], [0, 0], [0, 1], [1, 1], [0, 0]]
+        for name in table:
+            np.testing.assert_array_equal(np.stack(found[name].to_numpy()), table[name])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.rpartition(", ")[2] for line in lines if ".png, " in line} <= {
+        "round",
+        "zero",
+        "round|zero",
+        "(none)",
+    }
+    assert any(line.endswith(".png, (none)") for line in lines)
+
+
 def test_similar_images_are_printed_and_drawn_without_the_image_itself(digits_run, digits, tmp_path, capsys):
     query = sorted(digits.glob("0/*.png"))[0]
     good = sorted(map(str, digits.glob("*/*.png")))
@@ -80,6 +120,27 @@ def test_similar_images_are_printed_and_drawn_without_the_image_itself(digits_ru
     assert lines[-1] == f"sheet: {tmp_path / 'out.png'}"
     sheet = Image.open(tmp_path / "out.png")
     assert sheet.width == 1200 and str(digits_run) in sheet.info["Title"].replace("\n", "")
+
+
+def test_an_image_of_a_split_is_not_similar_to_itself(digits_run, scenes, tmp_path, capsys, monkeypatch):
+    """Also if it is named by another path than that of the dataset."""
+    monkeypatch.chdir(scenes.parent)
+    query = scenes.parent / "0" / "07.png"
+    for dataset in (f"table:{scenes}", f"folder:{scenes.parent}"):
+        arguments = [
+            f"--dataset={dataset}",
+            "--split=train+validation",
+            "--skip_bad_images",
+            "--nearest=0/07.png",
+        ]
+        output = tmp_path / f"{dataset.partition(':')[0]}.npz"
+        assert main([f"--workdir={digits_run}", *arguments, "--count=99", f"--output={output}"]) == 0
+        out = capsys.readouterr().out
+        with np.load(output) as table:
+            files = table["file"].tolist()
+        assert str(query.relative_to(scenes.parent)) in files
+        for file in files:
+            assert (f"  {file}, " in out) == (file != "0/07.png")
 
 
 def test_similar_images_of_a_split_have_their_class(digits_run, digits, tmp_path, capsys):
@@ -113,6 +174,7 @@ def test_nearest_sorts_by_the_angle_and_leaves_rows_out():
         (["{image}", "--nearest={image}", "--count=701", "--output=a.npz"], "does not fit on a sheet"),
         (["{broken}", "--output=a.npz"], "broken.png' cannot be used"),
         (["{image}", "--nearest={broken}", "--output=a.npz"], "broken.png' cannot be used"),
+        (["{image}", "--nearest={image}", "--output=a.npz"], "there is no other image to compare --nearest="),
     ],
 )
 def test_an_error_is_one_line_and_nothing_is_written(

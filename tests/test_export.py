@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file
 
 from mlpmixer_flax import UserError, pretrained
 from mlpmixer_flax.checksums import write_checksums
-from mlpmixer_flax.data.images import RESAMPLING, read_square
+from mlpmixer_flax.data.images import FITS, MODES, read_square
 from mlpmixer_flax.export import __doc__ as help_text
 from mlpmixer_flax.export import export, main
 from mlpmixer_flax.inference.load import load, load_run
@@ -230,25 +231,39 @@ def test_the_file_beside_stablehlo_says_how_to_prepare_a_photo(run, stablehlo, t
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
     photo.save(tmp_path / "photo.jpg", exif=turned)
-    opening, fitting, stacking = re.search(r"evaluation:\n\n  (.*)\n  (.*)\n  (.*)\n", help_text).groups()
-    assert fitting == "photo = ImageOps.fit(photo, (224, 224), Image.BILINEAR, bleed=0.0625)"
-    with contextlib.chdir(tmp_path):
-        names = {}
-        exec(opening, {"Image": Image, "ImageOps": ImageOps}, names)
-    photo = names["photo"]
-    assert photo.size == (301, 400)
-    exec(f"{fitting}\n{stacking}", {"Image": Image, "ImageOps": ImageOps, "numpy": np}, names)
-    assert names["images"].shape == (1, 224, 224, 3)
-    for interpolation, crop_fraction in (("bilinear", 0.875), ("bicubic", 1.0)):
-        by_help = ImageOps.fit(photo, (224, 224), RESAMPLING[interpolation], bleed=(1 - crop_fraction) / 2)
+    opening, cropping, stacking = _lines_after('if "fit" is "crop":')
+    squares = {"crop": [cropping]} | {
+        fit: _lines_after(f'if "fit" is "{fit}":') for fit in ("stretch", "pad")
+    }
+    assert squares.keys() == {*FITS}
+    options = itertools.product(squares, ("bilinear", "bicubic"), (0.0625, 0.0), (1, 3))
+    for fit, interpolation, bleed, channels in options:
+        lines = "\n".join([opening, *squares[fit], stacking])
+        for stated, value in {
+            "BILINEAR": interpolation.upper(),
+            "0.0625": bleed,
+            "RGB": MODES[channels],
+        }.items():
+            assert stated in lines
+            lines = lines.replace(stated, str(value))
+        found = {"Image": Image, "ImageOps": ImageOps, "numpy": np}
+        with contextlib.chdir(tmp_path):
+            exec(lines, found)
         ours = read_square(
             tmp_path / "photo.jpg",
-            channels=3,
+            channels=channels,
             size_px=224,
-            crop_fraction=crop_fraction,
+            crop_fraction=1 - 2 * bleed,
             interpolation=interpolation,
+            fit=fit,
         )
-        np.testing.assert_array_equal(by_help, ours)
+        np.testing.assert_array_equal(found["images"].reshape(1, 224, 224, channels), ours[None])
+
+
+def _lines_after(words):
+    """Returns the lines of code of the help that come after these words."""
+    lines = re.search(rf"{re.escape(words)}\n\n(.*?)\n\n", help_text, re.DOTALL)[1]
+    return textwrap.dedent(lines).split("\n")
 
 
 def test_an_image_is_cropped_once_and_a_sigmoid_head_gives_sigmoids(run, tmp_path):

@@ -43,7 +43,7 @@ def test_the_lines_of_the_help_predict_the_same_in_a_process_without_jax(file, d
     assert np.ptp(found["8"], axis=0).max() > 0.01  # the predictions differ between images
 
 
-def make_model(*, gelu="tanh", loss="softmax", patch=(4, 2), channels=3, dtype="float32"):
+def make_model(*, gelu="tanh", loss="softmax", patch=(4, 2), channels=3, dtype="float32", flip=False):
     module = MlpMixer(
         num_classes=4,
         patches={"size": patch},
@@ -60,7 +60,7 @@ def make_model(*, gelu="tanh", loss="softmax", patch=(4, 2), channels=3, dtype="
     params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), shapes)
     preprocess = {"image_size_px": 8, "crop_fraction": 0.5, "interpolation": "bicubic", "fit": "pad"}
     preprocess |= {"mean": (0.1, 0.2, 0.3, 0.4)[:channels], "std": (0.7,)}
-    return Model("random", module, params, preprocess, tuple("abcd"), loss, config={})
+    return Model("random", module, params, preprocess, tuple("abcd"), loss, config={}, flip=flip)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,8 @@ def make_model(*, gelu="tanh", loss="softmax", patch=(4, 2), channels=3, dtype="
         {"gelu": "erf"},
         {"loss": "sigmoid", "channels": 4, "patch": (1, 8)},
         {"channels": 1, "patch": (8, 8)},
+        {"flip": True, "patch": (2, 4)},
+        {"flip": True, "loss": "sigmoid", "channels": 1},
     ],
     ids=str,
 )

@@ -68,6 +68,19 @@ def test_a_model_at_another_size_goes_back_to_its_own_weights(flexible):
     assert (direct.flip, detour.flip) == (False, True)
 
 
+def test_a_change_of_a_model_at_another_size_is_kept_and_its_own_weights_too(flexible):
+    model = load(flexible)
+    changes = {"flip": True, "preprocess": {**model.at_size(16).preprocess, "crop_fraction": 0.5}}
+    changed = dataclasses.replace(model.at_size(16), **changes)
+    for size_px in (8, 4):
+        direct, detour = model.at_size(size_px), changed.at_size(size_px)
+        jax.tree.map(np.testing.assert_array_equal, detour.params, direct.params)
+        assert detour.preprocess == {**direct.preprocess, "crop_fraction": 0.5} and detour.flip
+        assert (detour.scores, detour.resolutions_px) == (direct.scores, direct.resolutions_px)
+        again = dataclasses.replace(detour, flip=False).at_size(16).params
+        jax.tree.map(np.testing.assert_array_equal, again, model.at_size(16).params)
+
+
 def test_weights_that_a_user_puts_in_are_the_ones_that_are_resampled(flexible):
     zeros = jax.tree.map(np.zeros_like, load(flexible).at_size(4).params)
     model = dataclasses.replace(load(flexible).at_size(4), params=zeros).at_size(8)

@@ -73,6 +73,14 @@ class Examples:
         return self.source.records.files if isinstance(self.source.records, FileRecords) else None
 
     @property
+    def paths(self) -> list[str] | None:
+        """The absolute path of each example's file; None for a TFDS dataset."""
+        records = self.source.records
+        if not isinstance(records, FileRecords):
+            return None
+        return [os.path.join(records.root, file) for file in records.files]
+
+    @property
     def skipped(self) -> int:
         """How many images of the split were left out, because they cannot be used."""
         return self.source.skipped

@@ -144,7 +144,7 @@ def _preprocessing(model: Model) -> str:
     share = preprocess["crop_fraction"]
     crop = f"the central crop keeps {share:.4g} of each side; " if share < 1 else ""
     return (
-        f"{channels} images of {size_px}x{size_px} px. Images that are not square: {_FITS[preprocess.get('fit', 'crop')]}; "
+        f"{channels} images of {size_px}x{size_px} px. Images that are not square: {_FITS[preprocess['fit']]}; "
         f"{crop}resized with {preprocess['interpolation']} interpolation. Pixels in [0, 1], minus mean {_values(mean)}, divided by std "
         f"{_values(std)}."
     )
@@ -165,7 +165,7 @@ def _training(model: Model) -> str:
     )
     if config["distill_from"]:
         start += ", and learned the predictions of " + config["distill_from"].rpartition("/")[2]
-    optimizer, resolutions = config["optimizer"], sorted(config.get("resolutions_px", ()))
+    optimizer, resolutions = config["optimizer"], sorted(config["resolutions_px"])
     images = (
         f", each with images of one of {len(resolutions)} sizes ({listed([*map(str, resolutions)], 16)} px)"
     )

@@ -1,7 +1,8 @@
 """Features of many images as a table in a file, and the most similar images by them.
 
 A table is a dict: name of a column -> array with one row per image. Its columns are `file` str (n,), for files and folders;
-`label` int32 (n,) and `class_name` str (n,), for a split; and `features` float32 (n, hidden_dim), the input of the head.
+`label` int32 (n,) and `class_name` str (n,), for a split; and `features` float32 (n, hidden_dim), the input of the head. If
+images may have several labels, `label` is uint8 (n, classes), 1 for each label, and `class_name` has "|" between the names.
 """
 
 import zipfile
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.data.tables import SEPARATOR
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.inference.fewshot import features_of_split
 from mlpmixer_flax.inference.model import Model
@@ -43,7 +45,12 @@ def embed_split(
     """Returns the table of a split from `Model.open`, in its order; `class_names` are those of the dataset."""
     features, labels = features_of_split(model, examples, batch_size=batch_size)
     files = {} if examples.files is None else {"file": np.array(examples.files)}
-    return {**files, "label": labels, "class_name": np.array(class_names)[labels], "features": features}
+    names = np.array(class_names)
+    if examples.multi_label:
+        named = np.array([SEPARATOR.join(names[row > 0]) for row in labels])
+    else:
+        named = names[labels]
+    return {**files, "label": labels, "class_name": named, "features": features}
 
 
 # --- files

@@ -23,10 +23,10 @@ _BIAS = 100.0  # so large that its weight is small and hardly regularized; as in
 def features_of_split(
     model: Model, examples: Examples, *, per_class: int = 0, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pooled features, float32 (n, hidden_dim), and labels, int32 (n,), of the images of a split.
+    """Returns pooled features, float32 (n, hidden_dim), and labels, as `Examples.read`, of the images of a split.
 
-    With `per_class=0` these are all images, in order; else images in random order until every class has
-    `per_class` of them, or all images if a class has fewer. `examples` come from `Model.open`.
+    With `per_class=0` these are all images, in order; else images with one label each, in random order until every
+    class has `per_class` of them, or all images if a class has fewer. `examples` come from `Model.open`.
     """
     batch_size = rows_per_batch(batch_size)
     if per_class:
@@ -44,9 +44,10 @@ def features_of_split(
         bar = tqdm(stream, "computing features", num_batches, delay=2, leave=False, disable=None)
         for part in forward(on_all_devices(function), model.params, bar):
             parts.append(part)
-            counts += np.bincount(part["label"], minlength=len(counts))
-            if per_class and counts.min() >= per_class:
-                break
+            if per_class:
+                counts += np.bincount(part["label"], minlength=len(counts))
+                if counts.min() >= per_class:
+                    break
     rows = concatenate(parts)
     # More rows than the split has belong to the next epoch.
     return rows["features"][: len(examples)], rows["label"][: len(examples)]

@@ -94,7 +94,7 @@ def timm_config(model: Model) -> dict[str, Any]:
             "fixed_input_size": True,
             "interpolation": preprocess["interpolation"],
             "crop_pct": preprocess["crop_fraction"],
-            "crop_mode": _CROP_MODES[preprocess.get("fit", "crop")],
+            "crop_mode": _CROP_MODES[preprocess["fit"]],
             **{key: _per_channel(preprocess[key], channels) for key in ("mean", "std")},
             "num_classes": len(model.class_names),
             "pool_size": None,

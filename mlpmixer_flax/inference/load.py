@@ -111,7 +111,7 @@ def _preprocess(source: str, stated: Mapping[str, Any], image_shape: tuple[int, 
     preprocess = {key: stated.get(key, value) for key, value in usual.items()}
     checks = {
         "interpolation": preprocess["interpolation"] in tuple(RESAMPLING),
-        "fit": preprocess.get("fit", "crop") in FITS,
+        "fit": preprocess["fit"] in FITS,
         "crop_fraction": _are_numbers([preprocess["crop_fraction"]]),
         **{
             key: _are_numbers(preprocess[key]) and len(preprocess[key]) in (1, image_shape[2])

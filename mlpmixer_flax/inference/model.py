@@ -22,6 +22,8 @@ from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
+_OF_SIZE = {"params", "preprocess", "scores", "resolutions_px", "_own"}  # fields that `Model.at_size` changes
+
 
 class Score(NamedTuple):
     """The probability of one class."""
@@ -59,8 +61,8 @@ class Model:
     # Of an evaluation of these weights in training, by name ("test/accuracy"); {} if there was none
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     resolutions_px: tuple[int, ...] = ()  # the sizes that it was trained with; () = only its own
-    # The model that `at_size` made this one of; None if it has the size that it was loaded with
-    _own: "Model | None" = dataclasses.field(default=None, init=False, repr=False)
+    # If `at_size` made this model: the one with the size that it was loaded with, and the weights that it resampled
+    _own: "tuple[Model, Params] | None" = dataclasses.field(default=None, repr=False)
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -74,7 +76,8 @@ class Model:
 
         A model that was trained with `config.resolutions_px` is made for these sizes; another one loses accuracy.
         `scores` are those of this size, if the run measured them. The weights are always those of the own size,
-        resampled once: `model.at_size(4).at_size(8)` is `model.at_size(8)`.
+        resampled once: `model.at_size(4).at_size(8)` is `model.at_size(8)`. So it is too if other fields than the weights
+        were replaced in between.
 
         Raises:
           UserError: the size is no whole number, the patches of the model do not divide images of this size, or there
@@ -86,15 +89,14 @@ class Model:
             )
         check_limits("preprocess.image_size_px", size_px, name="size_px")
         check_patch(self.module.patches["size"], (size_px, size_px), change="size_px")
-        own = self._own or self
+        own = self._with_own_size()
         own_px, suffix = own.preprocess["image_size_px"], sized("", size_px)
         if size_px == own_px:
             return own
-        model = dataclasses.replace(
+        params = with_tokens(own.params, resampled(grid_of(own.module, own_px), grid_of(own.module, size_px)))
+        return dataclasses.replace(
             own,
-            params=with_tokens(
-                own.params, resampled(grid_of(own.module, own_px), grid_of(own.module, size_px))
-            ),
+            params=params,
             preprocess={**own.preprocess, "image_size_px": size_px},
             scores={
                 name.removesuffix(suffix): score
@@ -102,9 +104,25 @@ class Model:
                 if name.endswith(suffix)
             },
             resolutions_px=(),
+            _own=(own, params),
         )
-        object.__setattr__(model, "_own", own)  # because the dataclass is frozen
-        return model
+
+    def _with_own_size(self) -> "Model":
+        """Returns the model that `at_size` made this one of, with all that was replaced since; or this one."""
+        own, params = self._own or (self, self.params)
+        if self.params is not params:  # somebody has replaced the weights
+            return self
+        replaced: dict[str, Any] = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.init
+            and field.name not in _OF_SIZE
+            and getattr(self, field.name) is not getattr(own, field.name)
+        }
+        preprocess = {**self.preprocess, "image_size_px": own.preprocess["image_size_px"]}
+        if preprocess != own.preprocess:
+            replaced["preprocess"] = preprocess
+        return dataclasses.replace(own, **replaced) if replaced else own
 
     # --- images in, results out
 
@@ -206,7 +224,7 @@ class Model:
             image_size_px=self.preprocess["image_size_px"],
             crop_fraction=self.preprocess["crop_fraction"],
             interpolation=self.preprocess["interpolation"],
-            fit=self.preprocess.get("fit", "crop"),  # runs of older versions have no such key
+            fit=self.preprocess["fit"],
             skip_bad_images=skip_bad_images,
         )
         return dataclasses.replace(examples, image_shape=(*examples.image_shape[:2], self.channels))
@@ -279,5 +297,5 @@ class Model:
             size_px=self.preprocess["image_size_px"],
             crop_fraction=self.preprocess["crop_fraction"],
             interpolation=self.preprocess["interpolation"],
-            fit=self.preprocess.get("fit", "crop"),  # runs of older versions have no such key
+            fit=self.preprocess["fit"],
         )

@@ -19,9 +19,9 @@ _PROBABILITIES = {"softmax": "Softmax", "sigmoid": "Sigmoid"}  # loss -> operati
 
 
 def write_onnx(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
-    """Writes the model with its weights and the metadata, and the metadata also as JSON beside it.
+    """Writes the model with its weights, `flip` and the metadata, and the metadata also as JSON beside it.
 
-    The graph maps "images", uint8 (b, h, w, c), for any b, already cropped to the model's size, to
+    The graph maps "images", uint8 (b, h, w, c), for any b, already squares of the model's size, to
     "probabilities", float32 (b, classes). It computes in float32. Returns notes for the user.
 
     Raises:
@@ -99,6 +99,12 @@ class _Graph:
         x = self.add_norm(x, params["pre_head_layer_norm"], name="pre_head_layer_norm")
         x = self.node("ReduceMean", x, self.array("token_axis", [1], np.int64), name="pooled", keepdims=0)
         logits = self.add_dense(x, params["head"], name="head")
+        if model.flip:  # first all images, then all mirror images
+            parts = self.array("flip/parts", [2, -1, len(model.class_names)], np.int64)
+            logits = self.node("Reshape", logits, parts, name="flip/logits")
+            logits = self.node(
+                "ReduceMean", logits, self.array("flip/axis", [0], np.int64), name="flip/mean", keepdims=0
+            )
         self.node(
             _PROBABILITIES[model.loss],
             logits,
@@ -111,7 +117,8 @@ class _Graph:
         (height, width), size_px = model.module.patches["size"], model.preprocess["image_size_px"]
         rows, columns = size_px // height, size_px // width
         parts = self.array("stem/parts", [-1, rows, height, columns, width, model.channels], np.int64)
-        x = self.node("Reshape", "images", parts, name="stem/cut")
+        images = self.add_mirror_images() if model.flip else "images"
+        x = self.node("Reshape", images, parts, name="stem/cut")
         x = self.node("Transpose", x, name="stem/patches", perm=[0, 1, 3, 2, 4, 5])
         x = self.node("Cast", x, name="pixels", to=1)
         # (pixel / 255 - mean) / std
@@ -124,6 +131,13 @@ class _Graph:
         x = self.node("Reshape", x, flat, name="stem/flat")
         flat_kernel = kernel.reshape(-1, kernel.shape[-1])
         return self.add_dense(x, {"kernel": flat_kernel, "bias": model.params["stem"]["bias"]}, name="stem")
+
+    def add_mirror_images(self) -> str:
+        """Adds the mirror images after the images, in one batch of twice as many."""
+        width = {"starts": -1, "ends": -(2**63), "axes": 2, "steps": -1}  # from its end to its start
+        arrays = [self.array(f"flip/{key}", [value], np.int64) for key, value in width.items()]
+        mirrored = self.node("Slice", "images", *arrays, name="flip/mirrored")
+        return self.node("Concat", "images", mirrored, name="flip/images", axis=0)
 
     def add_block(self, x: str, params: Any, *, name: str, gelu: str) -> str:
         y = self.add_norm(x, params["LayerNorm_0"], name=f"{name}/LayerNorm_0")

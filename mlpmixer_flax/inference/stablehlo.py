@@ -18,7 +18,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def write_stablehlo(path: Path, model: Model, *, metadata: dict[str, Any]) -> list[str]:
     """Writes the model with its weights, serialized by jax.export, and the metadata as JSON beside it.
 
-    The file contains one function: images uint8 (b, h, w, c), for any b, already cropped to the model's size
+    The file contains one function: images uint8 (b, h, w, c), for any b, already squares of the model's size
     -> probabilities float32 (b, classes). Returns notes for the user.
 
     Raises:

@@ -207,7 +207,7 @@ class Reporter:
         Up to 20 classes get a curve each; more classes share a histogram. `tag` is the name: "test_class_accuracy".
         """
         known = {name: value for name, value in by_class.items() if not math.isnan(value)}
-        if len(by_class) > 20:
+        if known and len(by_class) > 20:  # TensorBoard takes no empty histogram
             values, bins = np.array(list(known.values())), np.linspace(0, 1, 21)
             self._events.add(step, summary.histogram(tag, values, bins))
             return

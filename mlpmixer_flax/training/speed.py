@@ -23,6 +23,7 @@ from mlpmixer_flax.training.step import init_state, make_train_step
 from mlpmixer_flax.training.table import count_macs
 
 KINDS = ("training", "inference")
+_LONGEST_SECONDS = 86400
 Run = Callable[[int], object]  # calls what is measured n times and waits for the last result
 
 
@@ -56,6 +57,12 @@ def time_calls(run: Run, *, seconds: float, repetitions: int = 5) -> list[float]
         run(calls)
         times.append((time.perf_counter() - started) / calls)
     return sorted(times)
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises UserError if no measurement can take so long."""
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        raise UserError(f"seconds={seconds} must be above 0 and at most {_LONGEST_SECONDS}, which is a day")
 
 
 def make_row(
@@ -227,7 +234,8 @@ def _memory_mib(program: jax.stages.Compiled) -> float | None:
 
 def _make_training(model, config, batch, mesh):
     """Returns (function that runs n updates, the compiled update, parameters)."""
-    schedule = make_schedule(config, total_steps=10**6, warmup_steps=0)
+    # A warmup of epochs has an unknown number of steps; without any, rsqrt divides by zero.
+    schedule = make_schedule(config, total_steps=10**6, warmup_steps=config.schedule.warmup_steps or 1)
     optimizer = make_optimizer(config, schedule)
     size_px = config.preprocess.image_size_px
     init = partial(

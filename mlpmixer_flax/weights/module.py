@@ -71,11 +71,12 @@ def check_shapes(config: Mapping[str, Any], class_names: Sequence[str], shapes: 
     wrong = [key for key, value in found.items() if stated.get(key) != value]
     wrong += ["classes"] * (sizes.get("classes") != len(class_names))
     wrong += ["channels"] * (sizes.get("channels") not in MODES)
+    side_px: Any = stated.get("preprocess.image_size_px")
+    wrong += ["preprocess.image_size_px"] * (type(side_px) is not int)
     if not wrong:  # only then, because a damaged config may state any number of blocks
         module = MlpMixer(
             num_classes=len(class_names), **{key: config["model"][key] for key in ("patches", *_DIMENSIONS)}
         )
-        side_px = stated["preprocess.image_size_px"]
         like: dict[str, Any] = flatten_dict(shapes_of(module, (side_px, side_px, sizes["channels"])), sep="/")
         wanted = {key: leaf.shape for key, leaf in like.items()}
         wrong = [key for key in {**wanted, **shapes} if wanted.get(key) != shapes.get(key)]

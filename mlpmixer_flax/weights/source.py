@@ -180,7 +180,7 @@ def _open_run(named: NamedRun) -> Weights:
     checkpoint = named.checkpoint or default_checkpoint(named.workdir)
     run = open_run(named.workdir, checkpoint, check=partial(check_shapes, name=shown(named.workdir)))
     flat: dict[str, Any] = flatten_dict(run.params, sep="/")
-    return Weights(
+    weights = Weights(
         name=shown(named.workdir),
         shapes={name: array.shape for name, array in flat.items()},
         unknown=(),
@@ -194,6 +194,9 @@ def _open_run(named: NamedRun) -> Weights:
         read=flat.__getitem__,
         notes=(describe_weights(named.workdir, checkpoint, step=run.step),),
     )
+    return with_origin(
+        weights, {}
+    )  # a run of an earlier version lacks keys, and a damaged one may have any values
 
 
 def _open_folder(folder: Path) -> Weights:

@@ -85,6 +85,23 @@ def copy_with(run, copy, **changes):
     return copy
 
 
+def test_a_run_of_an_earlier_version_which_lacks_keys_is_used_like_others(run, tmp_path):
+    model = load(run)
+    copy = copy_with(run, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    for section, key in ((config, "resolutions_px"), (config, "best_by"), (config["preprocess"], "fit")):
+        del section[key]
+    (copy / "config.json").write_text(json.dumps(config))
+    earlier, photo = load(copy), np.arange(24, dtype=np.uint8).reshape(4, 6)
+    assert (earlier.config, earlier.resolutions_px) == (model.config, ())
+    assert earlier.predict(photo) == model.predict(photo)
+    for each, name in ((earlier, "earlier"), (model, "now")):
+        export.export(each, tmp_path / name / "hub", format="hub")
+    for file in ("config.json", "README.md"):
+        now, before = ((tmp_path / name / "hub" / file).read_text() for name in ("now", "earlier"))
+        assert now == before
+
+
 def test_an_ema_that_a_run_does_not_keep_is_refused(run, tmp_path):
     copy = copy_with(run, tmp_path / "copy", ema_decay=0.0)
     shutil.rmtree(copy / "checkpoints")

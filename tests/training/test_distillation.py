@@ -1,5 +1,6 @@
 """Distillation: the loss, the images that teacher and model see, and real runs that learn from a run."""
 
+import json
 import shutil
 import time
 
@@ -25,9 +26,11 @@ from tiny_updates import (
 from mlpmixer_flax import UserError
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.train import main
-from mlpmixer_flax.training.distillation import divergence
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.distillation import divergence, load_teacher
 from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import make_optimizer, make_schedule
+from mlpmixer_flax.training.setup import settle
 from mlpmixer_flax.training.step import TrainState, make_train_step
 from mlpmixer_flax.training.validate import validate
 from mlpmixer_flax.weights.files import write_npz
@@ -257,6 +260,45 @@ def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_written(
 def test_a_teacher_that_does_not_exist_is_refused_like_other_weights(tmp_path, capsys):
     assert main(options("runs/techer", tmp_path / "run")) == 2
     assert "error: no weights 'runs/techer': not a published name, file" in capsys.readouterr().err
+
+
+def teacher_with(digits_run, folder, *, without=(), **changes):
+    """Copies a run and changes sections of its config; returns its module as `load_teacher` does."""
+    teacher = shutil.copytree(digits_run, folder)
+    stored = json.loads((digits_run / "config.json").read_text())
+    for section, values in changes.items():
+        stored[section] |= values
+    for section, key in without:
+        del stored[section][key]
+    (teacher / "config.json").write_text(json.dumps(stored))
+    config = settle(load_config("digits.py", {"distill_from": str(teacher)}), {})
+    names = [str(digit) for digit in range(10)]
+    return load_teacher(config, class_names=names, image_shape=(8, 8, 1)).module
+
+
+def test_a_run_of_an_earlier_version_which_lacks_keys_can_teach(digits_run, tmp_path):
+    whole = teacher_with(digits_run, tmp_path / "whole")
+    lacking = [("preprocess", "mean"), ("preprocess", "std"), ("preprocess", "fit"), ("model", "gelu")]
+    assert teacher_with(digits_run, tmp_path / "earlier", without=lacking) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"dtype": "float"}}, "the metadata of .*teacher is invalid: "),
+        (
+            {"preprocess": {"image_size_px": "8"}},
+            "teacher contradicts itself: .* .preprocess.image_size_px.: restore",
+        ),
+        (
+            {"without": [("preprocess", "image_size_px")]},
+            "teacher contradicts itself: .* .preprocess.image_size_px.: ",
+        ),
+    ],
+)
+def test_a_run_whose_config_is_damaged_cannot_teach(digits_run, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        teacher_with(digits_run, tmp_path / "teacher", **changes)
 
 
 def test_several_resolutions_are_refused():

@@ -109,6 +109,14 @@ def test_few_classes_get_a_curve_each_and_many_a_histogram_but_no_line_in_the_fi
     assert not lines(tmp_path)
 
 
+@pytest.mark.parametrize("classes", [3, 30])
+def test_a_split_of_images_without_any_label_has_no_scores_per_class(classes, tmp_path):
+    with open_reporter(tmp_path) as reporter:
+        tag = "validation_class_average_precision"
+        reporter.by_class(10, {f"class {i}": np.nan for i in range(classes)}, tag=tag)
+    assert not scalars(events(tmp_path))
+
+
 def test_resuming_drops_later_lines_and_keeps_earlier_ones(tmp_path):
     with open_reporter(tmp_path) as reporter:
         for step in (10, 20, 30):
