@@ -22,7 +22,15 @@ from mlpmixer_flax.training.losses import LOSSES
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
-_OF_SIZE = {"params", "preprocess", "scores", "resolutions_px", "_own"}  # fields that `Model.at_size` changes
+
+class _OwnSize(NamedTuple):
+    """What a model has at the size that it was loaded with, for one that `Model.at_size` made."""
+
+    params: Params
+    image_size_px: int
+    scores: Mapping[str, Any]
+    resolutions_px: tuple[int, ...]
+    resampled: Params  # what `at_size` made of `params`
 
 
 class Score(NamedTuple):
@@ -61,8 +69,9 @@ class Model:
     # Of an evaluation of these weights in training, by name ("test/accuracy"); {} if there was none
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     resolutions_px: tuple[int, ...] = ()  # the sizes that it was trained with; () = only its own
-    # If `at_size` made this model: the one with the size that it was loaded with, and the weights that it resampled
-    _own: "tuple[Model, Params] | None" = dataclasses.field(default=None, repr=False)
+    _own: _OwnSize | None = dataclasses.field(
+        default=None, repr=False
+    )  # None at the size that it was loaded with
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -76,8 +85,7 @@ class Model:
 
         A model that was trained with `config.resolutions_px` is made for these sizes; another one loses accuracy.
         `scores` are those of this size, if the run measured them. The weights are always those of the own size,
-        resampled once: `model.at_size(4).at_size(8)` is `model.at_size(8)`. So it is too if other fields than the weights
-        were replaced in between.
+        resampled once, so `model.at_size(4).at_size(8)` has those of `model.at_size(8)`.
 
         Raises:
           UserError: the size is no whole number, the patches of the model do not divide images of this size, or there
@@ -104,25 +112,22 @@ class Model:
                 if name.endswith(suffix)
             },
             resolutions_px=(),
-            _own=(own, params),
+            _own=_OwnSize(own.params, own_px, own.scores, own.resolutions_px, params),
         )
 
     def _with_own_size(self) -> "Model":
-        """Returns the model that `at_size` made this one of, with all that was replaced since; or this one."""
-        own, params = self._own or (self, self.params)
-        if self.params is not params:  # somebody has replaced the weights
+        """Returns the model at the size that it was loaded with; fields that were replaced since stay so."""
+        own = self._own
+        if own is None or self.params is not own.resampled:  # or somebody has replaced the weights
             return self
-        replaced: dict[str, Any] = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.init
-            and field.name not in _OF_SIZE
-            and getattr(self, field.name) is not getattr(own, field.name)
-        }
-        preprocess = {**self.preprocess, "image_size_px": own.preprocess["image_size_px"]}
-        if preprocess != own.preprocess:
-            replaced["preprocess"] = preprocess
-        return dataclasses.replace(own, **replaced) if replaced else own
+        return dataclasses.replace(
+            self,
+            params=own.params,
+            preprocess={**self.preprocess, "image_size_px": own.image_size_px},
+            scores=own.scores,
+            resolutions_px=own.resolutions_px,
+            _own=None,
+        )
 
     # --- images in, results out
 
