@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.reading import read_object
@@ -39,6 +37,7 @@ from mlpmixer_flax.remote import (
 )
 from mlpmixer_flax.rundir import MARKER, files_of_run
 from mlpmixer_flax.training import remote_lock
+from mlpmixer_flax.training.lock import try_lock
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_there
 
@@ -81,13 +80,11 @@ def mirrored(workdir: str | Path) -> Iterator[str | Path]:
 def _alone(url: str, copy: Path) -> Iterator[None]:
     """Keeps other processes of this machine out of the copy during the block; creates its folder."""
     make_folder(copy)
-    lock = FileLock(copy / _LOCAL_LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = try_lock(copy / _LOCAL_LOCK, otherwise="set MLPMIXER_CACHE to a directory of another file system")
+    if lock is None:
         raise UserError(
             f"{url} is in use by another process of this machine: wait until it ends, or choose another --workdir"
-        ) from None
+        )
     try:
         yield
     finally:
