@@ -16,6 +16,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_object
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.processes import is_lead
 
@@ -88,8 +89,9 @@ class RunLock:
         make_folder(self._workdir)
         lock = try_lock(self._workdir / _FILE, otherwise="choose another --workdir")
         if lock is None:
+            owner = name_of(read_object(self._workdir / _OWNER))
             raise UserError(
-                f"{self._workdir} is in use by {name_of(read_object(self._workdir / _OWNER))}: wait until it ends, or choose another --workdir"
+                f"{shown(self._workdir)} is in use by {owner}: wait until it ends, or choose another --workdir"
             )
         self._lock = lock
         owner = {"process": os.getpid(), "host": socket.gethostname()}
