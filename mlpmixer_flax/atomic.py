@@ -1,15 +1,19 @@
 """Writes files atomically: a reader sees the old file or the complete new one, also after a crash."""
 
 import contextlib
+import glob
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import pass_on
+
+_ABANDONED_SECONDS = 86_400  # after so long without a write, a temporary file belongs to no process
 
 
 def make_folder(path: Path) -> None:
@@ -39,6 +43,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     # Random, because processes of two machines, or of two containers, may have the same number.
     temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
+    _remove_abandoned(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -51,6 +56,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the temporary files of `path` that killed processes have left, if they are a day old."""
+    with contextlib.suppress(OSError):
+        for file in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+            if time.time() - file.lstat().st_mtime > _ABANDONED_SECONDS:
+                file.unlink()
 
 
 def write_json(file: BinaryIO, content: Any) -> None:

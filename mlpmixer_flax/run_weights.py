@@ -19,7 +19,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import check_files, without_checksums
 from mlpmixer_flax.faults import check_readable, pass_on, start_devices
 from mlpmixer_flax.reading import check_files_in, read_json
-from mlpmixer_flax.remote import fetch
+from mlpmixer_flax.remote import fetch, shown
 from mlpmixer_flax.rundir import read_class_names, read_config, read_config_of_run, saved_steps
 
 CHECKPOINTS = ("last", "best", "ema")  # the names of a run's weights; `open_run` explains them
@@ -168,7 +168,7 @@ def read_weights(
             part = "weights" if (folder / "weights").exists() else "default"
             check_files_in(folder)  # otherwise Orbax may wait for ever
             checked = check_files(folder, part)
-            params = _restore(folder / part, which, check, name=str(workdir))
+            params = _restore(folder / part, which, check, name=shown(workdir))
         except UserError:
             raise
         except Exception as error:  # of any class: from Orbax, TensorStore or JSON
@@ -179,12 +179,12 @@ def read_weights(
         else:
             if not checked:
                 print(without_checksums(step), file=sys.stderr)
-            _check_finite(params, f"{workdir}, step {step}")
+            _check_finite(params, f"{shown(workdir)}, step {step}")
             return step, params
         # A run in training removes a checkpoint when a newer or better one is saved: then that one is read.
         if step in saved_steps(workdir):
             break
-    raise UserError(f"checkpoint {step} in {workdir} cannot be read ({reason}): choose another")
+    raise UserError(f"checkpoint {step} in {shown(workdir)} cannot be read ({reason}): choose another")
 
 
 def _of_weights(names: Collection[str]) -> list[str]:
@@ -209,7 +209,9 @@ def _find_step(workdir: Path, which: str) -> int:
     elif which not in CHECKPOINTS:
         steps = [_saved_step(workdir, which)]
     if not steps:
-        raise UserError(f"{workdir} has no checkpoint{' with a score' * (which == 'best')}: train first")
+        raise UserError(
+            f"{shown(workdir)} has no checkpoint{' with a score' * (which == 'best')}: train first"
+        )
     return steps[-1]
 
 
@@ -240,7 +242,7 @@ def _saved_step(workdir: Path, which: str) -> int:
     if which not in steps:
         earlier = "…, " if len(steps) > 10 else ""
         raise UserError(
-            f"{workdir} has no weights {which!r:.40}: choose one of {', '.join(CHECKPOINTS)}, or a step it has saved "
+            f"{shown(workdir)} has no weights {which!r:.40}: choose one of {', '.join(CHECKPOINTS)}, or a step it has saved "
             f"({earlier}{', '.join(steps[-10:]) or 'none yet'})"
         )
     return int(which)

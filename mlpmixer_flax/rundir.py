@@ -15,7 +15,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing, write_json
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_json
-from mlpmixer_flax.remote import fetch, url_of
+from mlpmixer_flax.remote import fetch, shown, url_of
 
 MARKER = (
     "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
@@ -72,9 +72,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
         config = read_json(file)
     except (OSError, ValueError) as error:
         pass_on(error, file)
-        raise UserError(f"{file} cannot be read ({error}): choose another --workdir") from None
+        raise UserError(f"{shown(file)} cannot be read ({error}): choose another --workdir") from None
     if not isinstance(config, dict):
-        raise UserError(f"{file} is not the config of a run: choose another --workdir")
+        raise UserError(f"{shown(file)} is not the config of a run: choose another --workdir")
     return config
 
 
@@ -86,7 +86,9 @@ def read_config_of_run(workdir: Path) -> dict[str, Any]:
     """
     config = read_config(workdir)
     if not _KEYS_OF_A_RUN <= config.keys():
-        raise UserError(f"no run in {workdir}: it has no config.json of a run; give the directory of a run")
+        raise UserError(
+            f"no run in {shown(workdir)}: it has no config.json of a run; give the directory of a run"
+        )
     return config
 
 
@@ -104,7 +106,7 @@ def read_class_names(workdir: Path) -> list[str]:
     except (OSError, ValueError) as error:
         pass_on(error, file)
         raise UserError(
-            f"{file} cannot be read ({error}): the run directory is incomplete; choose another"
+            f"{shown(file)} cannot be read ({error}): the run directory is incomplete; choose another"
         ) from None
     return names
 

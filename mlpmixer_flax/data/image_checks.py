@@ -156,7 +156,9 @@ def _inspect(
         for file, content in _for_each(_hash_content, root, unhashed, doing="looking for copies"):
             good[file] = good[file]._replace(content=content)
     if good != earlier:
-        write_checked(root, good)
+        # Files of other splits stay in the list, unless they are gone.
+        there = {file for file in good if file in now or os.path.exists(os.path.join(root, file))}
+        write_checked(root, {file: found for file, found in good.items() if file in there})
     return flaws, {file: good[file] for file in usable}
 
 

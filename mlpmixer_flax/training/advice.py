@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.faults import explain, is_memory
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import saved_steps
 
 _FILES_OF_GPUS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # the last is that of WSL 2
@@ -41,7 +42,7 @@ def _saved(error: Exception, workdir: Path) -> str:
     with contextlib.suppress(OSError, UserError):
         if not isinstance(error, FileNotFoundError) and (steps := saved_steps(workdir)):
             return (
-                f"the checkpoints up to step {steps[-1]} are whole, and the same command with --workdir={workdir} "
+                f"the checkpoints up to step {steps[-1]} are whole, and the same command with --workdir={shown(workdir)} "
                 "continues from there"
             )
     return ""

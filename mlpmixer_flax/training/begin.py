@@ -71,7 +71,7 @@ def begin(
             lock.take()
             if read_stored(workdir) != stored:
                 raise UserError(
-                    f"another process has begun a run in {workdir} meanwhile: choose another --workdir"
+                    f"another process has begun a run in {shown(workdir)} meanwhile: choose another --workdir"
                 )
             write_run(workdir, to_store(config), class_names=setup.class_names, data=data)
     check_shared(workdir)

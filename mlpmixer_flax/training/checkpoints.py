@@ -20,6 +20,7 @@ from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.reading import check_files_in
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.run_weights import Score, read_scores, score_of
 from mlpmixer_flax.training.processes import check_shared, from_lead, gather, is_lead
 from mlpmixer_flax.training.step import TrainState
@@ -180,7 +181,7 @@ class Checkpoints:
                 return step, state
         if failures:
             raise UserError(
-                f"none of the checkpoints {', '.join(map(str, failures))} in {self.folder} can be read: "
+                f"none of the checkpoints {', '.join(map(str, failures))} in {shown(self.folder)} can be read: "
                 "choose another --workdir to start over"
             )
         return 0, None

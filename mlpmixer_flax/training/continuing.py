@@ -13,6 +13,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, ConfigDict, get_config, in_steps, resolve
 from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.limits import show
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import read_class_names, saved_steps
 from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.optimizer import make_schedule
@@ -45,16 +46,18 @@ def usable_workdir(workdir: str | Path) -> Path:
         has_checkpoints = (workdir / "checkpoints").exists()  # fails if only this path is too long
     except (OSError, RuntimeError, ValueError) as error:  # ~ has no home directory; a zero byte
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot use workdir {workdir} ({reason}): choose another") from None
+        raise UserError(f"cannot use workdir {shown(Path(workdir))} ({reason}): choose another") from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to workdir {workdir}: {existing} is not a directory you may write to")
+        raise UserError(
+            f"cannot write to workdir {shown(workdir)}: {existing} is not a directory you may write to"
+        )
     if "[" in str(workdir.absolute()):
         raise UserError(
             f"cannot use workdir {workdir}: Orbax reads [ in a path as a pattern; choose a path without it"
         )
     if has_checkpoints and not (workdir / "config.json").exists():
         raise UserError(
-            f"{workdir} has checkpoints but no config.json that they belong to: choose another --workdir"
+            f"{shown(workdir)} has checkpoints but no config.json that they belong to: choose another --workdir"
         )
     return workdir
 
@@ -95,7 +98,7 @@ def another_config(workdir: Path, changes: Sequence[Change]) -> str:
     texts = [
         f"{shorten(key, 40)} was {show(before, 300)}, is {show(now, 300)}" for key, before, now in changes
     ]
-    return f"{workdir} holds a run with another config ({listed(texts)})"
+    return f"{shown(workdir)} holds a run with another config ({listed(texts)})"
 
 
 def describe_changes(changes: Sequence[Change]) -> str:
@@ -120,7 +123,7 @@ def check_class_names(workdir: Path, class_names: list[str]) -> None:
             for names, others in ((theirs, class_names), (class_names, theirs))
         )
         raise UserError(
-            f"{workdir} holds a run with other classes (gone: {lost}; new: {new}): restore the dataset, or "
+            f"{shown(workdir)} holds a run with other classes (gone: {lost}; new: {new}): restore the dataset, or "
             "choose another --workdir"
         )
 
@@ -134,7 +137,7 @@ def check_length(workdir: Path, config: ConfigDict, *, steps_per_epoch: float) -
     total, done = in_steps(config, "total", steps_per_epoch), max(saved_steps(workdir), default=0)
     if total < done:
         raise UserError(
-            f"the run in {workdir} has already done {done:,} steps ({done / steps_per_epoch:.4g} epochs), and "
+            f"the run in {shown(workdir)} has already done {done:,} steps ({done / steps_per_epoch:.4g} epochs), and "
             f"total_steps={config.total_steps}, total_epochs={config.total_epochs} is less ({total:,} steps): give a "
             "greater length, or choose another --workdir"
         )

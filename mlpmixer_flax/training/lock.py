@@ -1,9 +1,11 @@
 """Keeps a second process out of a run directory while a run is in training."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_object
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.processes import is_lead
 
@@ -28,6 +31,30 @@ def name_of(owner: Mapping[str, Any]) -> str:
         return "another process"
     process, host = (shorten(str(value), 60) for value in told)
     return f"process {process} on {host}"
+
+
+def try_lock(file: Path, *, otherwise: str) -> FileLock | None:
+    """Takes the lock of a file and returns it; None if another process holds it.
+
+    Args:
+      otherwise: what to do if the file cannot be locked, the end of the message.
+
+    Raises:
+      UserError: the file cannot be locked, for example because its file system has no locks.
+    """
+    lock = FileLock(file)
+    try:
+        with warnings.catch_warnings():
+            # Some versions would use a marker file, which stays after a kill, and which 3.29 does not respect.
+            warnings.filterwarnings("error", "flock not supported", UserWarning)
+            lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (OSError, UserWarning, NotImplementedError) as error:  # earlier versions raise the third
+        pass_on(error, file)
+        reason = getattr(error, "strerror", None) or os.strerror(errno.ENOSYS)
+        raise UserError(f"cannot lock {file} ({reason}): {otherwise}") from None
+    return lock
 
 
 class RunLock:
@@ -60,20 +87,12 @@ class RunLock:
         if self._lock or not is_lead():
             return
         make_folder(self._workdir)
-        lock = FileLock(self._workdir / _FILE)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        lock = try_lock(self._workdir / _FILE, otherwise="choose another --workdir")
+        if lock is None:
+            owner = name_of(read_object(self._workdir / _OWNER))
             raise UserError(
-                f"{self._workdir} is in use by {name_of(read_object(self._workdir / _OWNER))}: wait until it ends, or choose another --workdir"
-            ) from None
-        except NotImplementedError:  # the file system has no locks
-            return
-        except OSError as error:
-            pass_on(error, self._workdir / _FILE)
-            raise UserError(
-                f"cannot lock {self._workdir / _FILE} ({error.strerror}): choose another --workdir"
-            ) from None
+                f"{shown(self._workdir)} is in use by {owner}: wait until it ends, or choose another --workdir"
+            )
         self._lock = lock
         owner = {"process": os.getpid(), "host": socket.gethostname()}
         with replacing(self._workdir / _OWNER) as file:

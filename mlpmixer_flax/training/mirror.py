@@ -6,8 +6,8 @@ writes files of this machine, as always, and this module uploads them:
 - A checkpoint's file `MARKER` is uploaded after all others and deleted first, so a checkpoint with it is complete.
 - A checkpoint that the run has deleted is deleted there only after the newer ones are complete there.
 - `remote_lock` keeps other processes out.
-- `mirror.json` says which copy was uploaded last. A run that was killed before it had uploaded everything goes on from
-  its own copy, unless another machine has gone on with the run since.
+- `mirror.json` has a mark, which the first upload of each process replaces. A run that was killed before it had uploaded
+  everything goes on from its own copy, unless another machine has gone on with the run since: then the mark is another.
 """
 
 import contextlib
@@ -20,8 +20,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
@@ -37,8 +35,9 @@ from mlpmixer_flax.remote import (
     local_files,
     url_of,
 )
-from mlpmixer_flax.rundir import MARKER, files_of_run
+from mlpmixer_flax.rundir import MARKER, files_of_run, saved_steps
 from mlpmixer_flax.training import remote_lock
+from mlpmixer_flax.training.lock import try_lock
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_there
 
@@ -81,13 +80,11 @@ def mirrored(workdir: str | Path) -> Iterator[str | Path]:
 def _alone(url: str, copy: Path) -> Iterator[None]:
     """Keeps other processes of this machine out of the copy during the block; creates its folder."""
     make_folder(copy)
-    lock = FileLock(copy / _LOCAL_LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    lock = try_lock(copy / _LOCAL_LOCK, otherwise="set MLPMIXER_CACHE to a directory of another file system")
+    if lock is None:
         raise UserError(
             f"{url} is in use by another process of this machine: wait until it ends, or choose another --workdir"
-        ) from None
+        )
     try:
         yield
     finally:
@@ -101,21 +98,38 @@ class _Mirror:
         self.url, self.copy = url, copy
         with explaining(url):
             self._fs, self._root = connect(url)
-        # "copy": name of this copy; "sent": name of each file -> its size and time when it was uploaded
-        self._state: dict[str, Any] = {"copy": secrets.token_hex(8), "sent": {}}
+        # "copy": what the files that this process uploads are marked with; "seen": the mark that was there last;
+        # "sent": name of each file -> its size and time when it was uploaded
+        mark = secrets.token_hex(8)
+        self._state: dict[str, Any] = {"copy": mark, "seen": mark, "sent": {}}
         known = read_object(copy / _STATE)
-        if all(isinstance(known.get(key), type(value)) for key, value in self._state.items()):
-            self._state = known
+        self._state |= {
+            key: known[key] for key, value in self._state.items() if isinstance(known.get(key), type(value))
+        }
         self.lock = RemoteLock(url, copy=self._state["copy"])
         self._reported = False
 
     def begin(self) -> None:
-        """Makes the copy equal to the remote directory, unless the last upload came from it."""
-        if read_there(self._fs, self._path(_STATE)).get("copy") != self._state["copy"]:
-            self._copy_all()
+        """Makes the copy equal to the remote directory, unless nothing was uploaded since that the copy lacks."""
         names = list_files(self._fs, self._root).keys()
-        parts = names - {*files_of_run(names)}  # of checkpoints whose upload was interrupted
-        self._delete([name for name in parts if name.startswith("checkpoints/")])
+        whole = {*files_of_run(names)}
+        # The others are of checkpoints whose upload was interrupted.
+        self._delete([name for name in names - whole if name.startswith("checkpoints/")])
+        mark = read_there(self._fs, self._path(_STATE)).get("copy", "")
+        if mark not in (self._state["copy"], self._state["seen"]):
+            if saved_steps(self.copy) and not ("config.json" in whole and any(map(_is_marker, whole))):
+                print(
+                    f"no checkpoint is at {self.url}: the run in {self.copy} continues and is uploaded; to begin anew, "
+                    "choose another --workdir",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            else:
+                self._copy_all()
+        self.lock.copy = self._state["copy"] = secrets.token_hex(8)
+        self.lock.renew()
+        self._state["seen"] = mark
+        self._keep_state({name: value for name, value in self._state["sent"].items() if name in whole})
 
     def _copy_all(self) -> None:
         for path in self.copy.iterdir():
@@ -123,9 +137,7 @@ class _Mirror:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         with contextlib.suppress(NothingThere):  # the run begins
             download(self.url, self.copy, lambda names: {*files_of_run(names)} - _OWN)
-        self.lock.copy = self._state["copy"] = secrets.token_hex(8)
-        self.lock.renew()
-        self._keep_state(self._look())
+        self._state["sent"] = self._look()
 
     def upload(self) -> None:
         """Uploads what has changed since the last time, and deletes what the run has deleted."""
@@ -145,6 +157,7 @@ class _Mirror:
         self._keep_state(sent | dict.fromkeys(fresh))  # so that parts of a checkpoint are found again
         whose = {"copy": self._state["copy"], "host": socket.gethostname(), "folder": str(self.copy)}
         self._fs.pipe_file(self._path(_STATE), json.dumps(whose).encode())
+        self._state["seen"] = self._state["copy"]
         self._put(sorted(name for name in fresh if not _is_marker(name)))
         later = self._look()
         if any(later.get(name) != now[name] for name in fresh if _folder(name)):
@@ -166,7 +179,8 @@ class _Mirror:
             if self.lock.is_lost():
                 raise UserError(
                     f"{self.url} was deleted, or another process has taken it over, because this one could not reach it "
-                    f"for a while: the run has stopped, and its files are in {self.copy}"
+                    f"for a while: the run has stopped, and its files are in {self.copy}; if nothing is at {self.url} any "
+                    "more, the same command on this machine continues from them"
                 )
             self.upload()
 

@@ -13,6 +13,7 @@ from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_json
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import MULTI_LABEL
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.continuing import Change, another_config
@@ -72,7 +73,7 @@ def read_record(workdir: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         pass_on(error, file)
-    print(f"{file} is damaged and is written again: whether the data has changed is not known")
+    print(f"{shown(file)} is damaged and is written again: whether the data has changed is not known")
     return {}
 
 
@@ -106,17 +107,18 @@ def check_data(
         if moved:
             raise UserError(f"{another_config(workdir, moved)}: choose another --workdir")
         return
-    advice = f"start a new run from this one with --config.init_from={workdir} and another --workdir"
+    name = shown(workdir)
+    advice = f"start a new run from this one with --config.init_from={name} and another --workdir"
     if stored.get(TEACHER) != record.get(TEACHER):
         raise UserError(
-            f"the teacher of the run in {workdir} has other weights than when the run began: restore the weights, or {advice}"
+            f"the teacher of the run in {name} has other weights than when the run began: restore the weights, or {advice}"
         )
     differences = _compare(stored, record)
     if differences:
         names = [change.now for change in moved if change.key == "dataset"]
-        cause = f"{names[0]} does not have the data of the run in {workdir}" if names else ""
+        cause = f"{names[0]} does not have the data of the run in {name}" if names else ""
         raise UserError(
-            f"{cause or f'the data of the run in {workdir} has changed since the run began'} "
+            f"{cause or f'the data of the run in {name} has changed since the run began'} "
             f"({'; '.join(differences)}), and that would change its length and the order of its images: restore the data, or "
             f"{advice}"
         )

@@ -19,6 +19,7 @@ from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.dataloader import Batch
 from mlpmixer_flax.faults import naming, pass_on
 from mlpmixer_flax.reading import open_file
+from mlpmixer_flax.remote import shown
 from mlpmixer_flax.training.events import Events
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.resolutions import split_sizes
@@ -192,12 +193,12 @@ class Reporter:
         scalars, other_sizes = split_sizes(scalars, best_by=best_by)
         hidden = ("/skipped_images", "/accuracy_top5" if balanced else "/balanced_accuracy")
         scored = next(iter(scalars)).partition("/")[0]
-        shown = ", ".join(
+        listed = ", ".join(
             f"{name.partition('/')[2].replace('_top5', '_top 5').replace('_', ' ')} {value:.4f}"
             for name, value in sorted(scalars.items())
             if not name.endswith(hidden)
         )
-        self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {shown}")
+        self.say(f"step {step}, epoch {self._epoch(step)}: {scored} {listed}")
         if other_sizes:
             self.say(other_sizes)
 
@@ -257,7 +258,9 @@ def _read_lines(file: Path) -> list[str]:
             return [line for line in opened.read().decode("utf-8", "replace").split("\n") if line]
     except OSError as error:
         pass_on(error, file)
-        raise UserError(f"{file} cannot be read ({error.strerror}): remove it, or restore the file") from None
+        raise UserError(
+            f"{shown(file)} cannot be read ({error.strerror}): remove it, or restore the file"
+        ) from None
 
 
 def _parse(line: str) -> dict[str, float] | None:
@@ -286,6 +289,6 @@ def _tile(images: np.ndarray) -> np.ndarray:
 def _drop_after(file: Path, step: int) -> None:
     rows = read_metrics(file)
     if damaged := len(_read_lines(file)) - len(rows):
-        print(f"{file}: {damaged} damaged line{'s' * (damaged > 1)} removed", flush=True)
+        print(f"{shown(file)}: {damaged} damaged line{'s' * (damaged > 1)} removed", flush=True)
     with replacing(file) as new:
         new.write("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step).encode())

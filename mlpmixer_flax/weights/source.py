@@ -204,18 +204,18 @@ def _open_folder(folder: Path) -> Weights:
     try:
         files = sorted(file.name for file in folder.iterdir())
     except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}): check its permissions") from None
+        raise UserError(f"{shown(folder)} cannot be read ({error.strerror}): check its permissions") from None
     if hub.WEIGHTS_FILE in files:
         return _open_file(folder / hub.WEIGHTS_FILE)
     read_config(folder)  # raises an error if its config.json is damaged
-    what = f"{folder} is neither a run directory nor a folder of weights with a {hub.WEIGHTS_FILE}"
+    what = f"{shown(folder)} is neither a run directory nor a folder of weights with a {hub.WEIGHTS_FILE}"
     if folder.parent.name == "checkpoints" and is_run(folder.parent.parent):
         raise UserError(f"{what}, but a checkpoint: give {shown(folder.parent.parent)}@{folder.name}")
     if f"{hub.WEIGHTS_FILE}.index.json" in files:
         raise UserError(f"{what}: join the parts of its weights into one file")
     for name in files:
         if name.endswith((".npz", ".safetensors")):
-            raise UserError(f"{what}: give the file itself, such as {folder / name}")
+            raise UserError(f"{what}: give the file itself, such as {shown(folder / name)}")
     for name in files:
         if name.endswith(_PICKLES):
             raise UserError(

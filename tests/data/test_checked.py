@@ -52,6 +52,16 @@ def test_files_are_not_read_again_to_find_copies(folder, capsys):
         open_again(folder, for_training=("train", "validation"))
 
 
+def test_files_that_are_gone_are_forgotten_and_those_of_other_splits_are_not(folder):
+    open_again(folder, for_training=("train", "validation"))
+    (folder / "train/a/1.png").unlink()
+    (folder / "val/a/0.png").unlink()
+    write(folder, "train/a/new.png")
+    open_again(folder)  # looks at the training images only
+    kept = {"train/a/0.png", "train/a/2.png", "train/a/new.png", *names("train/b", 3), "val/b/0.png"}
+    assert checked.read_checked(str(folder)).keys() == kept
+
+
 def test_contents_are_compared_by_a_start_that_trains_also_after_one_that_only_checked(folder, capsys):
     (folder / "val/a/0.png").write_bytes((folder / "train/a/0.png").read_bytes())
     open_again(folder)

@@ -1,5 +1,7 @@
 """Tests that a run directory is used by one process at a time, with real processes."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from mlpmixer_flax.run_weights import open_run
 from mlpmixer_flax.rundir import saved_steps
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.lock import RunLock
+from mlpmixer_flax.training.mirror import mirrored
 
 ARGUMENTS = ["--config=digits.py", "--config.model.hidden_dim=8", "--config.model.num_blocks=1"]
 ARGUMENTS += ["--config.augment.mixup_alpha=0", "--config.total_steps=1000000", "--config.log_every_steps=5"]
@@ -141,3 +144,24 @@ def test_a_directory_in_which_nothing_can_be_locked_is_refused(tmp_path):
     (tmp_path / "in_use.lock").mkdir()
     with pytest.raises(UserError, match=r"cannot lock .*in_use.lock \(.*\): choose another --workdir"):
         RunLock(Path(tmp_path)).take()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_refused(number, tmp_path, monkeypatch):
+    """The kernel answers with one of these numbers."""
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    words = "" if number == errno.ENOSYS else "|.*is in use by another process"  # filelock before 3.21
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^(cannot lock .*: choose another --workdir{words})"):
+            RunLock(tmp_path / "run").take()
+        with (
+            pytest.raises(UserError, match=rf"^(cannot lock .*: set MLPMIXER_CACHE to a directory{words})"),
+            mirrored("memory://bucket/run"),
+        ):
+            raise AssertionError("it trains without a lock")
+    assert not (tmp_path / "run" / "in_use.json").exists()

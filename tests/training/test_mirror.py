@@ -224,6 +224,107 @@ def test_a_kill_at_any_moment_of_an_upload_leaves_whole_checkpoints(tmp_path, mo
     raise AssertionError("the upload never ended")
 
 
+# --- when a copy is kept
+
+
+def killed_before_an_upload(url, *steps):
+    """A run on this machine that saves these steps, and is killed before it uploads them."""
+    one = mirror._Mirror(url, copy_of(url, folder=WORKING_COPIES))
+    one.copy.mkdir(parents=True, exist_ok=True)
+    with one.lock.held():
+        one.begin()
+        (one.copy / "config.json").write_text("{}")
+        for step in steps:
+            make_checkpoint(one.copy, step, f"{step}")
+
+
+def steps_of_the_next_start(url):
+    """The steps from which the next start on this machine may continue; it uploads them."""
+    with mirrored(url) as copy:
+        steps = saved_steps(copy)
+    assert [*contents(url)] == steps
+    return steps
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The address of a run, which is not there yet, and a function that goes to the machine of a name."""
+
+    def go_to(machine):
+        monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / machine))
+
+    go_to("first")
+    return f"memory://{tmp_path.name}/run", go_to
+
+
+def test_a_run_that_was_never_uploaded_is_kept(run, capsys):
+    url, go_to = run
+    killed_before_an_upload(url, 10, 20)
+    assert steps_of_the_next_start(url) == [10, 20]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("left", ["nothing", "checkpoints/10", "config.json", "mirror.json"])
+def test_a_run_that_was_deleted_there_is_uploaded_again(run, left, capsys):
+    """The deletion may have ended early, or the run may have written a file again meanwhile."""
+    url, _ = run
+    killed_before_an_upload(url, 10, 20)
+    assert steps_of_the_next_start(url) == [10, 20]
+    fs, root = connect(url)
+    for path in fs.find(root):
+        if not path.startswith(f"{root}/{left}"):
+            fs.rm_file(path)
+    capsys.readouterr()
+    assert steps_of_the_next_start(url) == [10, 20]
+    assert fs.cat_file(f"{root}/config.json") == b"{}"
+    copy = copy_of(url, folder=WORKING_COPIES)
+    note = f"the run in {copy} continues and is uploaded; to begin anew, choose another --workdir\n"
+    assert capsys.readouterr().err == ("" if left == "mirror.json" else f"no checkpoint is at {url}: {note}")
+
+
+def test_a_run_that_another_machine_has_begun_without_a_checkpoint_is_kept(run):
+    url, go_to = run
+    killed_before_an_upload(url, 10)
+    go_to("second")
+    killed_before_an_upload(url)
+    assert steps_of_the_next_start(url) == []
+    go_to("first")
+    assert steps_of_the_next_start(url) == [10]
+    go_to("second")
+    assert steps_of_the_next_start(url) == [10]
+
+
+def test_a_run_that_another_machine_takes_over_and_does_not_upload_is_kept_on_both(run):
+    url, go_to = run
+    killed_before_an_upload(url, 10)
+    assert steps_of_the_next_start(url) == [10]
+    killed_before_an_upload(url, 20)
+    go_to("second")
+    killed_before_an_upload(url, 30)
+    killed_before_an_upload(url, 40)
+    go_to("first")
+    assert steps_of_the_next_start(url) == [10, 20]
+    go_to("second")  # the first has gone on since
+    assert steps_of_the_next_start(url) == [10, 20]
+    killed_before_an_upload(url, 50)
+    assert steps_of_the_next_start(url) == [10, 20, 50]
+    go_to("first")
+    assert steps_of_the_next_start(url) == [10, 20, 50]
+
+
+def test_a_run_that_somebody_has_copied_there_replaces_none_that_went_on_from_it(run):
+    url, go_to = run
+    killed_before_an_upload(url, 10)
+    assert steps_of_the_next_start(url) == [10]
+    fs, root = connect(url)
+    fs.rm_file(f"{root}/mirror.json")  # as in a copy of the run directory of a local run
+    go_to("second")
+    killed_before_an_upload(url, 20)
+    assert steps_of_the_next_start(url) == [10, 20]
+    go_to("first")
+    assert steps_of_the_next_start(url) == [10, 20]
+
+
 # --- errors
 
 
@@ -241,21 +342,11 @@ def test_a_run_that_cannot_begin_leaves_nothing(bucket, capsys):
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_without_the_network_and_says_so_once(bucket, tmp_path, s3_server):
-    """The directory is reached over a connection that is cut during the run."""
     url = f"{bucket}/runs/a"
-    relay = Relay(int(s3_server.rpartition(":")[2]))
-    environment = {
-        **os.environ,
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}",
-        "AWS_MAX_ATTEMPTS": "1",
-    }
     # A checkpoint every two seconds: they are removed before they are uploaded if they come faster than the upload is.
-    length = {"total_steps": 1_000_000, "save_every_steps": 400, "eval_every_steps": 400}
-    command = [sys.executable, "-u", "-c", TRAIN, "0.2", *arguments(url, **length)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    process, relay = start_over_a_relay(
+        url, s3_server, upload_seconds=0.2, save_every_steps=400, eval_every_steps=400
     )
-    threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True).start()
     wait_for(lambda: complete(url), process)
     relay.cut()
     copy = copy_of(url, folder=WORKING_COPIES)
@@ -277,6 +368,60 @@ def test_a_run_goes_on_without_the_network_and_says_so_once(bucket, tmp_path, s3
     assert max(complete(url)) < done
     fit(load_config("digits.py", {**CHANGES, "total_steps": done + 10}), url)
     assert max(complete(url)) == done + 10
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_run_that_loses_the_network_before_its_first_upload_is_uploaded_by_the_next_start(
+    bucket, s3_server, capsys
+):
+    url = f"{bucket}/runs/a"
+    copy = copy_of(url, folder=WORKING_COPIES)
+    process, relay = start_over_a_relay(url, s3_server, upload_seconds=1000)
+    wait_for(lambda: saved_steps(copy), process)
+    relay.cut()
+    process.terminate()
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert "run the same command again on this machine" in error.splitlines()[-1]
+    assert list_files(*connect(url)).keys() == {remote_lock.LOCK}
+    done = max(saved_steps(copy))
+    fit(load_config("digits.py", {**CHANGES, "total_steps": done + 10}), url)
+    output = capsys.readouterr()
+    assert f"continuing from step {done} of {url}\n" in output.out and output.err == ""
+    assert max(complete(url)) == done + 10
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_run_whose_directory_is_deleted_stops_and_the_next_start_uploads_it_again(bucket, capsys):
+    url = f"{bucket}/runs/a"
+    process = start(url, total_steps=1_000_000)
+    wait_for(lambda: complete(url), process)
+    connect(url)[0].rm(url, recursive=True)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    copy = copy_of(url, folder=WORKING_COPIES)
+    assert f"its files are in {copy}; if nothing is at {url} any more, the same command" in output
+    done = max(saved_steps(copy))
+    fit(load_config("digits.py", {**CHANGES, "total_steps": done + 10}), url)
+    output = capsys.readouterr()
+    assert f"continuing from step {done} of {url}\n" in output.out
+    assert max(complete(url)) == done + 10
+    assert {"config.json", "class_names.json", "data.json"} <= list_files(*connect(url)).keys()
+
+
+def start_over_a_relay(url, s3_server, *, upload_seconds, **changes):
+    """Starts a run in another process; returns it, and the connection over which it reaches the directory."""
+    relay = Relay(int(s3_server.rpartition(":")[2]))
+    address = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}", "AWS_MAX_ATTEMPTS": "1"}
+    changes["total_steps"] = 1_000_000
+    command = [sys.executable, "-u", "-c", TRAIN, str(upload_seconds), *arguments(url, **changes)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | address
+    )
+    threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True).start()
+    return process, relay
 
 
 class Relay:
