@@ -4,7 +4,8 @@
 
 The model is a very small nano Mixer: patches of 4 px, 3 blocks, 48 channels, 44,170 parameters. It trains on 2,500 images,
 train[:5%], for 20 epochs in batches of 64 with AdamW, with the other values of configs/nano_cifar10.py. It has few images for
-its size, as larger models have with all 50,000. Each change ("lever") is one from this base.
+its size, as larger models have with all 50,000. Each run changes one thing of this base; such a change is called a
+lever here.
 
 Levers are compared on images held out from training, train[90%:]. The test split is scored too, and decides nothing. Each
 score is also given for the mean of the logits of an image and its mirror image ("flip"). At the end, the best value of each

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from mlpmixer_flax.compilation_cache import compiled_anew
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.models import MlpMixer
@@ -73,6 +74,7 @@ def measure(config: ConfigDict, device: jax.Device) -> tuple[int, int]:
     return held, memory.temp_size_in_bytes
 
 
+@compiled_anew()  # what is measured
 def main() -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

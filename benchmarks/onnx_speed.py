@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from mlpmixer_flax.ending import exit_status, leave
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 THREADS = len(os.sched_getaffinity(0))
 
@@ -218,4 +220,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(exit_status(main))

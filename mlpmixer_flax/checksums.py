@@ -33,6 +33,20 @@ def write_checksums(checkpoint: Path) -> None:
         file.write(json.dumps(dict(zip(names, digests, strict=True)), indent=0).encode())
 
 
+def add_checksum(checkpoint: Path, name: str, content: bytes) -> None:
+    """Adds the checksum of a file that is about to be written into a saved checkpoint.
+
+    Raises:
+      ValueError: the checksums cannot be read.
+      OSError: a file cannot be read or written.
+    """
+    if not (checkpoint / _FILE).exists():  # an earlier version saved it
+        write_checksums(checkpoint)
+    digests = read_json(checkpoint / _FILE) | {name: _hash(content).hexdigest()}
+    with replacing(checkpoint / _FILE) as file:
+        file.write(json.dumps(digests, indent=0).encode())
+
+
 def check_files(checkpoint: Path, part: str) -> bool:
     """Checks that the files in one subfolder of a checkpoint are as they were saved.
 

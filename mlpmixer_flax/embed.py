@@ -5,8 +5,9 @@ patterns; without any, the images of a split. Writes one row per image:
 
   features    the input of the model's head: float32 (n, hidden_dim)
   file        name of the file; not for a TFDS dataset, which has no files
-  label       number and name of the class, for a split; if its images may have
-  class_name  several labels, 1 or 0 for every class, and names such as sea|sand
+  label       for a split, number of the class; if images have several labels,
+              1 or 0 for every class
+  class_name  for a split, name of the class, or names such as sea|sand
 
 --output ends in .npz (numpy.load reads it) or .parquet (pandas.read_parquet and
 others do).
@@ -136,10 +137,10 @@ def _find_nearest(
     Raises:
       UserError: a query cannot be used, or there is no other image.
     """
-    own = [os.path.abspath(path) for path in paths]
+    own = [os.path.realpath(path) for path in paths]
     found = []
     for query, query_features in zip(queries, model.features(queries), strict=True):
-        itself = [i for i, path in enumerate(own) if path == os.path.abspath(query)]
+        itself = np.flatnonzero(np.array(own) == os.path.realpath(query)).tolist() if own else []
         if len(itself) == len(features):
             raise UserError(
                 f"there is no other image to compare --nearest={shown(Path(query))} with: give more images"

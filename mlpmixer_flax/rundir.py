@@ -54,7 +54,7 @@ def is_run(workdir: Path) -> bool:
 
 
 def has_updates(workdir: Path) -> bool:
-    """Returns whether a run has made updates: it has a checkpoint, or lines in metrics.jsonl."""
+    """Returns whether a run has got so far that it has a checkpoint, or lines in metrics.jsonl."""
     metrics = workdir / "metrics.jsonl"
     return bool(saved_steps(workdir)) or (metrics.exists() and metrics.stat().st_size > 0)
 

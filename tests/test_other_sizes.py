@@ -129,7 +129,7 @@ def test_sizes_that_weights_state_are_checked(own_size, tmp_path, sizes):
     changed = json.dumps(header).encode()
     file = tmp_path / "changed.safetensors"
     file.write_bytes(len(changed).to_bytes(8, "little") + changed + content[8 + length :])
-    with pytest.raises(UserError, match="the metadata of .* is invalid: write the file again"):
+    with pytest.raises(UserError, match="the metadata of .* is invalid: restore it, or write it again"):
         load(file)
 
 

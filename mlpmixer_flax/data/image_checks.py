@@ -157,8 +157,8 @@ def _inspect(
             good[file] = good[file]._replace(content=content)
     if good != earlier:
         # Files of other splits stay in the list, unless they are gone.
-        there = {file for file in good if file in now or os.path.exists(os.path.join(root, file))}
-        write_checked(root, {file: found for file, found in good.items() if file in there})
+        there = [file for file in good if file in now or os.path.exists(os.path.join(root, file))]
+        write_checked(root, {file: good[file] for file in there})
     return flaws, {file: good[file] for file in usable}
 
 

@@ -23,7 +23,7 @@ _BIAS = 100.0  # so large that its weight is small and hardly regularized; as in
 def features_of_split(
     model: Model, examples: Examples, *, per_class: int = 0, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pooled features, float32 (n, hidden_dim), and labels, as `Examples.read`, of the images of a split.
+    """Returns pooled features, float32 (n, hidden_dim), and the labels of the images of a split, as `Examples.read` has them.
 
     With `per_class=0` these are all images, in order; else images with one label each, in random order until every
     class has `per_class` of them, or all images if a class has fewer. `examples` come from `Model.open`.

@@ -24,7 +24,7 @@ from mlpmixer_flax.weights.tokens import grid_of, resampled, with_tokens
 
 
 class _OwnSize(NamedTuple):
-    """What a model has at the size that it was loaded with, for one that `Model.at_size` made."""
+    """What a model that `Model.at_size` made remembers of the size that it was loaded with."""
 
     params: Params
     image_size_px: int
@@ -69,9 +69,8 @@ class Model:
     # Of an evaluation of these weights in training, by name ("test/accuracy"); {} if there was none
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     resolutions_px: tuple[int, ...] = ()  # the sizes that it was trained with; () = only its own
-    _own: _OwnSize | None = dataclasses.field(
-        default=None, repr=False
-    )  # None at the size that it was loaded with
+    # None at the size that it was loaded with
+    _own: _OwnSize | None = dataclasses.field(default=None, repr=False)
     # Kept, so that the second call of `predict` or `features` compiles nothing.
     _compiled: dict[Any, RowFunction] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -116,7 +115,7 @@ class Model:
         )
 
     def _with_own_size(self) -> "Model":
-        """Returns the model at the size that it was loaded with; fields that were replaced since stay so."""
+        """Returns the model at the size that it was loaded with; fields that do not belong to a size stay as they are."""
         own = self._own
         if own is None or self.params is not own.resampled:  # or somebody has replaced the weights
             return self

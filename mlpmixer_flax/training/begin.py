@@ -26,7 +26,7 @@ from mlpmixer_flax.training.processes import check_same, check_shared, from_lead
 from mlpmixer_flax.training.resolutions import sizes_of
 from mlpmixer_flax.training.setup import Setup, initial_params, make_setup, settle, to_store
 from mlpmixer_flax.training.table import summarize
-from mlpmixer_flax.training.tracker import check_tracker
+from mlpmixer_flax.training.tracker import check_tracker, forget_run
 from mlpmixer_flax.training.validate import read_stored
 
 
@@ -73,6 +73,8 @@ def begin(
                 raise UserError(
                     f"another process has begun a run in {shown(workdir)} meanwhile: choose another --workdir"
                 )
+            if not stored:
+                forget_run(workdir)
             write_run(workdir, to_store(config), class_names=setup.class_names, data=data)
     check_shared(workdir)
     return setup, params
@@ -132,7 +134,7 @@ def _describe(setup: Setup, workdir: Path) -> None:
     if microbatches := describe_microbatches(config, setup.mesh):
         print(microbatches)
     warmup_steps = in_steps(config.schedule, "warmup", setup.steps_per_epoch)
-    if warmup_steps >= total_steps:
+    if warmup_steps >= total_steps and not saved_steps(workdir):
         print(
             f"the warmup has {warmup_steps:,} steps, so the learning rate never reaches {config.optimizer.learning_rate:g}:\n"
             "  lower schedule.warmup_steps or schedule.warmup_epochs"

@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
-from mlpmixer_flax.checksums import check_files, without_checksums, write_checksums
+from mlpmixer_flax.checksums import add_checksum, check_files, without_checksums, write_checksums
 from mlpmixer_flax.faults import check_readable, pass_on
 from mlpmixer_flax.reading import check_files_in
 from mlpmixer_flax.remote import shown
@@ -139,11 +139,11 @@ class Checkpoints:
         """Adds the scores of a saved state that was not evaluated when it was saved."""
 
         def write() -> None:
-            folder = self.folder / str(step)
+            folder, content = self.folder / str(step), json.dumps(metrics).encode()
+            add_checksum(folder, "metrics/metrics", content)
             (folder / "metrics").mkdir(exist_ok=True)
             with replacing(folder / "metrics" / "metrics") as file:
-                file.write(json.dumps(metrics).encode())
-            write_checksums(folder)
+                file.write(content)
 
         with self._judging():
             from_lead(write)

@@ -151,6 +151,8 @@ def _run_updates(
                 scores, by_class = _evaluate(setup, steps.scores, state, stopping=stopping)
             except _Abandoned:
                 return None
+            if step == start:  # saved without its scores, because a signal had ended this evaluation
+                checkpoints.add_scores(step, scores)
             balanced = bool(config.class_weights) or config.best_by == "balanced_accuracy"
             reporter.evaluation(step, scores, balanced=balanced, best_by=config.best_by)
             of_class = "average_precision" if setup.multi_label else "accuracy"
@@ -160,11 +162,10 @@ def _run_updates(
             return scores
 
         if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
-            scores = evaluate(start, state)  # a signal had ended this evaluation
+            scores = evaluate(start, state)
             if scores is None:
                 raise Interrupted(signals[0], start)
             best.improves(scores)
-            checkpoints.add_scores(start, scores)
             if _stops_early(config, workdir, start):
                 return
         unlogged = Unlogged(workdir)

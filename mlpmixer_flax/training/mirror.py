@@ -98,7 +98,7 @@ class _Mirror:
         self.url, self.copy = url, copy
         with explaining(url):
             self._fs, self._root = connect(url)
-        # "copy": what the files that this process uploads are marked with; "seen": the mark that was there last;
+        # "copy": the mark of what this process uploads; "seen": the mark that was found there last;
         # "sent": name of each file -> its size and time when it was uploaded
         mark = secrets.token_hex(8)
         self._state: dict[str, Any] = {"copy": mark, "seen": mark, "sent": {}}
@@ -124,6 +124,7 @@ class _Mirror:
                     file=sys.stderr,
                     flush=True,
                 )
+                self._state["sent"] = {}
             else:
                 self._copy_all()
         self.lock.copy = self._state["copy"] = secrets.token_hex(8)
@@ -145,7 +146,8 @@ class _Mirror:
             return
         sent, now = self._state["sent"], self._look()
         fresh = {name for name in now if sent.get(name) != now[name]}
-        again = ({*map(_folder, fresh)} & {*map(_folder, sent)}) - {""}  # checkpoints that were saved again
+        # Checkpoints that were saved again: scores may be added to one later, but its marker stays as it is.
+        again = {_folder(name) for name in fresh if _is_marker(name)} & {*map(_folder, sent)}
         fresh |= {name for name in now if _folder(name) in again}
         # A checkpoint that the run deletes at this moment may have lost only some of its files.
         deleting = {_folder(name) for name in sent.keys() - now} - again - {""}

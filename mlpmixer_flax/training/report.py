@@ -77,8 +77,7 @@ class Recent:
                 if not math.isfinite(value):
                     raise FloatingPointError(
                         f"{name} is {value} at step {step}: the run stops and keeps its last checkpoint; "
-                        "begin anew in another --workdir, with a lower optimizer.learning_rate, a longer warmup or "
-                        "optimizer.clip_norm"
+                        "lower optimizer.learning_rate, lengthen the warmup or set optimizer.clip_norm"
                     )
             self.fetched.append(values)
 

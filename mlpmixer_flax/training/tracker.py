@@ -26,6 +26,11 @@ _PROJECT = "mlpmixer-flax"
 _FILE = "tracker.json"  # in the run directory: the name of the run in the tracker
 
 
+def forget_run(workdir: Path) -> None:
+    """Removes the name of a run in the tracker, before another run begins in its directory."""
+    (workdir / _FILE).unlink(missing_ok=True)
+
+
 def check_tracker(name: str) -> None:
     """Raises UserError if the package of a tracker cannot be imported; "" is no tracker."""
     if not name:

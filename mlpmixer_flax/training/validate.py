@@ -140,7 +140,8 @@ def complete(stored: Mapping[str, Any], *, name: str) -> dict[str, Any]:
 def read_stored(workdir: Path) -> dict[str, Any]:
     """Returns the config of the run that is to begin or continue in a directory, as plain data; {} if it begins.
 
-    A run that ended before its first update, for want of memory for example, begins again, perhaps with another config.
+    A run that ended before it had logged or saved anything, because memory was not enough for example, begins again,
+    perhaps with another config.
     The config has the keys of the version of the package that wrote it.
 
     Raises:

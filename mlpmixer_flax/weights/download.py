@@ -164,7 +164,8 @@ def _open(url: str, start: int, *, first: bool) -> HTTPResponse:
     reason = ""
     try:
         request = urllib.request.Request(url, headers=headers)
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+        # urlopen would use for ever the proxies that the environment named at its first call.
+        response = urllib.request.build_opener().open(request, timeout=TIMEOUT_SECONDS)
         rest = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if response.status == 200 or (start and response.status == 206 and rest):
             return response

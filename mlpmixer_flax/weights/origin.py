@@ -64,7 +64,7 @@ def with_origin(weights: Weights, known: Mapping[str, Any]) -> Weights:
         )
     if lacking:
         notes.append(
-            f"the file does not say how it was trained; assumed from its layout: {', '.join(lacking)}"
+            f"the weights do not say how they were trained; assumed from their layout: {', '.join(lacking)}"
         )
     return replace(weights, metadata=metadata, notes=tuple(notes))
 
@@ -93,7 +93,7 @@ def _check(name: str, metadata: Mapping[str, Any]) -> None:
         and all(type(size_px) is int and size_px > 0 for size_px in sizes)
     )
     if not valid:
-        raise UserError(f"the metadata of {name} is invalid: write the file again")
+        raise UserError(f"the metadata of {name} is invalid: restore it, or write it again")
 
 
 def _check_sizes(weights: Weights) -> None:

@@ -194,9 +194,8 @@ def _open_run(named: NamedRun) -> Weights:
         read=flat.__getitem__,
         notes=(describe_weights(named.workdir, checkpoint, step=run.step),),
     )
-    return with_origin(
-        weights, {}
-    )  # a run of an earlier version lacks keys, and a damaged one may have any values
+    # A run of an earlier version lacks keys, and a damaged one may have any values.
+    return with_origin(weights, {})
 
 
 def _open_folder(folder: Path) -> Weights:

@@ -14,6 +14,7 @@ import pytest
 from small_checkpoints import PLACE, as_run, kept, restore, save, scores, state
 
 from mlpmixer_flax import UserError, run_weights
+from mlpmixer_flax.checksums import add_checksum
 from mlpmixer_flax.run_weights import default_checkpoint, describe_weights, open_run, read_weights
 from mlpmixer_flax.rundir import read_class_names, read_config, saved_steps, write_run
 from mlpmixer_flax.training.checkpoints import Checkpoints
@@ -52,6 +53,9 @@ def test_scores_that_are_added_later_count_like_those_that_were_saved(tmp_path):
     checkpoints.save(1, state(1), scores(0.5))
     checkpoints.save(2, state(2), None)
     checkpoints.best()  # waits until both are on disk
+    # As if a kill had come between the two files that this writes
+    add_checksum(tmp_path / "checkpoints" / "2", "metrics/metrics", b"other scores")
+    assert read_weights(tmp_path, "best")[0] == 1 and read_weights(tmp_path, "2")[0] == 2
     checkpoints.add_scores(2, scores(0.9))
     assert checkpoints.best() == (2, (0.9, "test", "accuracy"))
     for step in (3, 4):

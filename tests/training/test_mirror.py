@@ -224,6 +224,22 @@ def test_a_kill_at_any_moment_of_an_upload_leaves_whole_checkpoints(tmp_path, mo
     raise AssertionError("the upload never ended")
 
 
+def test_scores_that_are_added_to_a_checkpoint_are_uploaded_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLPMIXER_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/run"
+    with mirrored(url) as copy:
+        (copy / "config.json").write_text("{}")
+        make_checkpoint(copy, 10, "10")
+    fs, root = connect(url)
+    marker = f"{root}/checkpoints/10/{MARKER}"
+    before = fs.info(marker)["created"]
+    with mirrored(url) as copy:
+        (copy / "checkpoints" / "10" / "metrics").mkdir()
+        (copy / "checkpoints" / "10" / "metrics" / "metrics").write_text("{}")
+    assert fs.cat_file(f"{root}/checkpoints/10/metrics/metrics") == b"{}"
+    assert fs.info(marker)["created"] == before  # so that the checkpoint was complete all the time
+
+
 # --- when a copy is kept
 
 

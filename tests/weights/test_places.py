@@ -112,7 +112,7 @@ def test_metadata_that_is_incomplete_is_completed_and_said(tmp_path, capsys):
     assert model.class_names == tuple("abcdefghij") and model.module.gelu == "tanh"
     out = capsys.readouterr().out
     assert (
-        "assumed from its layout: model.gelu=tanh, preprocess.interpolation=bilinear, preprocess.std=(0.5,)"
+        "assumed from their layout: model.gelu=tanh, preprocess.interpolation=bilinear, preprocess.std=(0.5,)"
         in out
     )
 
@@ -171,7 +171,7 @@ def test_of_such_a_folder_config_json_may_be_missing(tmp_path):
     shutil.copy(TIMM, tmp_path / "model.safetensors")
     weights = find(tmp_path)
     assert weights.metadata["preprocess"]["mean"] == (0.5,)
-    assert "assumed from its layout" in weights.notes[0]
+    assert "assumed from their layout" in weights.notes[0]
 
 
 def test_a_config_json_belongs_to_no_other_file_beside_it(tmp_path):

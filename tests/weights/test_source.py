@@ -127,7 +127,7 @@ def test_a_url_is_downloaded_once(server, tmp_path, monkeypatch):
 def test_the_metadata_of_a_file_is_used_before_what_its_layout_suggests(tmp_path, capsys):
     params = pretrained.load(str(GOLDEN / "timm_tiny.safetensors"), shapes_of(tiny_model("erf")))
     assert (
-        "the file does not say how it was trained; assumed from its layout: model.gelu=erf"
+        "the weights do not say how they were trained; assumed from their layout: model.gelu=erf"
         in capsys.readouterr().out
     )
     pixels = {"image_size_px": 32, "interpolation": "bilinear", "mean": [0.1], "std": [0.2]}

@@ -251,7 +251,7 @@ def test_the_config_of_another_program_is_said_not_to_be_used(folder):
     weights = find(folder({"model_type": "vit", "architectures": ["ViT"], "id2label": {"0": "cat"}}))
     assert weights.metadata["preprocess"]["mean"] == (0.5,) and "class_names" not in weights.metadata
     assert weights.notes[0] == "config.json beside the weights is not timm's, and is not used"
-    assert "assumed from its layout: model.gelu=erf" in weights.notes[1]
+    assert "assumed from their layout: model.gelu=erf" in weights.notes[1]
 
 
 def test_weights_without_a_head_may_say_so(folder, tmp_path):
