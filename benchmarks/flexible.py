@@ -2,6 +2,7 @@
 
     python benchmarks/flexible.py digits --workdir=FOLDER
     python benchmarks/flexible.py cifar10 --workdir=FOLDER
+    python benchmarks/flexible.py nano --workdir=FOLDER --start=RUN
 
 All models of a dataset have the same architecture, training images, updates and learning rate, and are scored on all test
 images:
@@ -17,6 +18,10 @@ images:
 `digits`: configs/digits.py, 672 updates of 64 images, three seeds. The own size is 8 px.
 `cifar10`: configs/flexible_cifar10.py with a smaller model (4 blocks of width 48: 66,000 parameters), 1,000 updates of 128
 images, on 10,000 of the training images, two seeds. The own size is 32 px.
+`nano`: configs/flexible_cifar10.py as it is. It is for --start.
+
+With --start, all models begin with the weights of a run, as they could begin with published weights, and train for 3 epochs:
+"made flexible" with all sizes, "fine-tuned" with one size each. "Resampled" is the run itself.
 
 On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 more than an hour. After each run the table is printed,
 and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
@@ -32,7 +37,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +92,16 @@ EXPERIMENTS = {
         finetuning={**_THREE_EPOCHS, "schedule.warmup_steps": 20},
         longer={"total_steps": 5000},
     ),
+    "nano": Experiment(
+        config="flexible_cifar10.py",
+        sizes=(16, 24, 32, 48, 64),
+        seeds=(0,),
+        changes=_END_ONLY,
+        finetuning={**_THREE_EPOCHS, "schedule.warmup_steps": 100},
+        longer={},
+    ),
 }
+KINDS_FROM_START = ("fine-tuned", "made flexible", "resampled")
 KINDS = ("specialist", "flexible", "resampled", "made flexible", "flexible, 5 times")
 
 Results = dict[str, dict[str, float]]  # "flexible, seed 0" -> size in px -> accuracy in %
@@ -135,6 +149,15 @@ def runs(experiment: Experiment) -> Iterator[Run]:
                 yield Run("other patches", seed, {"model.patches.size": (side, side)}, size)
 
 
+def runs_from(start: Path, experiment: Experiment) -> Iterator[Run]:
+    """Yields the trainings that begin with the weights of a run."""
+    changes = {**experiment.finetuning, "init_from": str(start.absolute())}
+    for seed in experiment.seeds:
+        yield Run("made flexible", seed, changes)
+        for size in experiment.sizes:
+            yield Run("fine-tuned", seed, {**changes, "preprocess.image_size_px": size}, size)
+
+
 def train(experiment: Experiment, run: Run, workdir: Path) -> dict[str, float]:
     """Trains a run to its end, or continues it; returns its accuracies in %, by size in px."""
     changes = {**experiment.changes, **run.changes, "seed": run.seed}
@@ -155,9 +178,11 @@ def resampled(experiment: Experiment, workdir: Path) -> dict[str, float]:
     return {str(size): accuracy(model.at_size(size)) for size in experiment.sizes}
 
 
-def measure(experiment: Experiment, workdir: Path, done: Results) -> Iterator[Results]:
+def measure(
+    experiment: Experiment, planned: Iterable[Run], workdir: Path, done: Results
+) -> Iterator[Results]:
     """Trains what is not done; yields the accuracies of each new run, which the caller adds to `done`."""
-    for run in runs(experiment):
+    for run in planned:
         if run.name not in done or (run.size and str(run.size) not in done[run.name]):
             yield {run.name: {**done.get(run.name, {}), **train(experiment, run, workdir)}}
         name = f"resampled, seed {run.seed}"
@@ -183,11 +208,11 @@ def table(sizes: Sequence[int], done: Results, kinds: Sequence[str] = KINDS) -> 
     return [f"| size | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}", *rows, ""]
 
 
-def picture(sizes: Sequence[int], done: Results) -> Figure:
+def picture(sizes: Sequence[int], done: Results, kinds: Sequence[str] = KINDS) -> Figure:
     """Returns the accuracies over the sizes: a line through the means of each kind, and a dot per seed."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for kind, marker in zip(KINDS, "sovD^", strict=True):
+    for kind, marker in zip(kinds, "sovD^", strict=False):
         found = {size: scores for size in sizes if (scores := scores_of(done, kind, size))}
         (line,) = axes.plot(
             list(found), list(map(statistics.mean, found.values())), marker=marker, label=kind
@@ -206,17 +231,25 @@ def main() -> None:
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--workdir", type=Path, required=True, help="directory for runs; takes 100 MB")
+    parser.add_argument("--start", type=Path, metavar="RUN", help="begin with the weights of this run")
     arguments = parser.parse_args()
-    experiment, workdir = EXPERIMENTS[arguments.experiment], arguments.workdir / arguments.experiment
+    experiment, start = EXPERIMENTS[arguments.experiment], arguments.start
+    if arguments.experiment == "nano" and not start:
+        parser.error("nano needs --start=RUN: training all its models from scratch would take days")
+    workdir = arguments.workdir / (f"{arguments.experiment}_from_run" if start else arguments.experiment)
+    planned, kinds = (runs_from(start, experiment), KINDS_FROM_START) if start else (runs(experiment), KINDS)
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "results.json"
     done: Results = json.loads(file.read_text()) if file.exists() else {}
-    for new in itertools.chain([{}], measure(experiment, workdir, done)):  # first what is done already
+    # First what is done already
+    for new in itertools.chain([{}], measure(experiment, planned, workdir, done)):
         done |= new
         with replacing(file) as opened:
             opened.write(json.dumps(done, indent=1).encode())
-        picture(experiment.sizes, done).savefig(workdir / "flexible.png", dpi=110)
-        print("", *table(experiment.sizes, done), sep="\n", flush=True)
+        picture(experiment.sizes, done, kinds).savefig(workdir / "flexible.png", dpi=110)
+        print("", *table(experiment.sizes, done, kinds), sep="\n", flush=True)
+    if start:
+        return
     patches = [int(size) for size in done[f"other patches, seed {experiment.seeds[0]}"]]
     print(*table(patches, done, ("specialist", "other patches")), sep="\n")
 

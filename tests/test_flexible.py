@@ -19,7 +19,7 @@ def flexible(monkeypatch):
     return importlib.import_module("flexible")
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "nano"])
 def test_all_models_of_an_experiment_have_the_same_updates_but_for_those_that_say_otherwise(flexible, name):
     experiment = flexible.EXPERIMENTS[name]
     runs = list(flexible.runs(experiment))
@@ -87,3 +87,12 @@ def test_an_experiment_is_measured_once_with_its_picture(flexible, tmp_path, mon
     flexible.main()
     again = capsys.readouterr().out
     assert again.splitlines()[-4:] == first and "steps (" not in again  # nothing is trained again
+
+    # From a run that has been trained
+    start = f"--start={tmp_path}/digits/specialist_8-seed0"
+    monkeypatch.setattr(sys, "argv", ["flexible.py", "digits", f"--workdir={tmp_path}", start])
+    flexible.main()
+    found = json.loads((tmp_path / "digits_from_run" / "results.json").read_text())
+    assert set(found) == {f"{kind}, seed 0" for kind in flexible.KINDS_FROM_START}
+    assert all(set(scores) == {"4", "8"} for scores in found.values())
+    assert found["resampled, seed 0"] == done["resampled, seed 0"]
