@@ -28,14 +28,14 @@ def test_config_values_that_no_run_can_use_are_refused_and_others_train(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", ["60", pytest.param("5000", marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", ["20", pytest.param("5000", marks=pytest.mark.long)])
 def test_damaged_files_of_every_kind_are_read_or_refused(tmp_path, count):
     out = run("fuzz", f"--count={count}", cwd=tmp_path)
     assert "| images |" in out and out.count(" | 0 | ") == out.count("\n") - 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", ["10", pytest.param("372", marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", ["4", pytest.param("372", marks=pytest.mark.long)])
 def test_flipped_bits_are_found(tmp_path, count):
     out = run("flipped_bits", f"--count={count}", cwd=tmp_path)
     assert out.count(f"{count} flips") == 2 and "CHANGED" not in out
