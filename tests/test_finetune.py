@@ -130,9 +130,12 @@ def test_a_run_starts_at_twice_the_resolution(tmp_path, capsys, tokens_mlp_dim, 
             {"preprocess": {"mean": 0.5}},
             "the weights say preprocess.mean=0.5, which has the wrong type: set --config.preprocess.mean",
         ),
-        ({"preprocess": None}, "the metadata of .*w.npz is invalid: write the file again"),
-        ({"preprocess": {"image_size_px": "8"}}, "the metadata of .*w.npz is invalid: write the file again"),
-        ({"class_names": 5}, "the metadata of .*w.npz is invalid: write the file again"),
+        ({"preprocess": None}, "the metadata of .*w.npz is invalid: restore it, or write it again"),
+        (
+            {"preprocess": {"image_size_px": "8"}},
+            "the metadata of .*w.npz is invalid: restore it, or write it again",
+        ),
+        ({"class_names": 5}, "the metadata of .*w.npz is invalid: restore it, or write it again"),
     ],
 )
 def test_the_metadata_of_a_file_is_checked(tmp_path, capsys, metadata, message):
