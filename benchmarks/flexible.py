@@ -23,9 +23,9 @@ images, on 10,000 of the training images, two seeds. The own size is 32 px.
 With --start, all models begin with the weights of a run, as they could begin with published weights, and train for 3 epochs:
 "made flexible" with all sizes, "fine-tuned" with one size each. "Resampled" is the run itself.
 
-On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 more than an hour. After each run the table is printed,
-and FOLDER/EXPERIMENT has it as results.json and as a picture, flexible.png. What is finished is not run again, and a run
-that was interrupted continues. Results: docs/resolutions.md
+On one CPU core, a seed of digits takes about 8 minutes, and one of cifar10 more than an hour. After each run the table is
+printed, and FOLDER/EXPERIMENT (with --start, FOLDER/EXPERIMENT_from_run) has it as results.json and as a picture,
+flexible.png. What is finished is not run again, and a run that was interrupted continues. Results: docs/resolutions.md
 """
 
 if __name__ == "__main__":

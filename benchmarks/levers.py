@@ -1,4 +1,4 @@
-"""Measures what each change of the training gives to a small Mixer on CIFAR-10: of augmentation, optimizer, patches and others.
+"""Measures what single changes give to a small Mixer on CIFAR-10: augmentation, regularization, optimizers, patch size.
 
     python benchmarks/levers.py --workdir=FOLDER
 

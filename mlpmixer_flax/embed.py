@@ -137,10 +137,10 @@ def _find_nearest(
     Raises:
       UserError: a query cannot be used, or there is no other image.
     """
-    own = [os.path.realpath(path) for path in paths]
+    own = np.array([os.path.realpath(path) for path in paths], str)
     found = []
     for query, query_features in zip(queries, model.features(queries), strict=True):
-        itself = np.flatnonzero(np.array(own) == os.path.realpath(query)).tolist() if own else []
+        itself = np.flatnonzero(own == os.path.realpath(query)).tolist()
         if len(itself) == len(features):
             raise UserError(
                 f"there is no other image to compare --nearest={shown(Path(query))} with: give more images"

@@ -22,7 +22,7 @@ MARKER = (
 )
 MULTI_LABEL = "table with several labels an image"  # the "dataset" in data.json then
 _TOO_MANY = 2**31  # steps: they are counted with 32 bits
-_KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
+KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 
 
 def fetch_run(workdir: Path) -> Path:
@@ -49,7 +49,7 @@ def files_of_run(names: Collection[str]) -> list[str]:
 def is_run(workdir: Path) -> bool:
     """Returns whether a directory has a config.json of a run; another program's config.json is none."""
     with contextlib.suppress(UserError, OSError):
-        return _KEYS_OF_A_RUN <= read_config(workdir).keys()
+        return KEYS_OF_A_RUN <= read_config(workdir).keys()
     return False
 
 
@@ -85,7 +85,7 @@ def read_config_of_run(workdir: Path) -> dict[str, Any]:
       UserError: the directory has no config.json of a run, or it cannot be read.
     """
     config = read_config(workdir)
-    if not _KEYS_OF_A_RUN <= config.keys():
+    if not KEYS_OF_A_RUN <= config.keys():
         raise UserError(
             f"no run in {shown(workdir)}: it has no config.json of a run; give the directory of a run"
         )

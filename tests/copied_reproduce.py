@@ -43,7 +43,7 @@ def copied_program(folder, monkeypatch):
 
 
 def imported(name, folder, monkeypatch):
-    """Returns a module of a copy of benchmarks/, although those of another copy may have been imported before."""
+    """Returns a module of benchmarks/ or of a copy of it, although those of another one may have been imported before."""
     for file in BENCHMARKS.glob("*.py"):
         monkeypatch.delitem(sys.modules, file.stem, raising=False)
     monkeypatch.syspath_prepend(str(folder))

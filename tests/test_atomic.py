@@ -41,10 +41,6 @@ def test_what_a_killed_process_has_left_is_removed_after_a_day(tmp_path, name):
     with replacing(file) as opened:
         opened.write(b"complete")
     assert not old.exists()
-    assert {*tmp_path.iterdir()} == {
-        file,
-        new,
-        of_another,
-        own,
-    }  # another process may still write the new one
+    # Another process may still write the new one.
+    assert {*tmp_path.iterdir()} == {file, new, of_another, own}
     assert file.read_bytes() == b"complete"

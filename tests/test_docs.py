@@ -8,7 +8,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from documented import ROOT, run, words_of
+from documented import ROOT, commands_below, run, words_of
 from PIL import Image
 
 from mlpmixer_flax import UserError
@@ -55,10 +55,8 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(photos):
     """The commands of two sections, after they were run."""
-    page, commands = (ROOT / "docs" / "recipes.md").read_text(), []
-    for section in ("## Your own photos", "## Features and similar images"):
-        text = re.search(r"```\n(.*?)```", page.partition(section)[2], re.DOTALL)[1]
-        commands += text.replace("\\\n", "").splitlines()
+    headings = ("Your own photos", "Features and similar images")
+    commands = [command for heading in headings for command in commands_below("recipes.md", heading)]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(photos)
         for command in commands:

@@ -1,22 +1,18 @@
 """Tests benchmarks/flexible.py: which models it compares, its table, and a whole experiment of seconds."""
 
 import dataclasses
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from copied_reproduce import BENCHMARKS, imported
 
 from mlpmixer_flax.training.configfile import load_config
 
 
 @pytest.fixture
 def flexible(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    for name in ("flexible", "resolutions"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("flexible")
+    return imported("flexible", BENCHMARKS, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "nano"])

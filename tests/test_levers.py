@@ -1,10 +1,7 @@
 """Tests benchmarks/levers.py: what its tables say, which levers it puts together, and one run."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
+from copied_reproduce import BENCHMARKS, imported
 
 from mlpmixer_flax import UserError, get_dataset_info
 from mlpmixer_flax.training.configfile import load_config
@@ -12,9 +9,7 @@ from mlpmixer_flax.training.configfile import load_config
 
 @pytest.fixture
 def levers(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "levers", raising=False)
-    return importlib.import_module("levers")
+    return imported("levers", BENCHMARKS, monkeypatch)
 
 
 def scores(levers, held_out):

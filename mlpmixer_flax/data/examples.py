@@ -76,9 +76,11 @@ class Examples:
     def paths(self) -> list[str] | None:
         """The absolute path of each example's file; None for a TFDS dataset."""
         records = self.source.records
-        if not isinstance(records, FileRecords):
-            return None
-        return [os.path.join(records.root, file) for file in records.files]
+        return (
+            [os.path.join(records.root, file) for file in records.files]
+            if isinstance(records, FileRecords)
+            else None
+        )
 
     @property
     def skipped(self) -> int:

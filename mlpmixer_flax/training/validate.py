@@ -14,7 +14,7 @@ from mlpmixer_flax.limits import check_limits, show
 from mlpmixer_flax.models import GELU, check_patch
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.run_weights import BEST_BY
-from mlpmixer_flax.rundir import has_updates, is_run, read_config
+from mlpmixer_flax.rundir import KEYS_OF_A_RUN, has_updates, read_config
 from mlpmixer_flax.text import listed, shorten
 from mlpmixer_flax.training.class_weights import parse_weights
 from mlpmixer_flax.training.losses import LOSSES
@@ -141,15 +141,14 @@ def read_stored(workdir: Path) -> dict[str, Any]:
     """Returns the config of the run that is to begin or continue in a directory, as plain data; {} if it begins.
 
     A run that ended before it had logged or saved anything, because memory was not enough for example, begins again,
-    perhaps with another config.
-    The config has the keys of the version of the package that wrote it.
+    perhaps with another config. The config has the keys of the version of the package that wrote it.
 
     Raises:
       UserError: config.json cannot be read, or a value has the wrong type or is out of its range.
     """
     stored = read_config(workdir)
     _known_values(flatten_dict(stored, sep="."), name=f"{shown(workdir)}/config.json")
-    return {} if is_run(workdir) and not has_updates(workdir) else stored
+    return {} if stored.keys() >= KEYS_OF_A_RUN and not has_updates(workdir) else stored
 
 
 def _known_values(given: Mapping[str, Any], *, name: str) -> dict[str, Any]:
