@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 from made_datasets import encode
 
+from mlpmixer_flax.data.examples import open_sources
 from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.image_checks import open_files
 from mlpmixer_flax.data.listing import FileRecords, select_split
+from mlpmixer_flax.data.named import look_up
 
 
 def write(root, *files, data=None):
@@ -29,10 +31,17 @@ def files_of(path, split):
     return select_split(read_folder(str(path)), split).files
 
 
-def open_split(path, split, *, skip_bad_images=False, for_training=None):
+def open_split(path, split, *, skip_bad_images=False):
     """Returns the records of a split after the check of its images."""
-    source = open_files(
-        read_folder(str(path)), split, skip_bad_images=skip_bad_images, for_training=for_training
+    (source,) = open_files(
+        read_folder(str(path)), [split], skip_bad_images=skip_bad_images, for_training=False
     )
     assert isinstance(source.records, FileRecords)
     return source.records
+
+
+def open_to_train(dataset, train_split, test_split, *, skip_bad_images=False):
+    """Opens the splits of a run after the check of all images; a dataset is "folder:PATH" or "table:FILE"."""
+    return open_sources(
+        look_up(dataset), [train_split, test_split], skip_bad_images=skip_bad_images, for_training=True
+    )

@@ -7,11 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from made_folders import names, write
+from made_folders import names, open_to_train, write
 
 from mlpmixer_flax import UserError, load
-from mlpmixer_flax.data.folders import read_folder
-from mlpmixer_flax.data.image_checks import open_files
 from mlpmixer_flax.reading import open_file, read_json
 from mlpmixer_flax.rundir import read_config
 from mlpmixer_flax.training.report import read_metrics
@@ -78,9 +76,7 @@ def test_a_folder_with_a_link_to_a_pipe_is_checked_without_waiting(tmp_path, pip
     write(tmp_path / "photos", *names("cat", 3), *names("dog", 3))
     (tmp_path / "photos" / "cat" / "pipe.png").symlink_to(pipe)
     with pytest.raises(UserError, match="(?s)1 of 7 images .*'cat/pipe.png': .*is a named pipe"):
-        open_files(
-            read_folder(tmp_path / "photos"), "train", skip_bad_images=False, for_training=("train", "train")
-        )
+        open_to_train(f"folder:{tmp_path / 'photos'}", "train", "train")
 
 
 def test_a_config_file_that_is_a_pipe_is_refused_at_once(tmp_path, pipe):

@@ -15,9 +15,9 @@ from mlpmixer_flax.data.decoding import decode
 from mlpmixer_flax.data.image_checks import open_files, say_left_out
 from mlpmixer_flax.data.images import MODES, flaw_of, to_square
 from mlpmixer_flax.data.listing import FileRecords
-from mlpmixer_flax.data.named import listing_of
+from mlpmixer_flax.data.named import Dataset, look_up
 from mlpmixer_flax.data.notes import say_once
-from mlpmixer_flax.data.splits import Label, Record, Source, SplitLike, describe_split
+from mlpmixer_flax.data.splits import Label, Record, Source, SplitLike
 from mlpmixer_flax.data.tfds import TfdsRecords, open_tfds
 
 T = TypeVar("T")
@@ -27,7 +27,6 @@ T = TypeVar("T")
 class Examples:
     """The examples of a split by index: kept in memory if `images` is set, else decoded when read."""
 
-    name: str  # of the split and the dataset, for messages
     source: Source
     image_shape: tuple[int, int, int]  # of the images that read() returns
     cropped: bool  # True: read() crops and resizes, because stored images vary in size or are not square
@@ -40,6 +39,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.source.records)
+
+    @property
+    def name(self) -> str:
+        """The name of the split and the dataset, for messages."""
+        return self.source.name
 
     @property
     def num_classes(self) -> int:
@@ -173,7 +177,6 @@ def open_examples(
     interpolation: str = "bilinear",
     fit: str = "crop",
     skip_bad_images: bool = False,
-    for_training: tuple[SplitLike, SplitLike] | None = None,
 ) -> Examples:
     """Opens a split; decodes it into memory if its decoded images fit in `cache_bytes`.
 
@@ -189,20 +192,58 @@ def open_examples(
         whole images instead of squares from them: see `images.to_square`.
       skip_bad_images: leaves out the images that cannot be used, and counts them in `Examples.skipped`, instead of
         raising an error. For this, every image of the split is read once.
-      for_training: the splits to train and to evaluate on, if this is one of them. It checks the images of all splits
-        of a folder, not only of this one, so that one error counts all bad images, and images with the same
-        content in two splits are found.
 
     Raises:
-      UserError: as `get_dataset_info`, and as `Examples.read` if the split is decoded; the dataset is
-        prepared in a format without random access; a folder has bad images (the message lists the first of them);
-        or a folder to train on has only one class.
+      UserError: as `get_dataset_info`, `open_sources` and `make_examples`.
     """
-    listing = listing_of(dataset)
-    if listing:
-        source = open_files(listing, split, skip_bad_images=skip_bad_images, for_training=for_training)
-    else:
-        source = open_tfds(dataset, split, data_dir=data_dir)
+    (source,) = open_sources(look_up(dataset, data_dir=data_dir), [split], skip_bad_images=skip_bad_images)
+    return make_examples(
+        source,
+        cache_bytes=cache_bytes,
+        image_size_px=image_size_px,
+        crop_fraction=crop_fraction,
+        min_crop_area=min_crop_area,
+        interpolation=interpolation,
+        fit=fit,
+        skip_bad_images=skip_bad_images,
+    )
+
+
+def open_sources(
+    dataset: Dataset, splits: Sequence[SplitLike], *, skip_bad_images: bool, for_training: bool = False
+) -> list[Source]:
+    """Opens splits of a dataset for reading by index, after a check of the images if they are files.
+
+    Args:
+      for_training: the splits are those to train and to evaluate on. Then the images of all splits of a folder or
+        table are checked, so that one error counts all bad images, and images with the same content in two splits are
+        found.
+
+    Raises:
+      UserError: as `get_dataset_info`; the dataset is prepared in a format without random access; a folder or table
+        has bad images (the message lists the first of them); or one to train on has only one class.
+    """
+    if dataset.listing is None:
+        return [open_tfds(dataset.name, split, data_dir=dataset.data_dir) for split in splits]
+    return open_files(dataset.listing, splits, skip_bad_images=skip_bad_images, for_training=for_training)
+
+
+def make_examples(
+    source: Source,
+    *,
+    cache_bytes: int,
+    image_size_px: int,
+    crop_fraction: float,
+    min_crop_area: float,
+    interpolation: str,
+    fit: str,
+    skip_bad_images: bool,
+) -> Examples:
+    """Returns the examples of a split, in memory if they may be; the arguments are those of `open_examples`.
+
+    Raises:
+      UserError: as `Examples.read`, if the examples are decoded.
+    """
     height, width, channels = source.image_shape
     # Whether the host or the device crops is decided only here; all other code follows `cropped`.
     if height is None or width is None or height != width:
@@ -210,7 +251,6 @@ def open_examples(
     else:
         cropped, image_shape = False, (height, width, channels)
     examples = Examples(
-        name=describe_split(dataset, split),
         source=source,
         image_shape=image_shape,
         cropped=cropped,

@@ -4,7 +4,6 @@
 """
 
 import bisect
-import dataclasses
 import hashlib
 import os
 import unicodedata
@@ -12,7 +11,7 @@ import unicodedata
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import is_archive, local_path
 from mlpmixer_flax.data.layout import LAYOUT, Classes, find_layout
-from mlpmixer_flax.data.listing import Listed
+from mlpmixer_flax.data.listing import Listed, Listing
 from mlpmixer_flax.faults import check_reachable, pass_on
 from mlpmixer_flax.text import quoted
 
@@ -20,40 +19,7 @@ _HASH_BYTES = 8
 FIFTH = 256**_HASH_BYTES // 5  # images with hashes below this are for validation
 
 
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """The contents of a folder of images; file names are relative to `root`, with "/" on every system."""
-
-    path: str  # as the user gave it
-    root: str  # absolute
-    splits: dict[str, Classes]  # split -> class -> files in an order that looks random
-    names: dict[str, str]  # name of a split's folder, in lower case -> split
-    notes: list[str]  # facts that the user should know
-    kind: str = "folder"
-    form: str = f"the expected layout is {LAYOUT}"
-    multi_label: bool = False
-
-    @property
-    def class_names(self) -> list[str]:
-        """The class names of the training images, or of all images if there is no training split; sorted."""
-        splits = [self.splits["train"]] if "train" in self.splits else self.splits.values()
-        return sorted({name for classes in splits for name in classes})
-
-    def counts(self) -> dict[str, int]:
-        """Returns the number of images of each split."""
-        return {split: sum(map(len, classes.values())) for split, classes in self.splits.items()}
-
-    def listed(self, split: str) -> list[Listed]:
-        """Returns the images of a split, in an order that gives any slice its share of each class."""
-        ordered = sorted(
-            ((rank + 0.5) / len(files), name, file)
-            for name, files in self.splits[split].items()
-            for rank, file in enumerate(files)
-        )
-        return [Listed(file, (name,)) for _, name, file in ordered]
-
-
-def read_folder(path: str | os.PathLike[str]) -> Folder:
+def read_folder(path: str | os.PathLike[str]) -> Listing:
     """Finds the classes and splits of a folder; takes about a second for 50,000 files.
 
     If there are training images and no validation images, about a fifth of each class becomes split
@@ -97,8 +63,26 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
         splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
     if "test" not in splits:
         notes.append(f"{path!r} has no test images: split 'test' is 'validation'")
-    names = {name.casefold(): split for name, split in layout.names.items()}
-    return Folder(path, root, splits, names, notes)
+    return Listing(
+        kind="folder",
+        path=path,
+        root=root,
+        form=f"the expected layout is {LAYOUT}",
+        splits={split: _mix(classes) for split, classes in splits.items()},
+        names={name.casefold(): split for name, split in layout.names.items()},
+        notes=notes,
+        multi_label=False,
+    )
+
+
+def _mix(classes: Classes) -> list[Listed]:
+    """Returns the images of a split, in an order that gives any slice its share of each class."""
+    ordered = sorted(
+        ((rank + 0.5) / len(files), name, file)
+        for name, files in classes.items()
+        for rank, file in enumerate(files)
+    )
+    return [Listed(file, (name,)) for _, name, file in ordered]
 
 
 def _cut(path: str, classes: Classes, prefix: str) -> tuple[Classes, Classes, str]:

@@ -19,12 +19,11 @@ from mlpmixer_flax.data.listing import (
     FileRecords,
     Listing,
     check_folder,
-    files_of,
     select_split,
     split_parts,
 )
 from mlpmixer_flax.data.notes import Note, summarize
-from mlpmixer_flax.data.splits import Source, SplitLike
+from mlpmixer_flax.data.splits import Source, SplitLike, describe_split
 from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.text import wrap
 
@@ -32,39 +31,34 @@ Result = TypeVar("Result")
 
 
 def open_files(
-    listing: Listing,
-    split: SplitLike,
-    *,
-    skip_bad_images: bool,
-    for_training: tuple[SplitLike, SplitLike] | None,
-) -> Source:
-    """Opens a split of a folder or a table after a check of its images.
+    listing: Listing, splits: Sequence[SplitLike], *, skip_bad_images: bool, for_training: bool
+) -> list[Source]:
+    """Opens splits of a folder or a table after a check of their images.
 
     Prints the notes about the listing once. With `skip_bad_images`, images that cannot be used are left out, and the
-    first of them are listed on stdout. `for_training`, the splits to train and to evaluate on, lets it check the
-    images of all splits, and print how many images of a split have the same content as images of another split.
+    first of them are listed on stdout. `for_training`, when the splits are those to train and to evaluate on, it
+    checks the images of all splits of the listing, and prints how many images of a split have the same content as
+    images of another split.
 
     Raises:
       UserError: as `listing.select_split`; images cannot be used and
         `skip_bad_images` is off (the message lists the first of them); or a listing to train on has only one
         class.
     """
-    chosen = select_split(listing, split)
-    files = chosen.files
+    chosen = [select_split(listing, split) for split in splits]
     _print_once(tuple(listing.notes))
+    if for_training and len(listing.class_names) < 2 and not listing.multi_label:
+        raise UserError(
+            f"{listing.kind} {listing.path!r} has training images of one class only: two or more are needed; "
+            f"{'; '.join([listing.form, *listing.notes])}"
+        )
     if for_training:
-        if len(listing.class_names) < 2 and not listing.multi_label:
-            raise UserError(
-                f"{listing.kind} {listing.path!r} has training images of one class only: two or more are needed; "
-                f"{'; '.join([listing.form, *listing.notes])}"
-            )
-        files = [file for name in listing.counts() for file in files_of(listing, name)]
+        files = [image.file for images in listing.splits.values() for image in images]
+    else:
+        files = [file for records in chosen for file in records.files]
     stamps = {file: look_at(os.path.join(listing.root, file)) for file in files}
-    flaws, checked = _inspect(
-        listing.root, tuple(stamps), tuple(stamps.values()), contents=for_training is not None
-    )
+    flaws, checked = _inspect(listing.root, stamps, contents=for_training)
     if flaws and not skip_bad_images:
-        _inspect.cache_clear()  # a notebook user may repair the images and try again
         raise UserError(
             f"{len(flaws):,} of {len(files):,} images in {listing.path!r} cannot be used: repair or delete them, "
             "or leave them out with --skip_bad_images (in training --config.skip_bad_images=true):"
@@ -74,11 +68,28 @@ def open_files(
     _print_once(tuple(summarize(notes)))
     if for_training:
         contents = {file: one.content for file, one in checked.items() if one.content}
-        _print_once(tuple(_duplicate_notes(_groups(listing, for_training), contents)))
-    bad = {file: flaws[file] for file in chosen.files if file in flaws}
-    say_left_out(bad, len(chosen), f"split {split!r}")
-    good = [(file, label) for file, label in zip(chosen.files, chosen.labels, strict=True) if file not in bad]
+        groups = _groups(listing, splits, [records.files for records in chosen])
+        _print_once(tuple(_duplicate_notes(groups, contents)))
+    return [
+        _usable(listing, split, records, flaws=flaws, stamps=stamps)
+        for split, records in zip(splits, chosen, strict=True)
+    ]
+
+
+def _usable(
+    listing: Listing,
+    split: SplitLike,
+    records: FileRecords,
+    *,
+    flaws: Mapping[str, str],
+    stamps: Mapping[str, tuple[int, int]],
+) -> Source:
+    """Returns a split without the images that cannot be used; prints which these are."""
+    bad = {file: flaws[file] for file in records.files if file in flaws}
+    say_left_out(bad, len(records), f"split {split!r}")
+    good = [pair for pair in zip(records.files, records.labels, strict=True) if pair[0] not in bad]
     return Source(
+        name=describe_split(f"{listing.kind}:{listing.path}", split),
         records=FileRecords(
             listing.root,
             files=[file for file, _ in good],
@@ -117,30 +128,27 @@ def _list(flaws: dict[str, str], limit: int) -> str:
     return shown if len(lines) <= limit else f"{shown}\n  and {len(lines) - limit:,} more"
 
 
-# A run opens two splits of one folder, and prints all three kinds of notes only once.
+# A program may open several splits of one folder, one after the other: it prints each of the three kinds of notes once.
 @functools.lru_cache(maxsize=3)
 def _print_once(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(wrap(note))
 
 
-# A run opens two splits of one folder. Files that have changed are checked again.
-@functools.lru_cache(maxsize=1)
 def _inspect(
-    root: str, files: tuple[str, ...], stamps: tuple[tuple[int, int], ...], *, contents: bool
+    root: str, now: Mapping[str, tuple[int, int]], *, contents: bool
 ) -> tuple[dict[str, str], dict[str, Checked]]:
     """Returns file -> what is wrong with it, if it cannot be used, and file -> how it was checked, if it can.
 
     Reads the files that have changed since an earlier check, or that could not be used then.
 
     Args:
-      stamps: of the files, from `checked.look_at`.
+      now: each file and what `checked.look_at` says of it.
       contents: whether files of equal size must have a hash of their content, which is needed to find copies.
     """
     earlier = read_checked(root)
-    now = dict(zip(files, stamps, strict=True))
     good = {file: found for file, found in earlier.items() if now.get(file, found[:2]) == found[:2]}
-    unknown = [file for file in files if file not in good]
+    unknown = [file for file in now if file not in good]
     flaws = {}
     for file, (flaw, notes) in _for_each(inspect_image, root, unknown, doing="checking images"):
         if flaw is None:
@@ -149,7 +157,7 @@ def _inspect(
             flaws[file] = flaw
     if flaws:
         check_folder(root)  # otherwise all of its images would seem to be bad
-    usable = [file for file in files if file in good]
+    usable = [file for file in now if file in good]
     if contents:
         counts = Counter(good[file].size for file in usable)
         unhashed = [file for file in usable if counts[good[file].size] > 1 and not good[file].content]
@@ -186,13 +194,18 @@ def _hash_content(path: str) -> str:
         return ""
 
 
-def _groups(listing: Listing, run_splits: tuple[SplitLike, SplitLike]) -> dict[str, list[str]]:
+def _groups(
+    listing: Listing, splits: Sequence[SplitLike], files: Sequence[list[str]]
+) -> dict[str, list[str]]:
     """Returns name -> files of the splits of a run, and between them the splits of the listing that it does not use."""
-    used = {part.split for split in run_splits for part in split_parts(listing, split)}
-    train, test = ({f"{split!r}": select_split(listing, split).files} for split in run_splits)
-    return (
-        train | {f"{name!r}": files_of(listing, name) for name in listing.counts() if name not in used} | test
-    )
+    used = {part.split for split in splits for part in split_parts(listing, split)}
+    unused = {
+        f"{name!r}": [image.file for image in images]
+        for name, images in listing.splits.items()
+        if name not in used
+    }
+    first, *others = ((f"{split!r}", found) for split, found in zip(splits, files, strict=True))
+    return dict([first]) | unused | dict(others)
 
 
 def _duplicate_notes(groups: Mapping[str, Sequence[str]], contents: Mapping[str, str]) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.layout import split_of
@@ -31,40 +32,24 @@ class Listed(NamedTuple):
     classes: tuple[str, ...]  # one; or any number, if the images have several labels
 
 
-class Listing(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Listing:
     """What a folder or a table says: which image files exist, with which labels, in which splits."""
 
-    @property
-    def kind(self) -> str: ...  # "folder" or "table", for messages
+    kind: str  # "folder" or "table", for messages
+    path: str  # as the user gave it
+    root: str  # the folder that file names are relative to; absolute
+    form: str  # what it should look like, for messages
+    splits: dict[str, list[Listed]]  # split -> its images, in the order of which slices are made
+    names: dict[str, str]  # other name of a split, in lower case -> split
+    notes: list[str]  # facts that the user should know
+    multi_label: bool  # whether an image may have several labels, or none
 
-    @property
-    def path(self) -> str: ...  # as the user gave it
-
-    @property
-    def root(self) -> str: ...  # the folder that file names are relative to; absolute
-
-    @property
-    def form(self) -> str: ...  # what it should look like, for messages
-
-    @property
-    def names(self) -> Mapping[str, str]: ...  # other name of a split, in lower case -> split
-
-    @property
-    def notes(self) -> Sequence[str]: ...  # facts that the user should know
-
-    @property
-    def multi_label(self) -> bool: ...  # whether an image may have several labels, or none
-
-    @property
-    def class_names(self) -> list[str]: ...  # of the training images, or of all if there are none; sorted
-
-    def counts(self) -> dict[str, int]:
-        """Returns the number of images of each split."""
-        ...
-
-    def listed(self, split: str) -> list[Listed]:
-        """Returns the images of one of the splits, in the order of which slices are made."""
-        ...
+    @functools.cached_property
+    def class_names(self) -> list[str]:
+        """The class names of the training images, or of all images if there is no training split; sorted."""
+        splits = [self.splits["train"]] if "train" in self.splits else self.splits.values()
+        return sorted({name for images in splits for image in images for name in image.classes})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +131,7 @@ class _Counts(dict[str, _Count]):
     """Split -> number of images, found by every name of a split; iterates over each split once."""
 
     def __init__(self, listing: Listing):
-        super().__init__({split: _Count(count) for split, count in listing.counts().items()})
+        super().__init__({split: _Count(len(images)) for split, images in listing.splits.items()})
         self._names = listing.names
 
     def __contains__(self, name: object) -> bool:
@@ -173,14 +158,15 @@ def split_parts(listing: Listing, split: SplitLike) -> list[Part]:
     except ValueError as error:
         raise UserError(
             f"split {split!r} of {listing.kind} {listing.path!r} cannot be read ({error}): use "
-            f"{quoted({*listing.counts(), 'test'})}, or a slice such as 'train[:90%]'"
+            f"{quoted({*listing.splits, 'test'})}, or a slice such as 'train[:90%]'"
         ) from error
     if not num_examples(parts):
         raise UserError(
             f"split {split!r} of {listing.kind} {listing.path!r} has no images: use another slice, or add images"
         )
-    own = listing.counts()
-    return [part._replace(split=_find(own, listing.names, part.split) or part.split) for part in parts]
+    return [
+        part._replace(split=_find(listing.splits, listing.names, part.split) or part.split) for part in parts
+    ]
 
 
 def select_split(listing: Listing, split: SplitLike) -> FileRecords:
@@ -196,7 +182,7 @@ def select_split(listing: Listing, split: SplitLike) -> FileRecords:
     labels = {name: label for label, name in enumerate(listing.class_names)}
     chosen: list[Listed] = []
     for name, start, stop in split_parts(listing, split):
-        listed = listing.listed(name)
+        listed = listing.splits[name]
         unknown = {each for one in listed for each in one.classes} - labels.keys()
         if unknown:
             raise UserError(
@@ -212,12 +198,7 @@ def select_split(listing: Listing, split: SplitLike) -> FileRecords:
     )
 
 
-def files_of(listing: Listing, split: str) -> list[str]:
-    """Returns all images of one of the listing's own splits."""
-    return [one.file for one in listing.listed(split)]
-
-
-def _find(splits: Mapping[str, Any] | Any, names: Mapping[str, str], name: str) -> str | None:
+def _find(splits: Collection[str], names: Mapping[str, str], name: str) -> str | None:
     """Returns the split with this name, by its own name, a usual one, or another one in the listing; or None."""
     split = name if name in splits else names.get(name.casefold()) or split_of(name)
     if split == "test" and split not in splits:

@@ -1,5 +1,6 @@
 """Finds what the name of a dataset stands for, a folder or a table of images or a TFDS dataset, and facts about it."""
 
+import dataclasses
 import os
 
 from mlpmixer_flax.data.files import absolute
@@ -15,14 +16,55 @@ _READERS = {
 }  # what is before the colon -> what reads the path after it
 
 
-def listing_of(dataset: str) -> Listing | None:
-    """Returns the folder or table of images that a dataset is; None if it is a TFDS dataset.
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset that was looked up: the files of a folder or table are listed, which takes long if there are many."""
+
+    name: str  # as in `get_dataset_info`
+    data_dir: str
+    listing: Listing | None  # None = a TFDS dataset
+
+    def info(self, split: SplitLike) -> DatasetInfo:
+        """Returns facts about a split, as `get_dataset_info`."""
+        return (
+            info_of(self.listing, split)
+            if self.listing
+            else tfds_info(self.name, split, data_dir=self.data_dir)
+        )
+
+    def parts(self, *splits: SplitLike) -> list[list[Part]]:
+        """Returns the parts of the dataset's own splits that each of some splits consists of.
+
+        Raises:
+          UserError: as `get_dataset_info`.
+        """
+        if self.listing is None:
+            return tfds_parts(self.name, *splits, data_dir=self.data_dir)
+        return [split_parts(self.listing, split) for split in splits]
+
+    def count_overlap(self, split: SplitLike, other: SplitLike) -> int:
+        """Returns how many examples belong to both of two splits, without reading an example.
+
+        Examples are the same if they have the same place in a TFDS dataset, or the same file name in a folder or
+        table. Copies with another place or name are not counted.
+
+        Args:
+          split, other: as `split` in `get_dataset_info`: "train[:80%]" and "train[70%:]".
+
+        Raises:
+          UserError: as `get_dataset_info`.
+        """
+        return count_common(*self.parts(split, other))
+
+
+def look_up(dataset: str, *, data_dir: str | os.PathLike[str] = "") -> Dataset:
+    """Returns a dataset by its name; `get_dataset_info` has the arguments.
 
     Raises:
       UserError: as `read_folder` and `read_table`.
     """
-    kind, colon, path = dataset.partition(":")
-    return _READERS[kind](path) if colon and kind in _READERS else None
+    kind, _, path = dataset.partition(":")
+    return Dataset(dataset, os.fspath(data_dir), _READERS[kind](path) if is_files(dataset) else None)
 
 
 def is_files(dataset: str) -> bool:
@@ -58,35 +100,4 @@ def get_dataset_info(
       UserError: the dataset is unknown, not prepared or without images and labels; or the split is
         unknown or empty.
     """
-    listing = listing_of(dataset)
-    return info_of(listing, split) if listing else tfds_info(dataset, split, data_dir=data_dir)
-
-
-def parts_of(dataset: str, *splits: SplitLike, data_dir: str | os.PathLike[str] = "") -> list[list[Part]]:
-    """Returns the parts of the dataset's own splits that each of some splits consists of.
-
-    Raises:
-      UserError: as `get_dataset_info`.
-    """
-    listing = listing_of(dataset)
-    if listing is None:
-        return tfds_parts(dataset, *splits, data_dir=data_dir)
-    return [split_parts(listing, split) for split in splits]
-
-
-def count_overlap(
-    dataset: str, split: SplitLike, other: SplitLike, *, data_dir: str | os.PathLike[str] = ""
-) -> int:
-    """Returns how many examples belong to both of two splits, without reading an example.
-
-    Examples are the same if they have the same place in a TFDS dataset, or the same file name in a folder or table.
-    Copies with another place or name are not counted.
-
-    Args:
-      dataset, data_dir: as in `get_dataset_info`.
-      split, other: as `split` in `get_dataset_info`: "train[:80%]" and "train[70%:]".
-
-    Raises:
-      UserError: as `get_dataset_info`.
-    """
-    return count_common(*parts_of(dataset, split, other, data_dir=data_dir))
+    return look_up(dataset, data_dir=data_dir).info(split)

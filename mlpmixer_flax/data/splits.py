@@ -114,6 +114,7 @@ class Records(Protocol):
 class Source:
     """The records of a split, and how to read them."""
 
+    name: str  # of the split and the dataset, for messages
     records: Records
     num_classes: int
     image_shape: ImageShape

@@ -9,8 +9,6 @@ Names of files are relative to the table. The column "labels" has any number of 
 """
 
 import csv
-import dataclasses
-import functools
 import io
 import os
 import posixpath
@@ -24,7 +22,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import local_path
 from mlpmixer_flax.data.folders import FIFTH, hash_of
 from mlpmixer_flax.data.layout import split_of
-from mlpmixer_flax.data.listing import Listed
+from mlpmixer_flax.data.listing import Listed, Listing
 from mlpmixer_flax.data.parquet import read_columns
 from mlpmixer_flax.faults import check_reachable, pass_on
 from mlpmixer_flax.limits import show
@@ -42,35 +40,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SPLITS = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The contents of a table of images; file names are relative to `root`, with "/" on every system."""
-
-    path: str  # as the user gave it
-    root: str  # the folder of the table, absolute
-    splits: dict[str, list[Listed]]  # split -> its images, in the order of the table
-    notes: list[str]  # facts that the user should know
-    multi_label: bool
-    class_names: list[str]
-    names: dict[str, str] = dataclasses.field(default_factory=dict)  # splits have no other names
-    kind: str = "table"
-    form: str = FORM
-
-    def counts(self) -> dict[str, int]:
-        """Returns the number of images of each split."""
-        return {split: len(rows) for split, rows in self.splits.items()}
-
-    def listed(self, split: str) -> list[Listed]:
-        """Returns the images of a split, in the order of the table."""
-        return self.splits[split]
-
-
 def is_table(path: str) -> bool:
     """Returns whether the name of a file ends as that of a table does."""
     return os.path.splitext(path)[1].lower() in _READERS
 
 
-def read_table(path: str | os.PathLike[str]) -> Table:
+def read_table(path: str | os.PathLike[str]) -> Listing:
     """Reads a table, but opens no image.
 
     If there are training images and no validation images, about a fifth of them becomes split "validation": those
@@ -90,8 +65,7 @@ def read_table(path: str | os.PathLike[str]) -> Table:
     if not is_table(path):
         raise UserError(f"table {path!r} is neither .csv nor .parquet: save it as one of them")
     try:
-        status = os.stat(file)
-        return _read(path, file, (status.st_mtime_ns, status.st_size))
+        return _read(path, file)
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte
@@ -103,10 +77,8 @@ def read_table(path: str | os.PathLike[str]) -> Table:
         ) from None
 
 
-# A run asks for the facts of a table and opens two splits of it. A table that has changed is read again.
-@functools.lru_cache(maxsize=1)
-def _read(path: str, file: str, stamp: tuple[int, int]) -> Table:
-    if stamp[1] > _LARGEST_BYTES:
+def _read(path: str, file: str) -> Listing:
+    if os.path.getsize(file) > _LARGEST_BYTES:
         raise UserError(
             f"table {path!r} has more than {_LARGEST_BYTES:,} bytes: divide it, or give a smaller one"
         )
@@ -132,12 +104,20 @@ def _read(path: str, file: str, stamp: tuple[int, int]) -> Table:
         )
     if "test" not in splits:
         notes.append(f"{path!r} has no test images: split 'test' is 'validation'")
-    used = [splits["train"]] if "train" in splits else splits.values()
-    names = sorted({name for rows in used for row in rows for name in row.classes})
-    if not names or len(names) > _MOST_CLASSES:
-        raise UserError(f"table {path!r} has {len(names):,} classes: give from 1 to {_MOST_CLASSES:,}")
-    ordered = {name: splits[name] for name in _SPLITS if splits.get(name)}
-    return Table(path, os.path.dirname(file), ordered, notes, multi_label, names)
+    listing = Listing(
+        kind="table",
+        path=path,
+        root=os.path.dirname(file),
+        form=FORM,
+        splits={name: splits[name] for name in _SPLITS if splits.get(name)},
+        names={},
+        notes=notes,
+        multi_label=multi_label,
+    )
+    number = len(listing.class_names)
+    if not 0 < number <= _MOST_CLASSES:
+        raise UserError(f"table {path!r} has {number:,} classes: give from 1 to {_MOST_CLASSES:,}")
+    return listing
 
 
 # --- files: each reader returns the names of the columns, and yields (place for messages, row by column)

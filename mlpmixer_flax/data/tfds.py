@@ -135,10 +135,10 @@ def open_tfds(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str
             f"({first_line(error)}): prepare it again with file_format='array_record'"
         ) from error
     image, label = builder.info.features[image_key], builder.info.features[label_key]
+    name = describe_split(dataset, split)
     return Source(
-        records=TfdsRecords(
-            describe_split(dataset, split), stored, image_key, label_key, str(builder.data_dir)
-        ),
+        name=name,
+        records=TfdsRecords(name, stored, image_key, label_key, str(builder.data_dir)),
         num_classes=label.num_classes,
         image_shape=tuple(image.shape),
         remedy="restore or prepare the dataset again, or leave out what cannot be used with --skip_bad_images (in "

@@ -11,7 +11,6 @@ import jax
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict, flatten, in_steps
 from mlpmixer_flax.data.class_counts import describe_classes
-from mlpmixer_flax.data.named import count_overlap
 from mlpmixer_flax.dataloader import check_workers
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import saved_steps, write_run
@@ -125,10 +124,9 @@ def _describe(setup: Setup, workdir: Path) -> None:
     if setup.teacher:
         size = sum(array.size for array in jax.tree.leaves(setup.teacher.params))
         print(f"learns the predictions of {config.distill_from}, a Mixer with {size:,} parameters")
-    shared = count_overlap(config.dataset, config.train_split, config.test_split, data_dir=config.data_dir)
-    if shared:
+    if setup.overlap:
         print(
-            f"{shared:,} images are in both train_split={config.train_split} and "
+            f"{setup.overlap:,} images are in both train_split={config.train_split} and "
             f"test_split={config.test_split}:\n  the {setup.scored} scores say little about new images"
         )
     if microbatches := describe_microbatches(config, setup.mesh):

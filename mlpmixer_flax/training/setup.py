@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
+from mlpmixer_flax.data.examples import make_examples, open_sources
 from mlpmixer_flax.data.files import absolute
-from mlpmixer_flax.data.named import parts_of, with_absolute_path
-from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, get_dataset_info, open_examples
+from mlpmixer_flax.data.named import Dataset, look_up, with_absolute_path
+from mlpmixer_flax.dataloader import TestBatches, TrainBatches
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training import sharding
@@ -46,6 +47,7 @@ class Setup:
     class_names: list[str]  # in the order of the head's outputs
     train_batches: TrainBatches
     test_batches: TestBatches
+    overlap: int  # how many images are in both splits
     scored: str  # what the names of scores begin with: "validation" or "test"
     model: MlpMixer
     input_shape: tuple[int, int, int]  # (height, width, channels) of the model's input
@@ -138,11 +140,12 @@ def make_setup(config: ConfigDict) -> Setup:
     check_jax()
     check_devices(config, batch_size=config.batch_size)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
-    info = get_dataset_info(config.dataset, config.train_split, data_dir=config.data_dir)
+    dataset = look_up(config.dataset, data_dir=config.data_dir)
+    info = dataset.info(config.train_split)
     channels = info["image_shape"][2]
     _check_channels(config, channels)
     check_labels(config, multi_label=info["multi_label"])
-    train_batches, test_batches = _open_batches(config)
+    train_batches, test_batches = _open_batches(config, dataset)
     class_weights = weights_of(config.class_weights, info["class_names"], train_batches.examples)
     steps_per_epoch = len(train_batches.examples) / config.batch_size
     total_steps = in_steps(config, "total", steps_per_epoch)
@@ -161,7 +164,8 @@ def make_setup(config: ConfigDict) -> Setup:
         class_names=info["class_names"],
         train_batches=train_batches,
         test_batches=test_batches,
-        scored=_scored(config),
+        overlap=dataset.count_overlap(config.train_split, config.test_split),
+        scored=_scored(dataset, config.test_split),
         model=model,
         input_shape=input_shape,
         class_weights=class_weights,
@@ -240,13 +244,13 @@ def _check_channels(config: ConfigDict, channels: int) -> None:
             )
 
 
-def _scored(config: ConfigDict) -> str:
+def _scored(dataset: Dataset, test_split: str) -> str:
     """Returns "validation" if all parts of the test split are of validation or training splits, else "test".
 
     A part of the training split serves for validation. "test" of a folder without test images is its validation
     split.
     """
-    (parts,) = parts_of(config.dataset, config.test_split, data_dir=config.data_dir)
+    (parts,) = dataset.parts(test_split)
     names = {part.split.casefold() for part in parts}
     others = [
         name for name in names if not (name.startswith(("val", "dev", "train")) or "validation" in name)
@@ -254,25 +258,23 @@ def _scored(config: ConfigDict) -> str:
     return "test" if others else "validation"
 
 
-def _open_batches(config: ConfigDict) -> tuple[TrainBatches, TestBatches]:
-    def open_split(split: str, *, min_crop_area: float) -> Examples:
-        return open_examples(
-            config.dataset,
-            split,
-            data_dir=config.data_dir,
+def _open_batches(config: ConfigDict, dataset: Dataset) -> tuple[TrainBatches, TestBatches]:
+    splits = (config.train_split, config.test_split)
+    sources = open_sources(dataset, splits, skip_bad_images=config.skip_bad_images, for_training=True)
+    train_examples, test_examples = (
+        make_examples(
+            source,
             cache_bytes=config.cache_bytes,
             image_size_px=config.preprocess.image_size_px,
             crop_fraction=config.preprocess.crop_fraction,
+            min_crop_area=min_crop_area,
             interpolation=config.preprocess.interpolation,
             fit=config.preprocess.fit,
-            min_crop_area=min_crop_area,
             skip_bad_images=config.skip_bad_images,
-            for_training=(config.train_split, config.test_split),
         )
-
+        for source, min_crop_area in zip(sources, (config.augment.min_crop_area, 1.0), strict=True)
+    )
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    train_examples = open_split(config.train_split, min_crop_area=config.augment.min_crop_area)
-    test_examples = open_split(config.test_split, min_crop_area=1.0)
     return (
         TrainBatches(train_examples, batch_size=config.batch_size, seed=config.seed, **shard),
         # No more images at a time than an update computes, because more might not fit into the memory

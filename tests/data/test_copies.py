@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from made_datasets import encode
-from made_folders import files_of, names, open_split, write
+from made_folders import files_of, names, open_to_train, write
 
 from mlpmixer_flax.data import image_checks
 
@@ -22,7 +22,7 @@ def test_copies_in_two_splits_are_counted_by_content_and_said_once(tmp_path, cap
         "train/a/copy within the split.png": "train/a/3.png",
     }.items():
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
-    open_split(tmp_path, "train", for_training=("train", "test"))
+    open_to_train(f"folder:{tmp_path}", "train", "test")
     out = capsys.readouterr().out.replace("\n  ", " ")
     lines = [line for line in out.splitlines() if "same content" in line]
     assert len(lines) == 2
@@ -34,7 +34,7 @@ def test_copies_in_two_splits_are_counted_by_content_and_said_once(tmp_path, cap
     )
     assert "1 image of split 'test' is also in split 'validation'" in lines[1]
     assert "'test/a/2.png' = 'val/a/copy.png': remove one of each, or the scores of split 'test'" in lines[1]
-    open_split(tmp_path, "val", for_training=("train", "test"))
+    open_to_train(f"folder:{tmp_path}", "train", "test")
     assert "same content" not in capsys.readouterr().out
 
 
@@ -46,7 +46,7 @@ def test_copies_are_found_where_the_validation_split_is_cut_and_damaged_files_ar
     (tmp_path / other).write_bytes((tmp_path / one).read_bytes())
     for file in (files_of(tmp_path, "train")[1], files_of(tmp_path, "validation")[1]):
         (tmp_path / file).write_bytes(b"")
-    open_split(tmp_path, "train", skip_bad_images=True, for_training=("train", "validation"))
+    open_to_train(f"folder:{tmp_path}", "train", "validation", skip_bad_images=True)
     (line,) = [
         line for line in capsys.readouterr().out.replace("\n  ", " ").splitlines() if "same content" in line
     ]
@@ -84,8 +84,7 @@ def test_copies_are_counted_in_whatever_splits_a_run_uses(
         (test[3], train[5]),
     ]:
         (tmp_path / copy).write_bytes((tmp_path / original).read_bytes())
-    for split in (train_split, test_split):
-        open_split(tmp_path, split, for_training=(train_split, test_split))
+    open_to_train(f"folder:{tmp_path}", train_split, test_split)
     lines = [
         line for line in capsys.readouterr().out.replace("\n  ", " ").splitlines() if "same content" in line
     ]
@@ -104,4 +103,4 @@ def test_only_files_of_equal_size_are_hashed(tmp_path, monkeypatch):
     for number, path in enumerate(sorted(tmp_path.rglob("*.png"))):
         path.write_bytes(encode(np.random.default_rng(0).integers(0, 256, (6 + number, 6), np.uint8)))
     monkeypatch.setattr(image_checks, "_hash_content", lambda _: pytest.fail("a file is hashed"))
-    open_split(tmp_path, "train", for_training=("train", "test"))
+    open_to_train(f"folder:{tmp_path}", "train", "test")

@@ -9,11 +9,12 @@ import os
 import re
 import time
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 from made_datasets import encode
-from made_folders import files_of, names, open_split, write
+from made_folders import files_of, names, open_split, open_to_train, write
 from PIL import Image
 from small_runs import TINY
 
@@ -22,6 +23,8 @@ from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
 from mlpmixer_flax.train import main
+from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.setup import make_setup, settle
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
 
@@ -119,9 +122,12 @@ def test_the_cut_keeps_a_training_image_of_each_class_and_names_the_classes_with
     assert len(low) > 3
     write(root, *low[:3], *names("big", 60), *(f"single {i}/0.png" for i in range(40)))
     folder = read_folder(str(root))
-    assert len(folder.splits["train"]["low"]) == 1 and len(folder.splits["validation"]["low"]) == 2
-    without = [name for name, files in folder.splits["validation"].items() if not files]
-    assert len(without) == 40 and all(len(files) for files in folder.splits["train"].values())
+    train, validation = (
+        Counter(name for image in folder.splits[split] for name in image.classes)
+        for split in ("train", "validation")
+    )
+    assert train["low"] == 1 and validation["low"] == 2
+    assert train.keys() == {*folder.class_names} and len(train.keys() - validation.keys()) == 40
     (note,) = [note for note in folder.notes if "has no validation images" in note]
     assert (
         "about a fifth of each class" in note and "at least one image of each class stays in 'train'" in note
@@ -220,7 +226,7 @@ def test_one_class_is_enough_for_evaluation_but_not_for_training(tmp_path):
     with pytest.raises(
         UserError, match=r"one class only: two or more are needed.*'\.heic' files \(1\), folder 'b' without"
     ):
-        open_examples(f"folder:{tmp_path}", "train", image_size_px=4, for_training=("train", "test"))
+        open_to_train(f"folder:{tmp_path}", "train", "test")
 
 
 def test_a_folder_may_have_only_test_images(tmp_path):
@@ -256,6 +262,30 @@ def test_50_000_files_are_indexed_in_under_10_seconds(tmp_path):
 
 
 # --- the program
+
+
+def test_a_run_lists_its_folder_once_and_looks_at_each_image_once(tmp_path, monkeypatch):
+    write(tmp_path, *names("a", 10), *names("b", 10))
+    options = [f"--config.dataset=folder:{tmp_path}", "--config.cache_bytes=0", *TINY]
+    config = load_config("folder.py", options)
+    done = Counter()
+
+    def count(function):
+        original = getattr(os, function)
+
+        def counting(path, *arguments, **options):
+            done[function, os.fspath(path)] += 1
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(os, function, counting)
+
+    open_to_train(f"folder:{tmp_path}", "train", "validation")  # the images are checked
+    for function in ("scandir", "stat"):
+        count(function)
+    make_setup(settle(config, {}))
+    assert done["scandir", str(tmp_path / "a")] == 1
+    for file in names("a", 10):
+        assert done["stat", str(tmp_path / file)] == 1
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from made_datasets import encode
-from made_folders import files_of, names, open_split, write
+from made_folders import files_of, names, open_split, open_to_train, write
 from PIL import Image
 from small_runs import TINY, rows
 
@@ -51,14 +51,13 @@ FLAWS = {
 
 def test_all_bad_images_of_all_splits_are_in_one_report(flawed):
     assert get_dataset_info(f"folder:{flawed}", "train")["num_examples"] == 19  # no image is opened for this
-    for split in ("train", "test"):
-        with pytest.raises(UserError) as error:
-            open_split(flawed, split, for_training=("train", "test"))
-        first, *lines = str(error.value).splitlines()
-        assert first.startswith(f"5 of 27 images in '{flawed}' cannot be used")
-        assert "--config.skip_bad_images=true" in first and len(lines) == 5
-        for file, reason in FLAWS.items():
-            assert any(line.startswith(f"  '{file}': {reason}") for line in lines)
+    with pytest.raises(UserError) as error:
+        open_to_train(f"folder:{flawed}", "train", "test")
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith(f"5 of 27 images in '{flawed}' cannot be used")
+    assert "--config.skip_bad_images=true" in first and len(lines) == 5
+    for file, reason in FLAWS.items():
+        assert any(line.startswith(f"  '{file}': {reason}") for line in lines)
 
 
 def test_outside_training_only_the_images_of_one_split_are_checked(flawed):
@@ -71,7 +70,7 @@ def test_a_long_report_is_bounded(tmp_path, capsys):
     write(tmp_path, *names("train/a", 9), *names("train/b", 9), *names("val/a", 9))
     write(tmp_path, *names("train/a/bad", 31), data=b"")
     with pytest.raises(UserError, match="31 of 58 images") as error:
-        open_split(tmp_path, "train", for_training=("train", "test"))
+        open_to_train(f"folder:{tmp_path}", "train", "test")
     _, *lines = str(error.value).splitlines()
     assert [line.split("'")[1] for line in lines[:-1]] == sorted(names("train/a/bad", 31))[:20]
     assert lines[-1] == "  and 11 more"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_datasets import encode
-from made_folders import names, write
+from made_folders import names, open_to_train, write
 
 from mlpmixer_flax import UserError, get_dataset_info
 from mlpmixer_flax.data import files
@@ -25,8 +25,8 @@ def found(path):
     """Returns split -> the folders of its classes, for the splits on disk and the one that is cut out."""
     folder = read_folder(str(path))
     return {
-        split: sorted({file.rsplit("/", 2)[0] for files in classes.values() for file in files})
-        for split, classes in folder.splits.items()
+        split: sorted({image.file.rsplit("/", 2)[0] for image in images})
+        for split, images in folder.splits.items()
     }
 
 
@@ -328,8 +328,8 @@ def test_images_with_suffixes_that_nobody_knows_are_used_and_said(tmp_path):
         assert words in said
     for words in ["'.nef' files (1)", "'.jpg_original' files (1)", "'' files (2)"]:
         assert words in left_out
-    examples = open_examples(f"folder:{tmp_path}", "all", image_size_px=4, for_training=("train", "test"))
-    assert len(examples) == len(expected)
+    whole, _ = open_to_train(f"folder:{tmp_path}", "all", "test")
+    assert len(whole.records) == len(expected)
     assert [Path(path).name for path in images_below(str(tmp_path / "b"))] == sorted([*odd, "9.png"])
 
 

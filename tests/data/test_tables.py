@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from made_folders import write
+from made_folders import open_to_train, write
 from pyarrow import parquet
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import tables
 from mlpmixer_flax.data.listing import select_split
-from mlpmixer_flax.data.named import count_overlap, get_dataset_info, with_absolute_path
+from mlpmixer_flax.data.named import get_dataset_info, look_up, with_absolute_path
 from mlpmixer_flax.data.tables import read_table
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, open_examples
@@ -59,7 +59,7 @@ def test_each_image_has_one_label_and_a_split_in_the_order_of_the_rows(tmp_path,
     info = get_dataset_info(f"table:{path}", "train")
     assert (info["num_examples"], info["class_names"], info["multi_label"]) == (2, ["cat", "dog"], False)
     assert of_split(path, "train[:1]+test")[0] == ["a/1.png", "b/3.png"]
-    assert count_overlap(f"table:{path}", "train", "train[1:]+test") == 1
+    assert look_up(f"table:{path}").count_overlap("train", "train[1:]+test") == 1
 
 
 @pytest.mark.parametrize("form", ["csv", "text", "lists"])
@@ -237,7 +237,7 @@ def test_images_that_are_missing_or_damaged_are_all_found_at_the_start(tmp_path)
     (tmp_path / "a" / "4.png").unlink()
     (tmp_path / "a" / "5.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"2 of 5 images in .*(\n.*)*'a/4.png'.*\n.*'a/5.png'"):
-        open_examples(f"table:{path}", "train", for_training=("train", "test"))
+        open_to_train(f"table:{path}", "train", "test")
     kept = open_examples(f"table:{path}", "train", skip_bad_images=True)
     assert kept.skipped == 2 - len({"a/4.png", "a/5.png"} & {*of_split(path, "validation")[0]})
 
@@ -247,9 +247,9 @@ def test_one_class_is_enough_only_for_several_labels(tmp_path):
     with pytest.raises(
         UserError, match="table '.*' has training images of one class only: .* columns are file"
     ):
-        open_examples(f"table:{path}", "train", for_training=("train", "test"))
+        open_to_train(f"table:{path}", "train", "test")
     path = write_csv(tmp_path, [("a.png", "cat", "train"), ("b.png", "", "test")], head="file,labels,split")
-    assert open_examples(f"table:{path}", "train", for_training=("train", "test")).num_classes == 1
+    assert open_to_train(f"table:{path}", "train", "test")[0].num_classes == 1
 
 
 def test_a_table_may_be_named_from_any_directory_and_a_file_alone_is_corrected(tmp_path, monkeypatch):
