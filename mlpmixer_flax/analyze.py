@@ -33,6 +33,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import add_dataset, add_model, load_model, make_parser, named_dataset, path
 from mlpmixer_flax.config import ConfigDict, flatten, get_config
+from mlpmixer_flax.data.named import find_dataset
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference import figures, weight_figures
 from mlpmixer_flax.inference.drawing import save
@@ -98,8 +99,9 @@ def _stem(model: Model, arguments: argparse.Namespace) -> None:
 def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
     data = named_dataset(arguments, model)
     check_positive(shots=arguments.shots, batch_size=arguments.batch_size)
+    dataset = find_dataset(data.dataset, data_dir=data.data_dir)
     train, test = (
-        model.open(data.dataset, split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images)
+        model.open(dataset, split, skip_bad_images=data.skip_bad_images)
         for split in (data.train_split, data.test_split)
     )
     if train.multi_label:

@@ -1,4 +1,4 @@
-"""Makes NumPy batches of a dataset: from TFDS directories and folders of images, in memory or streamed.
+"""Makes NumPy batches of a dataset: of TFDS, or a folder or table of images; in memory or streamed.
 
     examples = open_examples("cifar10", "train")
     batches = TrainBatches(examples, batch_size=256, seed=0)
@@ -6,9 +6,8 @@
     for batch in iterate(batches, start=10, stop=20): ...
 
 A batch is {"image": uint8 (n, h, w, c), "label": int32 (n,), "mask": bool (n,)}; if images may have several labels,
-"label" is uint8 (n, classes), with 1 for each label. The mask is False for rows
-that are padding. Images of one square size keep that size, and the device resizes them; other images are
-cropped and resized here. No JAX, no TensorFlow.
+"label" is uint8 (n, classes), with 1 for each label. The mask is False for rows that are padding. Images of one square
+size keep that size, and the device resizes them; other images are cropped and resized here. No JAX, no TensorFlow.
 """
 
 import ast

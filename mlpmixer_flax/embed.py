@@ -43,7 +43,7 @@ from mlpmixer_flax.cli import (
     path,
 )
 from mlpmixer_flax.data.images import MODES, open_image
-from mlpmixer_flax.dataloader import Examples, get_dataset_info
+from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.embedding import (
@@ -115,11 +115,10 @@ def _embed_split(model: Model, arguments: argparse.Namespace) -> tuple[Table, st
     """Returns the table of a split, its name, and its examples."""
     arguments.test_split = arguments.split
     data = named_dataset(arguments, model)
-    place = {"data_dir": data.data_dir}
-    names = get_dataset_info(data.dataset, data.test_split, **place)["class_names"]
-    skip = data.skip_bad_images
-    examples = model.open(data.dataset, data.test_split, skip_bad_images=skip, **place)
-    table = embed_split(model, examples, names, batch_size=arguments.batch_size)
+    examples = model.open(
+        data.dataset, data.test_split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images
+    )
+    table = embed_split(model, examples, batch_size=arguments.batch_size)
     subject = f"{data.dataset}, split {data.test_split}"
     return table, subject, examples
 

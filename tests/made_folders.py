@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 from made_datasets import encode
 
-from mlpmixer_flax.data.examples import open_sources
 from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.image_checks import open_files
 from mlpmixer_flax.data.listing import FileRecords, select_split
-from mlpmixer_flax.data.named import look_up
+from mlpmixer_flax.data.named import find_dataset
 
 
 def write(root, *files, data=None):
@@ -42,6 +41,6 @@ def open_split(path, split, *, skip_bad_images=False):
 
 def open_to_train(dataset, train_split, test_split, *, skip_bad_images=False):
     """Opens the splits of a run after the check of all images; a dataset is "folder:PATH" or "table:FILE"."""
-    return open_sources(
-        look_up(dataset), [train_split, test_split], skip_bad_images=skip_bad_images, for_training=True
+    return find_dataset(dataset).open(
+        [train_split, test_split], skip_bad_images=skip_bad_images, for_training=True
     )

@@ -82,7 +82,7 @@ def augment(
         images = random_erase(erase_key, images, probability=erase_probability)
     if labels.ndim == 1:
         labels = smooth_labels(labels, num_classes, smoothing=label_smoothing)
-    else:  # there is no smoothing, as `setup.check_labels` says
+    else:  # there is no smoothing, as `validate.check_labels` says
         labels = labels.astype(jnp.float32)
     if (mixup_alpha or cutmix_alpha) and mix_probability:
         mask = mix_mask(

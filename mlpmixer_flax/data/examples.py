@@ -1,4 +1,4 @@
-"""Opens a split of a dataset by name and reads its examples by index: decoded images and labels."""
+"""Opens splits of datasets and reads its examples by index: decoded images and labels."""
 
 import dataclasses
 import math
@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.decoding import decode
-from mlpmixer_flax.data.image_checks import open_files, say_left_out
+from mlpmixer_flax.data.image_checks import say_left_out
 from mlpmixer_flax.data.images import MODES, flaw_of, to_square
 from mlpmixer_flax.data.listing import FileRecords
-from mlpmixer_flax.data.named import Dataset, look_up
+from mlpmixer_flax.data.named import Dataset, find_dataset
 from mlpmixer_flax.data.notes import say_once
 from mlpmixer_flax.data.splits import Label, Record, Source, SplitLike
-from mlpmixer_flax.data.tfds import TfdsRecords, open_tfds
+from mlpmixer_flax.data.tfds import TfdsRecords
 
 T = TypeVar("T")
 
@@ -46,8 +46,14 @@ class Examples:
         return self.source.name
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the dataset's classes, in the order of their labels."""
+        return self.source.class_names
+
+    @property
     def num_classes(self) -> int:
-        return self.source.num_classes
+        """The number of the dataset's classes."""
+        return len(self.class_names)
 
     @property
     def multi_label(self) -> bool:
@@ -146,7 +152,7 @@ class Examples:
         if isinstance(record.label, int) and not 0 <= record.label < self.num_classes:
             raise ValueError(f"its label {record.label} is not in [0, {self.num_classes})")
         image, notes = decode(record.image, MODES[channels])
-        if self.files is None:  # the check of a folder has said it already
+        if self.files is None:  # the check of the files has said it already
             say_once(notes, f"image {record.name} of {self.name}")
         if self.cropped:
             image = to_square(
@@ -166,7 +172,7 @@ class Examples:
 
 
 def open_examples(
-    dataset: str,
+    dataset: str | Dataset,
     split: SplitLike,
     *,
     data_dir: str | os.PathLike[str] = "",
@@ -183,7 +189,7 @@ def open_examples(
     A split with random crops is never kept in memory.
 
     Args:
-      dataset, split, data_dir: as in `get_dataset_info`.
+      dataset, split, data_dir: as in `get_dataset_info`; or `dataset` is one from `find_dataset`.
       cache_bytes: the largest size of a split that is kept in memory.
       image_size_px, crop_fraction, min_crop_area, interpolation, fit: used only if images vary in size or are
         not square. Such images become squares of `image_size_px`. In `TrainBatches` each is a random box of at
@@ -194,9 +200,10 @@ def open_examples(
         raising an error. For this, every image of the split is read once.
 
     Raises:
-      UserError: as `get_dataset_info`, `open_sources` and `make_examples`.
+      UserError: as `find_dataset`, `Dataset.open` and `make_examples`.
     """
-    (source,) = open_sources(look_up(dataset, data_dir=data_dir), [split], skip_bad_images=skip_bad_images)
+    found = dataset if isinstance(dataset, Dataset) else find_dataset(dataset, data_dir=data_dir)
+    (source,) = found.open([split], skip_bad_images=skip_bad_images)
     return make_examples(
         source,
         cache_bytes=cache_bytes,
@@ -207,25 +214,6 @@ def open_examples(
         fit=fit,
         skip_bad_images=skip_bad_images,
     )
-
-
-def open_sources(
-    dataset: Dataset, splits: Sequence[SplitLike], *, skip_bad_images: bool, for_training: bool = False
-) -> list[Source]:
-    """Opens splits of a dataset for reading by index, after a check of the images if they are files.
-
-    Args:
-      for_training: the splits are those to train and to evaluate on. Then the images of all splits of a folder or
-        table are checked, so that one error counts all bad images, and images with the same content in two splits are
-        found.
-
-    Raises:
-      UserError: as `get_dataset_info`; the dataset is prepared in a format without random access; a folder or table
-        has bad images (the message lists the first of them); or one to train on has only one class.
-    """
-    if dataset.listing is None:
-        return [open_tfds(dataset.name, split, data_dir=dataset.data_dir) for split in splits]
-    return open_files(dataset.listing, splits, skip_bad_images=skip_bad_images, for_training=for_training)
 
 
 def make_examples(
@@ -239,10 +227,13 @@ def make_examples(
     fit: str,
     skip_bad_images: bool,
 ) -> Examples:
-    """Returns the examples of a split, in memory if they may be; the arguments are those of `open_examples`.
+    """Returns the examples of a split; decodes them into memory if they fit in `cache_bytes` and need no random crops.
+
+    The arguments are those of `open_examples`. Here, `skip_bad_images` leaves out the images of a TFDS dataset that
+    cannot be used, because `Dataset.open` leaves out files only.
 
     Raises:
-      UserError: as `Examples.read`, if the examples are decoded.
+      UserError: as `Examples.read`, if the examples are decoded; or no image can be used.
     """
     height, width, channels = source.image_shape
     # Whether the host or the device crops is decided only here; all other code follows `cropped`.
@@ -274,7 +265,7 @@ def _leave_out_bad(examples: Examples) -> Examples:
     """
     records = examples.source.records
     if not isinstance(records, TfdsRecords):
-        return examples  # a folder was checked when it was opened
+        return examples  # files were checked when they were opened
     flaws: dict[int, tuple[str, str]] = {}
     for _, found in _in_chunks(examples, "checking", examples.find_flaws):
         flaws |= found

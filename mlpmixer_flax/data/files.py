@@ -62,7 +62,7 @@ def local_path(path: str | os.PathLike[str], *, name: str) -> str:
     The remote path is looked up, and copied if it is new or has changed, once per process.
 
     Args:
-      name: what the path is, for the message: "folder" or "image".
+      name: what the path is, for the message: "folder", "table" or "image".
 
     Raises:
       UserError: the path is another URL, such as https://example.org/photos, or the copy cannot be made.

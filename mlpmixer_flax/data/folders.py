@@ -11,7 +11,7 @@ import unicodedata
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import is_archive, local_path
 from mlpmixer_flax.data.layout import LAYOUT, Classes, find_layout
-from mlpmixer_flax.data.listing import Listed, Listing
+from mlpmixer_flax.data.listing import LabelledFile, Listing
 from mlpmixer_flax.faults import check_reachable, pass_on
 from mlpmixer_flax.text import quoted
 
@@ -69,24 +69,27 @@ def read_folder(path: str | os.PathLike[str]) -> Listing:
         root=root,
         form=f"the expected layout is {LAYOUT}",
         splits={split: _mix(classes) for split, classes in splits.items()},
-        names={name.casefold(): split for name, split in layout.names.items()},
+        other_names={name.casefold(): split for name, split in layout.names.items()},
         notes=notes,
         multi_label=False,
     )
 
 
-def _mix(classes: Classes) -> list[Listed]:
+def _mix(classes: Classes) -> list[LabelledFile]:
     """Returns the images of a split, in an order that gives any slice its share of each class."""
     ordered = sorted(
         ((rank + 0.5) / len(files), name, file)
         for name, files in classes.items()
         for rank, file in enumerate(files)
     )
-    return [Listed(file, (name,)) for _, name, file in ordered]
+    return [LabelledFile(file, (name,)) for _, name, file in ordered]
 
 
 def _cut(path: str, classes: Classes, prefix: str) -> tuple[Classes, Classes, str]:
-    """Returns the training images, the validation images and a note about them."""
+    """Returns the training images, the validation images and a note about them.
+
+    The files of each class are in the order of `hash_of`.
+    """
     cuts = {}
     for name, files in classes.items():
         below = bisect.bisect_left(files, FIFTH, key=lambda file: int.from_bytes(hash_of(file, prefix)))

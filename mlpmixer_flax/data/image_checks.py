@@ -35,23 +35,23 @@ def open_files(
 ) -> list[Source]:
     """Opens splits of a folder or a table after a check of their images.
 
-    Prints the notes about the listing once. With `skip_bad_images`, images that cannot be used are left out, and the
-    first of them are listed on stdout. `for_training`, when the splits are those to train and to evaluate on, it
-    checks the images of all splits of the listing, and prints how many images of a split have the same content as
-    images of another split.
+    Prints the notes about the listing. With `skip_bad_images`, images that cannot be used are left out, and the first
+    of them are listed on stdout. `for_training` says that the splits are those to train and to evaluate on: then the
+    images of all splits of the listing are checked, and a line says how many images of a split have the same content
+    as images of another split.
 
     Raises:
-      UserError: as `listing.select_split`; images cannot be used and
-        `skip_bad_images` is off (the message lists the first of them); or a listing to train on has only one
-        class.
+      UserError: as `listing.select_split`; images cannot be used and `skip_bad_images` is off (the message lists the
+        first of them), or no image of a split can be used; the folder has disappeared; or a listing to train on has
+        only one class.
     """
-    chosen = [select_split(listing, split) for split in splits]
     _print_once(tuple(listing.notes))
     if for_training and len(listing.class_names) < 2 and not listing.multi_label:
         raise UserError(
             f"{listing.kind} {listing.path!r} has training images of one class only: two or more are needed; "
             f"{'; '.join([listing.form, *listing.notes])}"
         )
+    chosen = [select_split(listing, split) for split in splits]
     if for_training:
         files = [image.file for images in listing.splits.values() for image in images]
     else:
@@ -60,7 +60,7 @@ def open_files(
     flaws, checked = _inspect(listing.root, stamps, contents=for_training)
     if flaws and not skip_bad_images:
         raise UserError(
-            f"{len(flaws):,} of {len(files):,} images in {listing.path!r} cannot be used: repair or delete them, "
+            f"{len(flaws):,} of {len(stamps):,} images in {listing.path!r} cannot be used: repair or delete them, "
             "or leave them out with --skip_bad_images (in training --config.skip_bad_images=true):"
             f"{_list(flaws, 20)}"
         )
@@ -96,7 +96,7 @@ def _usable(
             labels=[label for _, label in good],
             sizes=[stamps[file][0] for file, _ in good],
         ),
-        num_classes=len(listing.class_names),
+        class_names=listing.class_names,
         image_shape=COLOR_SHAPE,
         remedy="it could be used when it was checked, so restore it if somebody has changed it, and start again",
         skipped=len(bad),
@@ -128,7 +128,7 @@ def _list(flaws: dict[str, str], limit: int) -> str:
     return shown if len(lines) <= limit else f"{shown}\n  and {len(lines) - limit:,} more"
 
 
-# A program may open several splits of one folder, one after the other: it prints each of the three kinds of notes once.
+# A program may open a folder several times: what it has just said about the folder is not said again.
 @functools.lru_cache(maxsize=3)
 def _print_once(notes: tuple[str, ...]) -> None:
     for note in notes:
@@ -136,28 +136,28 @@ def _print_once(notes: tuple[str, ...]) -> None:
 
 
 def _inspect(
-    root: str, now: Mapping[str, tuple[int, int]], *, contents: bool
+    root: str, stamps: Mapping[str, tuple[int, int]], *, contents: bool
 ) -> tuple[dict[str, str], dict[str, Checked]]:
     """Returns file -> what is wrong with it, if it cannot be used, and file -> how it was checked, if it can.
 
     Reads the files that have changed since an earlier check, or that could not be used then.
 
     Args:
-      now: each file and what `checked.look_at` says of it.
+      stamps: each file and what `checked.look_at` says of it.
       contents: whether files of equal size must have a hash of their content, which is needed to find copies.
     """
     earlier = read_checked(root)
-    good = {file: found for file, found in earlier.items() if now.get(file, found[:2]) == found[:2]}
-    unknown = [file for file in now if file not in good]
+    good = {file: found for file, found in earlier.items() if stamps.get(file, found[:2]) == found[:2]}
+    unknown = [file for file in stamps if file not in good]
     flaws = {}
     for file, (flaw, notes) in _for_each(inspect_image, root, unknown, doing="checking images"):
         if flaw is None:
-            good[file] = Checked(*now[file], tuple(note.name for note in notes))
+            good[file] = Checked(*stamps[file], tuple(note.name for note in notes))
         else:
             flaws[file] = flaw
     if flaws:
         check_folder(root)  # otherwise all of its images would seem to be bad
-    usable = [file for file in now if file in good]
+    usable = [file for file in stamps if file in good]
     if contents:
         counts = Counter(good[file].size for file in usable)
         unhashed = [file for file in usable if counts[good[file].size] > 1 and not good[file].content]
@@ -165,7 +165,7 @@ def _inspect(
             good[file] = good[file]._replace(content=content)
     if good != earlier:
         # Files of other splits stay in the list, unless they are gone.
-        there = [file for file in good if file in now or os.path.exists(os.path.join(root, file))]
+        there = [file for file in good if file in stamps or os.path.exists(os.path.join(root, file))]
         write_checked(root, {file: good[file] for file in there})
     return flaws, {file: good[file] for file in usable}
 
@@ -211,7 +211,7 @@ def _groups(
 def _duplicate_notes(groups: Mapping[str, Sequence[str]], contents: Mapping[str, str]) -> Iterator[str]:
     """Yields a note for each pair of groups of images that have images of the same content.
 
-    An image that belongs to both groups itself is not counted; `examples.count_overlap` counts these.
+    An image that belongs to both groups itself is not counted; `named.Dataset.count_overlap` counts these.
 
     Args:
       groups: name -> files.

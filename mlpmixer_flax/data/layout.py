@@ -1,6 +1,6 @@
 """Finds the splits and the classes of a folder of images: which subfolder is what.
 
-Images are recognised as `formats` says, classes and splits by the names of folders.
+Images are recognised as `files` says, classes and splits by the names of folders.
 """
 
 import dataclasses

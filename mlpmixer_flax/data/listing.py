@@ -25,7 +25,7 @@ from mlpmixer_flax.text import quoted
 COLOR_SHAPE = (None, None, 3)  # of all images in files: any size, read in colour
 
 
-class Listed(NamedTuple):
+class LabelledFile(NamedTuple):
     """An image file and its classes."""
 
     file: str  # relative to the root, with "/" on every system
@@ -40,8 +40,8 @@ class Listing:
     path: str  # as the user gave it
     root: str  # the folder that file names are relative to; absolute
     form: str  # what it should look like, for messages
-    splits: dict[str, list[Listed]]  # split -> its images, in the order of which slices are made
-    names: dict[str, str]  # other name of a split, in lower case -> split
+    splits: dict[str, list[LabelledFile]]  # split -> its images, in the order of which slices are made
+    other_names: dict[str, str]  # other name of a split, in lower case -> split
     notes: list[str]  # facts that the user should know
     multi_label: bool  # whether an image may have several labels, or none
 
@@ -132,13 +132,16 @@ class _Counts(dict[str, _Count]):
 
     def __init__(self, listing: Listing):
         super().__init__({split: _Count(len(images)) for split, images in listing.splits.items()})
-        self._names = listing.names
+        self._names = listing.other_names
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and _find(self.keys(), self._names, name) is not None
 
     def __missing__(self, name: str) -> _Count:
-        return self[_find(self.keys(), self._names, name) or ""]
+        split = _find(self.keys(), self._names, name)
+        if split is None:
+            raise KeyError(name)
+        return self[split]
 
 
 def split_parts(listing: Listing, split: SplitLike) -> list[Part]:
@@ -165,7 +168,8 @@ def split_parts(listing: Listing, split: SplitLike) -> list[Part]:
             f"split {split!r} of {listing.kind} {listing.path!r} has no images: use another slice, or add images"
         )
     return [
-        part._replace(split=_find(listing.splits, listing.names, part.split) or part.split) for part in parts
+        part._replace(split=_find(listing.splits, listing.other_names, part.split) or part.split)
+        for part in parts
     ]
 
 
@@ -180,16 +184,16 @@ def select_split(listing: Listing, split: SplitLike) -> FileRecords:
       UserError: as `split_parts`; or the split has a class that the training images do not have.
     """
     labels = {name: label for label, name in enumerate(listing.class_names)}
-    chosen: list[Listed] = []
+    chosen: list[LabelledFile] = []
     for name, start, stop in split_parts(listing, split):
-        listed = listing.splits[name]
-        unknown = {each for one in listed for each in one.classes} - labels.keys()
+        images = listing.splits[name]
+        unknown = {each for image in images for each in image.classes} - labels.keys()
         if unknown:
             raise UserError(
                 f"split {name!r} of {listing.kind} {listing.path!r} has classes that the training images do not have: "
                 f"{quoted(unknown)}; rename or remove them"
             )
-        chosen += listed[start:stop]
+        chosen += images[start:stop]
     numbers = [tuple(labels[name] for name in one.classes) for one in chosen]
     return FileRecords(
         listing.root,

@@ -2,13 +2,16 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from mlpmixer_flax.data.files import absolute
 from mlpmixer_flax.data.folders import read_folder
+from mlpmixer_flax.data.image_checks import open_files
 from mlpmixer_flax.data.listing import Listing, info_of, split_parts
-from mlpmixer_flax.data.splits import DatasetInfo, Part, SplitLike, count_common
+from mlpmixer_flax.data.splits import DatasetInfo, Part, Source, SplitLike, count_common
 from mlpmixer_flax.data.tables import read_table
-from mlpmixer_flax.data.tfds import tfds_info, tfds_parts
+from mlpmixer_flax.data.tfds import Builder, load_builder, open_tfds, tfds_info
+from mlpmixer_flax.data.tfds import split_parts as tfds_parts
 
 _READERS = {
     "folder": read_folder,
@@ -18,53 +21,60 @@ _READERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset that was looked up: the files of a folder or table are listed, which takes long if there are many."""
+    """A dataset that was found by its name; the files of a folder or table are listed, which may take long."""
 
     name: str  # as in `get_dataset_info`
-    data_dir: str
-    listing: Listing | None  # None = a TFDS dataset
+    listing: Listing | None  # of a folder or table
+    builder: Builder | None  # of a TFDS dataset
 
     def info(self, split: SplitLike) -> DatasetInfo:
-        """Returns facts about a split, as `get_dataset_info`."""
-        return (
-            info_of(self.listing, split)
-            if self.listing
-            else tfds_info(self.name, split, data_dir=self.data_dir)
-        )
+        """Returns facts about a split; the result and errors are those of `get_dataset_info`."""
+        return info_of(self.listing, split) if self.listing else tfds_info(self.builder, split)
 
-    def parts(self, *splits: SplitLike) -> list[list[Part]]:
-        """Returns the parts of the dataset's own splits that each of some splits consists of.
-
-        Raises:
-          UserError: as `get_dataset_info`.
-        """
-        if self.listing is None:
-            return tfds_parts(self.name, *splits, data_dir=self.data_dir)
-        return [split_parts(self.listing, split) for split in splits]
+    def parts(self, split: SplitLike) -> list[Part]:
+        """Returns the parts of the dataset's own splits that a split consists of; errors are those of `info`."""
+        return split_parts(self.listing, split) if self.listing else tfds_parts(self.builder, split)
 
     def count_overlap(self, split: SplitLike, other: SplitLike) -> int:
         """Returns how many examples belong to both of two splits, without reading an example.
 
         Examples are the same if they have the same place in a TFDS dataset, or the same file name in a folder or
-        table. Copies with another place or name are not counted.
+        table. Copies with another place or name are not counted. Errors are those of `info`.
+        """
+        return count_common(self.parts(split), self.parts(other))
+
+    def open(
+        self, splits: Sequence[SplitLike], *, skip_bad_images: bool, for_training: bool = False
+    ) -> list[Source]:
+        """Opens splits for reading by index, after a check of the images if they are files.
 
         Args:
-          split, other: as `split` in `get_dataset_info`: "train[:80%]" and "train[70%:]".
+          splits: as `split` in `get_dataset_info`.
+          skip_bad_images: leaves out the files that cannot be used. The images of a TFDS dataset are not checked here.
+          for_training: the splits are those to train and to evaluate on. Then the images of all splits of a folder or
+            table are checked, so that one error counts all bad images, and copies in two splits are found.
 
         Raises:
-          UserError: as `get_dataset_info`.
+          UserError: as `info`; the dataset is prepared in a format without random access; a folder or table has bad
+            images (the message lists the first of them); or one to train on has only one class.
         """
-        return count_common(*self.parts(split, other))
+        if self.listing:
+            return open_files(
+                self.listing, splits, skip_bad_images=skip_bad_images, for_training=for_training
+            )
+        return [open_tfds(self.builder, self.name, split) for split in splits]
 
 
-def look_up(dataset: str, *, data_dir: str | os.PathLike[str] = "") -> Dataset:
-    """Returns a dataset by its name; `get_dataset_info` has the arguments.
+def find_dataset(dataset: str, *, data_dir: str | os.PathLike[str] = "") -> Dataset:
+    """Returns a dataset by its name; the arguments are those of `get_dataset_info`.
 
     Raises:
-      UserError: as `read_folder` and `read_table`.
+      UserError: the dataset is unknown, not prepared, or without images.
     """
     kind, _, path = dataset.partition(":")
-    return Dataset(dataset, os.fspath(data_dir), _READERS[kind](path) if is_files(dataset) else None)
+    if is_files(dataset):
+        return Dataset(dataset, _READERS[kind](path), None)
+    return Dataset(dataset, None, load_builder(dataset, data_dir))
 
 
 def is_files(dataset: str) -> bool:
@@ -100,4 +110,4 @@ def get_dataset_info(
       UserError: the dataset is unknown, not prepared or without images and labels; or the split is
         unknown or empty.
     """
-    return look_up(dataset, data_dir=data_dir).info(split)
+    return find_dataset(dataset, data_dir=data_dir).info(split)

@@ -116,7 +116,7 @@ class Source:
 
     name: str  # of the split and the dataset, for messages
     records: Records
-    num_classes: int
+    class_names: list[str]
     image_shape: ImageShape
     remedy: str  # what to do about an image that cannot be used
     skipped: int = 0  # images of the split that were left out, because they cannot be used

@@ -22,7 +22,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import local_path
 from mlpmixer_flax.data.folders import FIFTH, hash_of
 from mlpmixer_flax.data.layout import split_of
-from mlpmixer_flax.data.listing import Listed, Listing
+from mlpmixer_flax.data.listing import LabelledFile, Listing
 from mlpmixer_flax.data.parquet import read_columns
 from mlpmixer_flax.faults import check_reachable, pass_on
 from mlpmixer_flax.limits import show
@@ -110,7 +110,7 @@ def _read(path: str, file: str) -> Listing:
         root=os.path.dirname(file),
         form=FORM,
         splits={name: splits[name] for name in _SPLITS if splits.get(name)},
-        names={},
+        other_names={},
         notes=notes,
         multi_label=multi_label,
     )
@@ -193,9 +193,9 @@ def _check_columns(columns: list[str], path: str) -> bool:
     return "labels" in columns
 
 
-def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str, list[Listed]]:
+def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str, list[LabelledFile]]:
     """Returns split -> its images, after a check of every row."""
-    splits: dict[str, list[Listed]] = {}
+    splits: dict[str, list[LabelledFile]] = {}
     places: dict[str, str] = {}  # of each file
     names: dict[
         str, str
@@ -218,7 +218,7 @@ def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str
             if not isinstance(name, str) or name not in names:
                 names[str(name)] = _name(name, "label", place)
         classes = dict.fromkeys(names[str(name)] for name in each)  # without repetitions
-        splits.setdefault(split, []).append(Listed(file, tuple(classes)))
+        splits.setdefault(split, []).append(LabelledFile(file, tuple(classes)))
     if not splits:
         raise UserError(f"table {path!r} has no rows: give each image a row")
     return splits
@@ -249,7 +249,7 @@ def _file(value: Any, place: str) -> str:
     return file
 
 
-def _cut(rows: list[Listed]) -> tuple[list[Listed], list[Listed]]:
+def _cut(rows: list[LabelledFile]) -> tuple[list[LabelledFile], list[LabelledFile]]:
     """Returns the training and the validation images; no class loses its last training image."""
     left = Counter(name for row in rows for name in row.classes)
     hashes = {row.file: int.from_bytes(hash_of(row.file)) for row in rows}
@@ -263,4 +263,5 @@ def _cut(rows: list[Listed]) -> tuple[list[Listed], list[Listed]]:
             validation.append(row)
         else:
             train.append(row)
-    return train, validation
+    # If no image has a label and all hashes are low, nothing was left for training.
+    return (train, validation) if train else (validation, [])

@@ -43,6 +43,7 @@ class TfdsRecords:
     stored: Any  # TFDS's list of records
     image_key: str
     label_key: str
+    dataset: str  # name and version: "cifar10/3.0.2"
     folder: str  # with the files of the dataset
     kept: np.ndarray | None = None  # the places of these records in the split, int (n,); None = all of them
 
@@ -86,13 +87,12 @@ def _is_damage(error: Exception) -> bool:
     return not isinstance(error, OSError)
 
 
-def tfds_info(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str]) -> DatasetInfo:
-    """Returns the facts about a split; the arguments are those of `examples.get_dataset_info`.
+def tfds_info(builder: Builder, split: SplitLike) -> DatasetInfo:
+    """Returns the facts about a split, as `named.get_dataset_info`.
 
     Raises:
-      UserError: as `examples.get_dataset_info`.
+      UserError: as `image_and_label_keys` and `split_parts`.
     """
-    builder = load_builder(dataset, data_dir)
     image, label = (builder.info.features[key] for key in image_and_label_keys(builder))
     return {
         "num_examples": num_examples(split_parts(builder, split)),
@@ -104,25 +104,14 @@ def tfds_info(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str
     }
 
 
-def tfds_parts(dataset: str, *splits: SplitLike, data_dir: str | os.PathLike[str]) -> list[list[Part]]:
-    """Returns the parts of each of some splits of a dataset; see `split_parts`.
-
-    Raises:
-      UserError: as `load_builder` and `split_parts`.
-    """
-    builder = load_builder(dataset, data_dir)
-    return [split_parts(builder, split) for split in splits]
-
-
-def open_tfds(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str]) -> Source:
-    """Opens a split for reading by index.
+def open_tfds(builder: Builder, dataset: str, split: SplitLike) -> Source:
+    """Opens a split for reading by index; `dataset` is its name in messages.
 
     Raises:
       UserError: as `tfds_info`; or the dataset is prepared in a format without random access.
     """
     import tensorflow_datasets as tfds
 
-    builder = load_builder(dataset, data_dir)
     image_key, label_key = image_and_label_keys(builder)
     split_parts(builder, split)
     try:
@@ -138,8 +127,10 @@ def open_tfds(dataset: str, split: SplitLike, *, data_dir: str | os.PathLike[str
     name = describe_split(dataset, split)
     return Source(
         name=name,
-        records=TfdsRecords(name, stored, image_key, label_key, str(builder.data_dir)),
-        num_classes=label.num_classes,
+        records=TfdsRecords(
+            name, stored, image_key, label_key, builder.info.full_name, str(builder.data_dir)
+        ),
+        class_names=list(label.names),
         image_shape=tuple(image.shape),
         remedy="restore or prepare the dataset again, or leave out what cannot be used with --skip_bad_images (in "
         "training --config.skip_bad_images=true)",

@@ -39,13 +39,11 @@ def embed_files(model: Model, files: Sequence[str], *, batch_size: int = 64) -> 
     return {"file": np.array(used), "features": np.stack(features)}, flaws
 
 
-def embed_split(
-    model: Model, examples: Examples, class_names: Sequence[str], *, batch_size: int = 64
-) -> Table:
-    """Returns the table of a split from `Model.open`, in its order; `class_names` are those of the dataset."""
+def embed_split(model: Model, examples: Examples, *, batch_size: int = 64) -> Table:
+    """Returns the table of a split from `Model.open`, in its order."""
     features, labels = features_of_split(model, examples, batch_size=batch_size)
     files = {} if examples.files is None else {"file": np.array(examples.files)}
-    names = np.array(class_names)
+    names = np.array(examples.class_names)
     if examples.multi_label:
         named = np.array([SEPARATOR.join(names[row > 0]) for row in labels])
     else:

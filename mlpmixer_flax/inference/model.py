@@ -11,6 +11,7 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import augment
+from mlpmixer_flax.data.named import Dataset
 from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.forward import RowFunction, check_positive, forward, on_all_devices
@@ -214,7 +215,7 @@ class Model:
             yield batches.flaws[number] if number in batches.flaws else row
 
     def open(
-        self, dataset: str, split: str, *, data_dir: str = "", skip_bad_images: bool = False
+        self, dataset: str | Dataset, split: str, *, data_dir: str = "", skip_bad_images: bool = False
     ) -> Examples:
         """Opens a split, in gray or colour as the model needs it; each image is decoded when it is read.
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mlpmixer_flax.data.named import is_files
-from mlpmixer_flax.dataloader import Examples, TestBatches, get_dataset_info, iterate
+from mlpmixer_flax.data.named import find_dataset, is_files
+from mlpmixer_flax.dataloader import Examples, TestBatches, iterate
 from mlpmixer_flax.inference.classes import in_words, match_classes
 from mlpmixer_flax.inference.forward import (
     RowFunction,
@@ -36,13 +36,13 @@ def open_split(
     Raises:
       UserError: as `Model.open` and `match_classes`.
     """
-    info = get_dataset_info(dataset, split, data_dir=data_dir)
+    found = find_dataset(dataset, data_dir=data_dir)
     classes = match_classes(
-        in_words(info["class_names"]),
+        in_words(found.info(split)["class_names"]),
         in_words(model.class_names),
         numbered=not is_files(dataset),
     )
-    return model.open(dataset, split, data_dir=data_dir, skip_bad_images=skip_bad_images), classes
+    return model.open(found, split, skip_bad_images=skip_bad_images), classes
 
 
 def score_images(model: Model, examples: Examples, *, classes: np.ndarray, batch_size: int = 64) -> Rows:

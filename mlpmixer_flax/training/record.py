@@ -9,7 +9,7 @@ from typing import Any
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import ConfigDict
 from mlpmixer_flax.data.listing import FileRecords
-from mlpmixer_flax.data.tfds import load_builder
+from mlpmixer_flax.data.tfds import TfdsRecords
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.faults import pass_on
 from mlpmixer_flax.reading import read_json
@@ -31,15 +31,11 @@ def make_record(config: ConfigDict, train: Examples, test: Examples) -> dict[str
     Names are relative, so a folder or table that was moved has the same record. For TFDS datasets they are name,
     version and number of examples. The content of a file that keeps its size is not compared.
 
-    Raises:
-      UserError: a file has disappeared.
     """
     kind = MULTI_LABEL if train.multi_label else config.dataset.partition(":")[0]
     splits = {name: _describe(each, kind) for name, each in {"train": train, "test": test}.items()}
-    if train.files is not None:
-        return {"dataset": kind, **splits}
-    info = load_builder(config.dataset, config.data_dir).info
-    return {"dataset": info.full_name, **splits}
+    records = train.source.records
+    return {"dataset": records.dataset if isinstance(records, TfdsRecords) else kind, **splits}
 
 
 def _describe(examples: Examples, kind: str) -> dict[str, Any]:
@@ -47,13 +43,7 @@ def _describe(examples: Examples, kind: str) -> dict[str, Any]:
     if not isinstance(records, FileRecords):
         return {"examples": len(examples)}
     digest, sizes = hashlib.blake2b(digest_size=16), {}
-    for name, label in zip(records.files, records.labels, strict=True):
-        try:
-            size = os.stat(os.path.join(records.root, name)).st_size
-        except OSError as error:
-            raise UserError(
-                f"image {name!r} of {examples.name} can no longer be read ({error.strerror}): restore it, and start again"
-            ) from None
+    for name, label, size in zip(records.files, records.labels, records.sizes or [], strict=True):
         digest.update(os.fsencode(name) + b"\0%d\0" % size)
         if kind != "folder":  # whose names have the labels
             digest.update(f"{label}\0".encode())

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
-from mlpmixer_flax.data.examples import make_examples, open_sources
+from mlpmixer_flax.data.examples import make_examples
 from mlpmixer_flax.data.files import absolute
-from mlpmixer_flax.data.named import Dataset, look_up, with_absolute_path
+from mlpmixer_flax.data.named import Dataset, find_dataset, with_absolute_path
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.text import shorten
@@ -140,7 +140,7 @@ def make_setup(config: ConfigDict) -> Setup:
     check_jax()
     check_devices(config, batch_size=config.batch_size)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp)
-    dataset = look_up(config.dataset, data_dir=config.data_dir)
+    dataset = find_dataset(config.dataset, data_dir=config.data_dir)
     info = dataset.info(config.train_split)
     channels = info["image_shape"][2]
     _check_channels(config, channels)
@@ -250,8 +250,7 @@ def _scored(dataset: Dataset, test_split: str) -> str:
     A part of the training split serves for validation. "test" of a folder without test images is its validation
     split.
     """
-    (parts,) = dataset.parts(test_split)
-    names = {part.split.casefold() for part in parts}
+    names = {part.split.casefold() for part in dataset.parts(test_split)}
     others = [
         name for name in names if not (name.startswith(("val", "dev", "train")) or "validation" in name)
     ]
@@ -260,7 +259,7 @@ def _scored(dataset: Dataset, test_split: str) -> str:
 
 def _open_batches(config: ConfigDict, dataset: Dataset) -> tuple[TrainBatches, TestBatches]:
     splits = (config.train_split, config.test_split)
-    sources = open_sources(dataset, splits, skip_bad_images=config.skip_bad_images, for_training=True)
+    sources = dataset.open(splits, skip_bad_images=config.skip_bad_images, for_training=True)
     train_examples, test_examples = (
         make_examples(
             source,

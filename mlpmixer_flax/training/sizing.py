@@ -11,7 +11,7 @@ from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_confi
 from mlpmixer_flax.data.files import pixel_formats
 from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.listing import select_split
-from mlpmixer_flax.data.named import look_up
+from mlpmixer_flax.data.named import find_dataset
 from mlpmixer_flax.reading import open_file
 
 _SAMPLE = 64  # images whose size is looked at
@@ -41,7 +41,7 @@ def suit_images(dataset: str, *, backend: str) -> dict[str, Any]:
     Raises:
       UserError: as `data.folders.read_folder` and `data.tables.read_table`.
     """
-    listing = look_up(dataset).listing or read_folder(dataset)
+    listing = find_dataset(dataset).listing or read_folder(dataset)
     records = select_split(listing, "train")
     large = _typical_side(records.root, records.files[:_SAMPLE]) >= 48
     image_size_px, patch_px, architecture = _SIZES[large, backend != "cpu"]

@@ -24,6 +24,7 @@ from mlpmixer_flax.data.listing import select_split
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, iterate, open_examples
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.configfile import load_config
+from mlpmixer_flax.training.record import make_record
 from mlpmixer_flax.training.setup import make_setup, settle
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
@@ -229,6 +230,13 @@ def test_one_class_is_enough_for_evaluation_but_not_for_training(tmp_path):
         open_to_train(f"folder:{tmp_path}", "train", "test")
 
 
+def test_a_class_whose_training_images_cannot_be_read_is_named_with_what_to_do(tmp_path):
+    write(tmp_path, *names("train/cat", 2), *names("val/cat", 1), *names("val/dog", 1))
+    write(tmp_path, "train/dog/1.heic", data=HEIC)
+    with pytest.raises(UserError, match=r"of one class only: .*'\.heic' files .*convert them to JPEG or PNG"):
+        open_to_train(f"folder:{tmp_path}", "train", "val")
+
+
 def test_a_folder_may_have_only_test_images(tmp_path):
     write(tmp_path, *names("test/b", 2), *names("test/a", 2))
     info = get_dataset_info(f"folder:{tmp_path}", "test")
@@ -264,7 +272,7 @@ def test_50_000_files_are_indexed_in_under_10_seconds(tmp_path):
 # --- the program
 
 
-def test_a_run_lists_its_folder_once_and_looks_at_each_image_once(tmp_path, monkeypatch):
+def test_to_set_up_a_run_its_folder_is_listed_once_and_each_image_looked_at_once(tmp_path, monkeypatch):
     write(tmp_path, *names("a", 10), *names("b", 10))
     options = [f"--config.dataset=folder:{tmp_path}", "--config.cache_bytes=0", *TINY]
     config = load_config("folder.py", options)
@@ -282,7 +290,8 @@ def test_a_run_lists_its_folder_once_and_looks_at_each_image_once(tmp_path, monk
     open_to_train(f"folder:{tmp_path}", "train", "validation")  # the images are checked
     for function in ("scandir", "stat"):
         count(function)
-    make_setup(settle(config, {}))
+    setup = make_setup(settle(config, {}))
+    make_record(config, setup.train_batches.examples, setup.test_batches.examples)
     assert done["scandir", str(tmp_path / "a")] == 1
     for file in names("a", 10):
         assert done["stat", str(tmp_path / file)] == 1

@@ -149,7 +149,7 @@ def test_a_folder_without_images_does_not_make_a_split_ambiguous(tmp_path):
     write(tmp_path, *names("images_train/a", 2), *names("images_val/a", 2))
     write(tmp_path, "train_labels/a/1.txt", "val_labels/a/1.txt", data=b"text")
     assert found(tmp_path) == {"train": ["images_train"], "validation": ["images_val"]}
-    assert read_folder(str(tmp_path)).names == {"images_train": "train", "images_val": "validation"}
+    assert read_folder(str(tmp_path)).other_names == {"images_train": "train", "images_val": "validation"}
 
 
 def test_an_unpacked_archive_has_a_folder_of_its_own_around_the_classes_or_splits(tmp_path):

@@ -12,7 +12,7 @@ from made_datasets import encode, write_dataset
 from made_folders import names, write
 
 from mlpmixer_flax import UserError, get_dataset_info
-from mlpmixer_flax.data.named import look_up
+from mlpmixer_flax.data.named import find_dataset
 from mlpmixer_flax.data.splits import Part, count_common
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import open_examples
@@ -111,8 +111,8 @@ def test_even_splits_and_tfds_objects_work(both, kind):
             assert get_dataset_info(dataset, split, data_dir=data_dir)["num_examples"] == size
             assert len(open_examples(dataset, split, data_dir=data_dir, cache_bytes=0)) == size
     parts = tfds.even_splits("train", 2)
-    assert look_up(dataset, data_dir=data_dir).count_overlap(parts[0], parts[1]) == 0
-    assert look_up(dataset, data_dir=data_dir).count_overlap(parts[0], "train") == 22
+    assert find_dataset(dataset, data_dir=data_dir).count_overlap(parts[0], parts[1]) == 0
+    assert find_dataset(dataset, data_dir=data_dir).count_overlap(parts[0], "train") == 22
 
 
 def test_slices_of_shards_are_for_tfds_datasets_only(both):
@@ -186,8 +186,8 @@ def test_an_empty_split_is_refused(both, kind, split):
 @pytest.mark.parametrize("kind", ["tfds", "folder"])
 def test_examples_in_both_of_two_splits_are_counted(both, kind, split, other, expected):
     dataset, data_dir = both[kind]
-    assert look_up(dataset, data_dir=data_dir).count_overlap(split, other) == expected
-    assert look_up(dataset, data_dir=data_dir).count_overlap(other, split) == expected
+    assert find_dataset(dataset, data_dir=data_dir).count_overlap(split, other) == expected
+    assert find_dataset(dataset, data_dir=data_dir).count_overlap(other, split) == expected
 
 
 def test_overlap_is_counted_by_file_when_a_split_has_two_names(tmp_path):
@@ -195,10 +195,12 @@ def test_overlap_is_counted_by_file_when_a_split_has_two_names(tmp_path):
     dataset = f"folder:{tmp_path}"
     number = get_dataset_info(dataset, "validation")["num_examples"]
     for other in ("validation", "val", "test", "dev"):  # without a test split, test is validation
-        assert look_up(dataset).count_overlap("train", other) == 0
-        assert look_up(dataset).count_overlap("train+validation", other) == number
+        assert find_dataset(dataset).count_overlap("train", other) == 0
+        assert find_dataset(dataset).count_overlap("train+validation", other) == number
     files = [set(open_examples(dataset, split).files or []) for split in ("train[:60%]", "train[50%:]+test")]
-    assert look_up(dataset).count_overlap("train[:60%]", "train[50%:]+test") == len(files[0] & files[1]) > 0
+    assert (
+        find_dataset(dataset).count_overlap("train[:60%]", "train[50%:]+test") == len(files[0] & files[1]) > 0
+    )
 
 
 def test_overlap_of_random_parts_is_that_of_sets_of_examples():
@@ -222,16 +224,16 @@ def test_overlap_of_random_parts_is_that_of_sets_of_examples():
 def test_overlap_and_info_refuse_what_cannot_be_read(both, function):
     dataset, data_dir = both["tfds"]
     with pytest.raises(UserError, match="split 'nope' .*: use 'test', 'train'"):
-        function(look_up(dataset, data_dir=data_dir))
+        function(find_dataset(dataset, data_dir=data_dir))
 
 
 def test_plain_names_of_a_folder_load_no_tfds(both):
     dataset, _ = both["folder"]
     code = f"""
 import sys
-from mlpmixer_flax.data.named import get_dataset_info, look_up
+from mlpmixer_flax.data.named import get_dataset_info, find_dataset
 get_dataset_info({dataset!r}, "train")
-look_up({dataset!r}).count_overlap("train", "val")
+find_dataset({dataset!r}).count_overlap("train", "val")
 assert "tensorflow_datasets" not in sys.modules
 get_dataset_info({dataset!r}, "train[:50%]")
 assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules

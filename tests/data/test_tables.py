@@ -13,7 +13,7 @@ from pyarrow import parquet
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import tables
 from mlpmixer_flax.data.listing import select_split
-from mlpmixer_flax.data.named import get_dataset_info, look_up, with_absolute_path
+from mlpmixer_flax.data.named import find_dataset, get_dataset_info, with_absolute_path
 from mlpmixer_flax.data.tables import read_table
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, open_examples
@@ -59,7 +59,7 @@ def test_each_image_has_one_label_and_a_split_in_the_order_of_the_rows(tmp_path,
     info = get_dataset_info(f"table:{path}", "train")
     assert (info["num_examples"], info["class_names"], info["multi_label"]) == (2, ["cat", "dog"], False)
     assert of_split(path, "train[:1]+test")[0] == ["a/1.png", "b/3.png"]
-    assert look_up(f"table:{path}").count_overlap("train", "train[1:]+test") == 1
+    assert find_dataset(f"table:{path}").count_overlap("train", "train[1:]+test") == 1
 
 
 @pytest.mark.parametrize("form", ["csv", "text", "lists"])
@@ -249,7 +249,15 @@ def test_one_class_is_enough_only_for_several_labels(tmp_path):
     ):
         open_to_train(f"table:{path}", "train", "test")
     path = write_csv(tmp_path, [("a.png", "cat", "train"), ("b.png", "", "test")], head="file,labels,split")
-    assert open_to_train(f"table:{path}", "train", "test")[0].num_classes == 1
+    assert open_to_train(f"table:{path}", "train", "test")[0].class_names == ["cat"]
+
+
+def test_a_training_image_without_labels_is_not_taken_for_validation(tmp_path):
+    for number in range(10):  # some of these names have a low hash
+        rows = [(f"{number}.png", "", "train"), ("test.png", "cat", "test")]
+        path = write_csv(tmp_path / f"{number}", rows, head="file,labels,split")
+        with pytest.raises(UserError, match="has 0 classes: give from 1"):
+            read_table(path)
 
 
 def test_a_table_may_be_named_from_any_directory_and_a_file_alone_is_corrected(tmp_path, monkeypatch):

@@ -297,7 +297,7 @@ def test_a_table_with_the_rows_of_a_folder_gives_the_same_run(tmp_path, monkeypa
     shutil.copytree(tmp_path / "photos" / "train", tmp_path / "photos" / "validation")
     folder = read_folder("photos")
     rows = [
-        (one.file, *one.classes, split) for split in ("train", "validation") for one in folder.listed(split)
+        (one.file, *one.classes, split) for split in ("train", "validation") for one in folder.splits[split]
     ]
     with (tmp_path / "photos" / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", "label", "split"), *rows])
