@@ -45,7 +45,7 @@ from mlpmixer_flax.training.speed import (
     HEADER,
     KINDS,
     Row,
-    check_batch_size,
+    check_measurable,
     check_seconds,
     format_row,
     measure,
@@ -199,7 +199,7 @@ def _configs(arguments: argparse.Namespace) -> dict[str, ConfigDict]:
     for config in configs.values():
         for kind in _kinds(arguments):
             for batch_size in arguments.batch_size or [config.batch_size]:
-                check_batch_size(config, kind, batch_size)
+                check_measurable(config, kind, batch_size)
     return configs
 
 

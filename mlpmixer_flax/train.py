@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict
 from mlpmixer_flax import UserError
 from mlpmixer_flax.cli import add_distributed, make_parser, path
 from mlpmixer_flax.compilation_cache import compiled_folder
-from mlpmixer_flax.config import ConfigDict
+from mlpmixer_flax.config import ConfigDict, get_config
 from mlpmixer_flax.data.tables import is_table
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.faults import pass_on
@@ -35,7 +35,7 @@ from mlpmixer_flax.huge_pages import uses_huge_pages
 from mlpmixer_flax.remote import NothingThere, shown
 from mlpmixer_flax.rundir import fetch_run
 from mlpmixer_flax.text import wrap
-from mlpmixer_flax.training.configfile import load_config, shipped_configs
+from mlpmixer_flax.training.configfile import apply_changes, load_config, shipped_configs
 from mlpmixer_flax.training.launch import start
 from mlpmixer_flax.training.loop import fit
 from mlpmixer_flax.training.processes import Interrupted, is_lead, together
@@ -131,9 +131,10 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     if arguments.folder:
         kind = "table" if is_table(arguments.folder) else "folder"
         overrides = [f"--config.dataset={kind}:{arguments.folder}", *overrides]
-    config = load_config(arguments.config or "folder.py", overrides)
     if arguments.config:
-        return config
+        return load_config(arguments.config, overrides)
+    config = get_config()
+    apply_changes(config, overrides)  # so a wrong key is found before the images are looked at
     chosen = suit_images(config.dataset, backend=jax.default_backend())
     stored = {}
     if arguments.workdir:

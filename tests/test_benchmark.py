@@ -127,6 +127,10 @@ def test_updates_have_a_learning_rate_with_every_schedule(schedule):
             "batch_size=6 is not divisible by 1 devices x accumulation_steps=4: choose a multiple of 4",
         ),
         (
+            ["--config=digits.py", "--config.preprocess.mean=0.5,0.5"],
+            "preprocess.mean=(0.5, 0.5) has 2 values, but images of the benchmark have 3 channels: give one value",
+        ),
+        (
             ["--config=digits.py", "--config.distill_from=runs/teacher"],
             "distill_from='runs/teacher': updates with a teacher are not measured, so add --config.distill_from=",
         ),

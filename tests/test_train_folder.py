@@ -11,7 +11,9 @@ import pytest
 from made_datasets import encode
 from made_folders import write
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.__main__ import PROGRAMS, main
+from mlpmixer_flax.train import _config, parse
 
 SMALL = [
     "--config.total_epochs=2",
@@ -72,6 +74,19 @@ def test_a_folder_goes_with_any_config(place):
     assert done.returncode == 0, done.stderr
     config = json.loads((place / "d" / "config.json").read_text())
     assert config["dataset"] == f"folder:{place / 'photos'}" and config["preprocess"]["image_size_px"] == 8
+
+
+def test_given_values_are_checked_with_those_that_suit_the_images(tmp_path):
+    write(
+        tmp_path, *(f"small/{name}/{i}.png" for name in "ab" for i in range(3))
+    )  # of 6 px: patches of 4 px suit them
+    small = str(tmp_path / "small")
+    config = _config(parse([small, "--config.preprocess.image_size_px=28"]))
+    assert (config.preprocess.image_size_px, config.model.patches.size) == (28, (4, 4))
+    config = _config(parse([small, "--config.resolutions_px=16,32,48"]))
+    assert (config.preprocess.image_size_px, config.resolutions_px) == (32, (16, 32, 48))
+    with pytest.raises(UserError, match="lacks preprocess.image_size_px=32"):
+        _config(parse([small, "--config.resolutions_px=16,48"]))
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,11 @@ def open_files(
     stamps = {file: look_at(os.path.join(listing.root, file)) for file in files}
     flaws, checked = _inspect(listing.root, stamps, contents=for_training)
     if flaws and not skip_bad_images:
+        option = "--config.skip_bad_images=true" if for_training else "--skip_bad_images"
+        begun = "; a run that has begun needs all of its images, so restore them" if for_training else ""
         raise UserError(
             f"{len(flaws):,} of {len(stamps):,} images in {listing.path!r} cannot be used: repair or delete them, "
-            "or leave them out with --skip_bad_images (in training --config.skip_bad_images=true):"
-            f"{_list(flaws, 20)}"
+            f"or leave them out with {option}{begun}:{_list(flaws, 20)}"
         )
     notes = {file: {Note[name] for name in one.notes} for file, one in checked.items() if one.notes}
     _print_once(tuple(summarize(notes)))

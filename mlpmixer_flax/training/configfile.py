@@ -48,6 +48,16 @@ def change_config(config: ConfigDict, changes: Mapping[str, Any] | Sequence[str]
     Raises:
       UserError: a key is unknown, or a value cannot be used.
     """
+    apply_changes(config, changes)
+    validate(config)
+
+
+def apply_changes(config: ConfigDict, changes: Mapping[str, Any] | Sequence[str]) -> None:
+    """Changes values of a config, of which other values may change before they are checked.
+
+    Raises:
+      UserError: a key is unknown, or a value has the wrong type.
+    """
     values = examples()  # a key left open also has one of its type
     if isinstance(changes, Mapping):
         given = flatten_dict(dict(changes), sep=".")
@@ -63,7 +73,6 @@ def change_config(config: ConfigDict, changes: Mapping[str, Any] | Sequence[str]
         steps = f"{key.removesuffix('_epochs')}_steps"
         if key.endswith("_epochs") and steps not in given:
             config.update_from_flattened_dict({steps: 0})
-    validate(config)
 
 
 def shipped_configs() -> dict[str, Path]:

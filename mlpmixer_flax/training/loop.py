@@ -21,7 +21,7 @@ from mlpmixer_flax.training.begin import agree_on_workdir, begin
 from mlpmixer_flax.training.checkpoints import BestCheckpoint, Checkpoints
 from mlpmixer_flax.training.compiling import Steps, compile_steps
 from mlpmixer_flax.training.evaluation import EvalStep, class_scores, evaluate_sizes
-from mlpmixer_flax.training.intervals import Best, evals_since_best
+from mlpmixer_flax.training.intervals import Best, Intervals, evals_since_best
 from mlpmixer_flax.training.lock import RunLock
 from mlpmixer_flax.training.mirror import mirrored
 from mlpmixer_flax.training.multi_label import label_scores
@@ -92,8 +92,10 @@ def fit(
                 )
                 if line:
                     print(line, flush=True)
-                whole = start >= setup.intervals.total_steps or _stops_early(setup.config, workdir, start)
-                if not whole or not from_lead(lambda: _is_evaluated(workdir, start)):
+                whole = not _lacks_scores(setup.intervals, workdir, start) and (
+                    start >= setup.intervals.total_steps or _stops_early(setup.config, workdir, start)
+                )
+                if not whole:
                     steps = compile_steps(setup, state, params=params)
                     del params  # the state has a copy
                     _run_updates(
@@ -161,12 +163,12 @@ def _run_updates(
                 on_evaluation({"step": step, **scores})
             return scores
 
-        if intervals.evaluate(start) and not from_lead(lambda: _is_evaluated(workdir, start)):
+        if _lacks_scores(intervals, workdir, start):
             scores = evaluate(start, state)
             if scores is None:
                 raise Interrupted(signals[0], start)
             best.improves(scores)
-            if _stops_early(config, workdir, start):
+            if start < intervals.total_steps and _stops_early(config, workdir, start):
                 return
         unlogged = Unlogged(workdir)
         recent = Recent(config.batch_size, unlogged.read(start))
@@ -213,10 +215,14 @@ def _first_images(setup: Setup, preview: PreviewStep) -> np.ndarray:
     return jax.device_get(preview(sharding.put_batch(setup.train_batches[0], setup.mesh)))
 
 
-def _is_evaluated(workdir: Path, step: int) -> bool:
-    """Returns whether metrics.jsonl has scores of a step; step 0 never has any."""
-    rows = read_metrics(workdir / "metrics.jsonl")
-    return step == 0 or any(row["step"] == step and score_of(row) for row in rows)
+def _lacks_scores(intervals: Intervals, workdir: Path, step: int) -> bool:
+    """Returns whether an evaluation is due after this step and metrics.jsonl has no scores of it; step 0 never has any."""
+
+    def is_evaluated() -> bool:
+        rows = read_metrics(workdir / "metrics.jsonl")
+        return any(row["step"] == step and score_of(row) for row in rows)
+
+    return step > 0 and intervals.evaluate(step) and not from_lead(is_evaluated)
 
 
 def _stops_early(config: ConfigDict, workdir: Path, step: int) -> bool:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mlpmixer_flax import UserError
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
 from mlpmixer_flax.data.examples import make_examples
 from mlpmixer_flax.data.files import absolute
@@ -34,7 +33,7 @@ from mlpmixer_flax.training.step import (
     make_preview_step,
     make_train_step,
 )
-from mlpmixer_flax.training.validate import check_labels, validate
+from mlpmixer_flax.training.validate import check_channels, check_labels, validate
 from mlpmixer_flax.weights import source
 from mlpmixer_flax.weights.origin import comparable
 
@@ -143,7 +142,7 @@ def make_setup(config: ConfigDict) -> Setup:
     dataset = find_dataset(config.dataset, data_dir=config.data_dir)
     info = dataset.info(config.train_split)
     channels = info["image_shape"][2]
-    _check_channels(config, channels)
+    check_channels(config, channels, of=repr(config.dataset))
     check_labels(config, multi_label=info["multi_label"])
     train_batches, test_batches = _open_batches(config, dataset)
     class_weights = weights_of(config.class_weights, info["class_names"], train_batches.examples)
@@ -232,16 +231,6 @@ def start_state(setup: Setup, params: Params | None) -> TrainState:
     if params is not None:
         params = sharding.put_parts(params, setup.placements.params)
     return jax.jit(setup.init, out_shardings=setup.placements)(params)
-
-
-def _check_channels(config: ConfigDict, channels: int) -> None:
-    for key in ("mean", "std"):
-        values = config.preprocess[key]
-        if len(values) not in (1, channels):
-            raise UserError(
-                f"preprocess.{key}={values} has {len(values)} values, but images of {config.dataset!r} have "
-                f"{channels} channel{'s' * (channels > 1)}: give one value, or one per channel"
-            )
 
 
 def _scored(dataset: Dataset, test_split: str) -> str:

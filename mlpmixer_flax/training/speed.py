@@ -21,6 +21,7 @@ from mlpmixer_flax.training.devices import check_devices
 from mlpmixer_flax.training.optimizer import Params, make_optimizer, make_schedule
 from mlpmixer_flax.training.step import init_state, make_train_step
 from mlpmixer_flax.training.table import count_macs
+from mlpmixer_flax.training.validate import check_channels
 
 KINDS = ("training", "inference")
 _LONGEST_SECONDS = 86400
@@ -157,7 +158,7 @@ def measure(
     """Compiles and measures an update or a forward pass of a config's model, over all devices.
 
     Raises:
-      UserError: as `check_batch_size`.
+      UserError: as `check_measurable`.
     """
     size_px = config.preprocess.image_size_px
     try:
@@ -195,9 +196,9 @@ def prepare(config: ConfigDict, kind: str, batch_size: int, *, num_classes: int)
     """Compiles an update or a forward pass of a config's model, over all devices, on images of random numbers.
 
     Raises:
-      UserError: as `check_batch_size`.
+      UserError: as `check_measurable`.
     """
-    check_batch_size(config, kind, batch_size)
+    check_measurable(config, kind, batch_size)
     mesh = sharding.make_mesh(fsdp=config.mesh.fsdp if kind == "training" else 1)
     size_px = config.preprocess.image_size_px
     model = MlpMixer(num_classes=num_classes, **config.model.to_dict())
@@ -212,8 +213,14 @@ def prepare(config: ConfigDict, kind: str, batch_size: int, *, num_classes: int)
     return Prepared(run, program, model, params)
 
 
-def check_batch_size(config: ConfigDict, kind: str, batch_size: int) -> None:
-    """Raises UserError if a batch is too large, or cannot be divided over the devices; in training, as `check_devices`."""
+def check_measurable(config: ConfigDict, kind: str, batch_size: int) -> None:
+    """Checks that a config can be measured, on images with 3 channels.
+
+    Raises:
+      UserError: a batch is too large, or cannot be divided over the devices; in training, as `check_devices`; or as
+        `check_channels`.
+    """
+    check_channels(config, 3, of="the benchmark")
     check_limits("batch_size", batch_size)
     if kind == "training":
         check_devices(config, batch_size=batch_size)

@@ -67,6 +67,24 @@ def examples() -> dict[str, Any]:
     return {**flatten(resolve(get_config(), {})), "resolutions_px": (16, 24, 32)}
 
 
+def check_channels(config: ConfigDict, channels: int, *, of: str) -> None:
+    """Checks that a config has one mean and standard deviation, or one per channel of the images.
+
+    Args:
+      of: what the images belong to, for the message.
+
+    Raises:
+      UserError: it has another number of them.
+    """
+    for key in ("mean", "std"):
+        values = config.preprocess[key]
+        if len(values) not in (1, channels):
+            raise UserError(
+                f"preprocess.{key}={values} has {len(values)} values, but images of {of} have "
+                f"{channels} channel{'s' * (channels > 1)}: give one value, or one per channel"
+            )
+
+
 def check_labels(config: ConfigDict, *, multi_label: bool) -> None:
     """Checks that a config suits images with one label each, or with several.
 

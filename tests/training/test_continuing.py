@@ -12,7 +12,7 @@ from made_folders import names, write
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import CHANGE_NO_UPDATE, LENGTH, flatten, get_config, resolve
 from mlpmixer_flax.run_weights import read_weights
-from mlpmixer_flax.rundir import read_config, write_run
+from mlpmixer_flax.rundir import read_config, saved_steps, write_run
 from mlpmixer_flax.train import main
 from mlpmixer_flax.training.continuing import (
     check_class_names,
@@ -89,6 +89,19 @@ def test_a_key_that_changes_no_update_may_change_between_two_starts(finished, tm
 
     assert train(workdir, "--config.total_steps=20", *given) == 0  # the new values are stored
     assert "continuing with" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_to_stop_before_its_last_checkpoint_stops_there(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    # With this learning rate, the loss stays the same.
+    frozen = ["--config.optimizer.learning_rate=1e-30", "--config.best_by=loss", "--config.total_steps=10"]
+    often = ["--config.eval_every_steps=2", "--config.save_every_steps=1", "--config.keep_checkpoints=20"]
+    assert train(workdir, *frozen, *often) == 0
+    assert "stopped early" not in capsys.readouterr().out
+    shutil.rmtree(workdir / "checkpoints" / "10")  # as if the run had been killed after step 9
+    assert train(workdir, *frozen, *often, "--config.early_stopping_evals=2") == 0
+    assert capsys.readouterr().out.count("stopped early at step 9:") == 1
+    assert max(saved_steps(workdir)) == 9
 
 
 def test_all_keys_that_may_change_are_tested_above():
