@@ -41,7 +41,7 @@ from reproduction_task import Task, check, missing
 from mlpmixer_flax import UserError, evaluate, fit, get_dataset_info
 from mlpmixer_flax.atomic import replacing, write_json
 from mlpmixer_flax.cli import path
-from mlpmixer_flax.data.named import with_absolute_path
+from mlpmixer_flax.data.dataset import with_absolute_path
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.huge_pages import use_huge_pages
 from mlpmixer_flax.reading import read_json, read_object

@@ -64,7 +64,7 @@ def measure(name: str, workdir: Path) -> Shares:
     setup = make_setup(config)
     steps = compile_steps(setup, None, params=None)
     state, n = steps.state, len(setup.test_batches)
-    (update_step,), (score_step,) = steps.updates.values(), steps.scores.values()  # of one size
+    (update_step,), (score_step,) = steps.updates.values(), steps.eval_steps.values()  # of one size
     batch = sharding.put_batch(setup.train_batches[0], setup.mesh)
     infer = prepare(config, "inference", batch_size, num_classes=len(setup.class_names)).run
 

@@ -12,8 +12,8 @@ from mlpmixer_flax.huge_pages import use_huge_pages
 PROGRAMS = {
     "train": "train a Mixer, or fine-tune published weights",
     "predict": "print the most probable classes of images",
-    "evaluate": "score a model on a dataset, show its mistakes",
-    "analyze": "draw training curves, weights, confusion, calibration",
+    "evaluate": "score a model on a dataset, draw its mistakes",
+    "analyze": "draw training curves and weights, measure features",
     "embed": "write features of images, find similar images",
     "export": "write a model for other programs",
     "benchmark": "measure speed and memory of training and inference",

@@ -33,14 +33,15 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import add_dataset, add_model, load_model, make_parser, named_dataset, path
 from mlpmixer_flax.config import ConfigDict, flatten, get_config
-from mlpmixer_flax.data.named import find_dataset
+from mlpmixer_flax.data.dataset import find_dataset
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference import figures, weight_figures
 from mlpmixer_flax.inference.drawing import save
-from mlpmixer_flax.inference.fewshot import features_of_split, few_shot
-from mlpmixer_flax.inference.forward import check_positive
+from mlpmixer_flax.inference.embedding import features_of_split
+from mlpmixer_flax.inference.fewshot import few_shot
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.shuffling import learn, shuffle_patches, shuffle_pixels, symmetry
+from mlpmixer_flax.limits import check_positive
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import publish, shown
 from mlpmixer_flax.run_weights import score_of
@@ -265,7 +266,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         fewshot.add_argument(
             f"--{split}_split",
             metavar="SPLIT",
-            help=f'such as "{split}[:10%%]" (default: that of the run, else "{split}")',
+            help=f'such as "{split}[:10%%]" (default: without --dataset that of the run, else "{split}")',
         )
     fewshot.add_argument("--shots", type=int, default=5, metavar="N", help="images per class (default: 5)")
     fewshot.add_argument(

@@ -33,13 +33,13 @@ import jax
 
 import mlpmixer_flax.config as sizes
 from mlpmixer_flax import UserError
-from mlpmixer_flax.atomic import replacing
+from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.cli import make_parser, path
 from mlpmixer_flax.compilation_cache import compiled_anew
 from mlpmixer_flax.config import ConfigDict, get_config, resolve
 from mlpmixer_flax.ending import exit_status, leave
-from mlpmixer_flax.inference.forward import check_positive
-from mlpmixer_flax.limits import show
+from mlpmixer_flax.limits import check_positive, show
+from mlpmixer_flax.remote import publish
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.speed import (
     HEADER,
@@ -177,8 +177,10 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def write_figures(file: Path, facts: dict[str, Any], rows: Sequence[Row]) -> None:
     """Writes facts about the machine, and the rows of a table, as JSON."""
+    make_folder(file.parent)
     with replacing(file) as opened:
         opened.write(f"{json.dumps({**facts, 'rows': [asdict(row) for row in rows]}, indent=1)}\n".encode())
+    publish(file)
 
 
 def _configs(arguments: argparse.Namespace) -> dict[str, ConfigDict]:

@@ -185,7 +185,7 @@ def add_dataset(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--data_dir",
         metavar="DIR",
-        help="TFDS directory (default: that of the run, else $TFDS_DATA_DIR)",
+        help="TFDS directory (default: without --dataset that of the run, else $TFDS_DATA_DIR, else ~/tensorflow_datasets)",
     )
     group.add_argument("--skip_bad_images", action="store_true", help="leave out images that cannot be used")
 

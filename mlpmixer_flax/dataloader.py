@@ -23,8 +23,8 @@ from collections.abc import Generator
 import numpy as np
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.dataset import get_dataset_info
 from mlpmixer_flax.data.examples import Examples, open_examples
-from mlpmixer_flax.data.named import get_dataset_info
 
 __all__ = ["Batch", "Examples", "TestBatches", "TrainBatches", "get_dataset_info", "iterate", "open_examples"]
 

@@ -54,11 +54,11 @@ from mlpmixer_flax.inference.embedding import (
     nearest,
     write_table,
 )
-from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.inputs import find_all_files, find_files
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.originals import read_originals
 from mlpmixer_flax.inference.sheet import COLUMNS, MOST_ROWS, Cell, sheet
+from mlpmixer_flax.limits import check_positive
 from mlpmixer_flax.remote import publish, shown, url_of
 from mlpmixer_flax.text import printable
 from mlpmixer_flax.training.launch import check_alone
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     output = arguments.output
     check_format(output)
     check_positive(batch_size=arguments.batch_size, count=arguments.count)
-    if arguments.images and (arguments.dataset or arguments.split):
+    if arguments.images and (arguments.dataset or arguments.test_split):
         raise UserError("images and a split are both given: leave out the images, or --dataset and --split")
     files, all_usable = find_all_files(arguments.images)
     if arguments.images and not files:
@@ -113,7 +113,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _embed_split(model: Model, arguments: argparse.Namespace) -> tuple[Table, str, Examples]:
     """Returns the table of a split, its name, and its examples."""
-    arguments.test_split = arguments.split
     data = named_dataset(arguments, model)
     examples = model.open(
         data.dataset, data.test_split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images
@@ -201,8 +200,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_dataset(parser)
     parser.add_argument(
         "--split",
+        dest="test_split",
         metavar="SPLIT",
-        help='split of the dataset, such as "train[:10%%]" (default: the test_split of the run, else "test")',
+        help='split of the dataset, such as "train[:10%%]" (default: without --dataset the '
+        'test_split of the run, else "test")',
     )
     parser.add_argument(
         "--output",

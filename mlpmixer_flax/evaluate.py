@@ -10,12 +10,12 @@ The program writes to a directory:
   scores.json      all scores and what they are of; with --flip, a second time
                    under "flip"; "confusion": [true class, predicted class,
                    images] for all pairs that occur;
-                   "mistakes", with file names if the dataset is a folder
+                   "mistakes", with file names for a folder or table
   per_class.csv    one row per class: precision, recall (its accuracy) and F1,
                    and the class it is most often mistaken for
   confusion.png    confusion matrix: which class is mistaken for which
   mistakes.png     the 30 mistakes with the highest confidence: images as they
-                   are stored, with file names if the dataset is a folder
+                   are stored, with file names for a folder or table
   calibration.png  accuracy and number of predictions by their confidence
 
 If images have several labels each, it writes the first two files only, with the
@@ -52,13 +52,13 @@ from mlpmixer_flax.cli import (
     named_dataset,
     path,
 )
-from mlpmixer_flax.data.named import with_absolute_path
+from mlpmixer_flax.data.dataset import with_absolute_path
 from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference import figures, multi_label
 from mlpmixer_flax.inference.classes import in_words
 from mlpmixer_flax.inference.drawing import save
-from mlpmixer_flax.inference.forward import Rows, check_positive
+from mlpmixer_flax.inference.forward import Rows
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.originals import read_originals
 from mlpmixer_flax.inference.scores import (
@@ -70,6 +70,7 @@ from mlpmixer_flax.inference.scores import (
     score_images,
     table_of_classes,
 )
+from mlpmixer_flax.limits import check_positive
 from mlpmixer_flax.remote import publish, shown
 from mlpmixer_flax.run_weights import default_checkpoint
 from mlpmixer_flax.text import pad, printable, shorten
@@ -286,8 +287,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--split",
         dest="test_split",
         metavar="SPLIT",
-        help='split to score, such as "validation" or "train[:10%%]" (default: the test_split of the run, else '
-        '"test"); a folder without train/ and val/ is divided into "train" and "validation", so "train+validation" '
+        help='split to score, such as "validation" or "train[:10%%]" (default: without --dataset the '
+        'test_split of the run, else "test"); a folder without train/ and val/ is divided into "train" and "validation", so "train+validation" '
         "is all of its images",
     )
     parser.add_argument(

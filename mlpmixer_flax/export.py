@@ -34,19 +34,19 @@ A stablehlo file runs without this package, after pip install jax flatbuffers:
 
 Images must have the model's size and channels, and values from 0 to 255; the
 function applies mean and std. "preprocess" in OUTPUT.json says how to prepare a
-photo as in evaluation, with Pillow. The second line, if "fit" is "crop":
+photo as in evaluation, with Pillow. Three lines do it if "fit" is "crop":
 
   photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
   photo = ImageOps.fit(photo, (224, 224), Image.BILINEAR, bleed=0.0625)
   images = numpy.asarray(photo)[None]
 
-Instead of the second line, if "fit" is "stretch":
+If "fit" is "stretch", these replace the second line:
 
   bleed, (w, h) = 0.0625, photo.size
   box = bleed * w, bleed * h, (1 - bleed) * w, (1 - bleed) * h
   photo = photo.resize((224, 224), Image.BILINEAR, box)
 
-Instead of the second line, if "fit" is "pad":
+If "fit" is "pad", these replace the second line:
 
   bleed, (w, h) = 0.0625, photo.size
   box = bleed * w, bleed * h, (1 - bleed) * w, (1 - bleed) * h

@@ -166,6 +166,18 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the class of an exception and the first line of its message, which is safe to print."""
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    # Names of files may have bytes that are not UTF-8.
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
+def in_one_line(error: BaseException) -> str:
+    """Returns the beginning of an exception's message in one line, to stand in parentheses; its class if it has none."""
+    return " ".join(str(error).split())[:150].rstrip(".") or type(error).__name__
+
+
 def _gone(error: BaseException) -> str | None:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{_text(error.filename)} does not exist any more: restore it, or begin again"

@@ -1,4 +1,4 @@
-"""The smallest and the largest value of every number in a config, in the metadata of weights, and in a run directory."""
+"""The smallest and the largest value of every number in a config, in the metadata of weights, in a run directory and in options."""
 
 from typing import Any
 
@@ -13,6 +13,8 @@ _PROCESSES = "each of them is a process"
 _SHARE = "it is a share or a probability"
 _BELOW_1 = "closer to 1, float32 may round it to 1"
 _USEFUL = "no training needs a larger value"
+
+_LARGEST_COUNT = 2**24  # of what options count
 
 # Key -> (smallest, largest, why it may not be larger)
 LIMITS: dict[str, tuple[float, float, str]] = {
@@ -98,3 +100,14 @@ def show(value: Any, length: int = 60) -> str:
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length():,} bits"
     return shorten(repr(value), length)
+
+
+def check_positive(**counts: int) -> None:
+    """Raises UserError if a count, given by its name, is below 1 or so large that it must be a mistake."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name}={show(count)} must be at least 1")
+        if count > _LARGEST_COUNT:
+            raise UserError(
+                f"{name}={show(count)} must be at most {_LARGEST_COUNT:,}, because more do not fit into memory"
+            )

@@ -35,11 +35,11 @@ from tqdm import tqdm
 from mlpmixer_flax.cli import add_alone, add_flip, add_model, load_model, make_parser, parse_names
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.classes import in_words
-from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.inputs import find_all_files, find_files
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.inference.model import Model, Prediction, Score
 from mlpmixer_flax.inference.multi_label import USUAL_THRESHOLD, read_thresholds
+from mlpmixer_flax.limits import check_positive
 from mlpmixer_flax.remote import url_of
 from mlpmixer_flax.text import pad, printable, shorten, shorten_start
 from mlpmixer_flax.training.launch import check_alone

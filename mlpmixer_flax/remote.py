@@ -19,7 +19,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.faults import in_one_line, pass_on
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)")  # also s3:/bucket: pathlib turns // into /
 _NOT_REMOTE = {"file", "local", "data", "http", "https", "ftp"}  # fsspec knows them too
@@ -246,16 +246,12 @@ def explaining(url: str, end: str = "") -> Iterator[None]:
         raise
     except ImportError as error:
         raise UserError(
-            f'{url} needs another package ({_first_line(error)}): for s3 and gs, run pip install "mlpmixer-flax[remote]"'
+            f'{url} needs another package ({in_one_line(error)}): for s3 and gs, run pip install "mlpmixer-flax[remote]"'
         ) from error
     except Exception as error:  # each file system has its own classes
         if isinstance(error, OSError) and error.filename is not None:  # of this machine
             pass_on(error)
             raise
         raise UserError(
-            f"{url} cannot be reached ({_first_line(error)}): check the address, your credentials and the network{end}"
+            f"{url} cannot be reached ({in_one_line(error)}): check the address, your credentials and the network{end}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150].rstrip(".") or type(error).__name__

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.checksums import check_files, without_checksums
-from mlpmixer_flax.faults import check_readable, pass_on, start_devices
+from mlpmixer_flax.faults import check_readable, in_one_line, pass_on, start_devices
 from mlpmixer_flax.reading import check_files_in, read_json
 from mlpmixer_flax.remote import fetch, shown
 from mlpmixer_flax.rundir import read_class_names, read_config, read_config_of_run, saved_steps
@@ -175,7 +175,7 @@ def read_weights(
             folder = workdir / "checkpoints" / str(step)
             pass_on(error, folder)
             check_readable(folder)
-            reason = " ".join(str(error).split())[:150]
+            reason = in_one_line(error)
         else:
             if not checked:
                 print(without_checksums(step), file=sys.stderr)

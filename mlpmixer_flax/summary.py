@@ -21,9 +21,8 @@ from mlpmixer_flax.cli import add_names, make_parser
 from mlpmixer_flax.config import ConfigDict, resolve
 from mlpmixer_flax.dataloader import get_dataset_info
 from mlpmixer_flax.ending import exit_status, leave
-from mlpmixer_flax.inference.forward import check_positive
 from mlpmixer_flax.inference.load import load_run
-from mlpmixer_flax.limits import check_limits
+from mlpmixer_flax.limits import check_limits, check_positive
 from mlpmixer_flax.models import MlpMixer, check_patch
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, split_frozen

@@ -3,8 +3,8 @@
 Trains on a folder of images, photos/<class>/*.jpg, or on the dataset of a
 config file. A config file describes one run; --config.KEY=VALUE changes a key
 of it, and mlpmixer_flax/config.py explains all keys. A folder without a config
-file is trained on with configs/folder.py, after image size, model and length
-are changed to suit the images and the device.
+file is trained on with configs/folder.py, after image size, model, batch size
+and length are changed to suit the images and the device.
 
 Config, metrics and checkpoints are written into the run directory, --workdir.
 To continue a run that was stopped, repeat the command with the same --workdir.
@@ -72,7 +72,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--workdir",
         type=path,
         metavar="RUN",
-        help="run directory, which may be remote, as s3://bucket/run (default: runs/CONFIG-TIME)",
+        help="run directory, which may be remote, as s3://bucket/run (default: runs/CONFIG-TIME, or "
+        "runs/FOLDER-TIME without --config)",
     )
     words = sys.argv[1:] if argv is None else argv
     # Apart from the others, because argparse takes a word that has a space, as in "a, b", for a FOLDER.
@@ -142,11 +143,11 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
             stored = flatten_dict(read_stored(fetch_run(arguments.workdir)), sep=".")
     changes = [f"--config.{key}={stored.get(key, value)}" for key, value in chosen.items()]
     given = [argument.partition("=")[0] for argument in overrides]
-    shown = [change.removeprefix("--config.") for change in changes if change.partition("=")[0] not in given]
-    if shown and not stored:
+    new = [change.removeprefix("--config.") for change in changes if change.partition("=")[0] not in given]
+    if new and not stored:
         print(
             "configs/folder.py, with values that suit the images and the device:",
-            wrap("  " + ", ".join(shown)),
+            wrap("  " + ", ".join(new)),
             sep="\n",
             flush=True,
         )

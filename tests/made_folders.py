@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from made_datasets import encode
 
+from mlpmixer_flax.data.dataset import find_dataset
 from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.image_checks import open_files
 from mlpmixer_flax.data.listing import FileRecords, select_split
-from mlpmixer_flax.data.named import find_dataset
 
 
 def write(root, *files, data=None):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlpmixer_flax.analyze import main, steps_per_epoch
 from mlpmixer_flax.export import export
-from mlpmixer_flax.inference.fewshot import features_of_split
+from mlpmixer_flax.inference.embedding import features_of_split
 from mlpmixer_flax.inference.load import load_run
 
 SMALL = [

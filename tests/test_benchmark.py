@@ -50,7 +50,6 @@ def test_an_update_counts_as_three_forward_passes():
 @pytest.mark.slow
 def test_a_model_is_measured(tmp_path, capsys):
     file = tmp_path / "new" / "folder.json"
-    file.parent.mkdir()
     arguments = ["--model=digits", "--batch_size=8,16", "--seconds=0.2", f"--json={file}"]
     assert main(arguments) == 0
     said = capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_a_small_copy_of_the_config_takes_a_step(file):
         lambda a, b: bool((a != b).any()), setup.init(None).params["head"], state.params["head"]
     )
     assert all(jax.tree.leaves(moved))
-    sums = jax.jit(setup.score)(state.eval_params, setup.test_batches[0])
+    sums = jax.jit(setup.eval_step)(state.eval_params, setup.test_batches[0])
     assert sums["count"] == 8
 
 

@@ -11,9 +11,10 @@ import pytest
 from made_folders import names, write
 
 from mlpmixer_flax import UserError, analyze, evaluate, export, load, predict, remote, rundir
+from mlpmixer_flax.benchmark import write_figures
 from mlpmixer_flax.data import files
+from mlpmixer_flax.data.dataset import get_dataset_info
 from mlpmixer_flax.data.examples import open_examples
-from mlpmixer_flax.data.named import get_dataset_info
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.inference.load import load_run
 from mlpmixer_flax.remote import NothingThere, copy_of, fetch, publish, shown, url_of
@@ -124,6 +125,11 @@ def test_a_file_and_a_folder_are_uploaded(bucket):
     assert listed(f"{bucket}/out") == ["scores/a.json", "scores/b.png", "w.npz"]
     shutil.rmtree(remote.cache_dir())
     assert fetch(file).read_text() == "w.npz"
+
+
+def test_the_figures_of_a_benchmark_are_uploaded(bucket):
+    write_figures(copy_of(f"{bucket}/figures/speed.json"), {"device": "cpu"}, [])
+    assert listed(f"{bucket}/figures") == ["speed.json"]
 
 
 # --- data

@@ -19,7 +19,7 @@ from mlpmixer_flax import config
 from mlpmixer_flax.weights.catalog import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = "digits mnist nano4 tiny4 s8 s16 s32 b16 b32 l16 l32 h14".split()
+SIZES = "digits mnist nano4 folder tiny4 s8 s16 s32 b16 b32 l16 l32 h14".split()
 MARKS = "<!-- published weights, written by tools/write_docs.py -->\n", "<!-- end of published weights -->\n"
 
 CONFIGURATION = """\
@@ -49,7 +49,7 @@ weights, or the weights do not say, they are
 {sections}
 ## Sizes
 
-`config.model.update(mixer_b16_config)` in a config file sets these keys. The first four sizes are for small images. The
+`config.model.update(mixer_b16_config)` in a config file sets these keys. The first five sizes are for images of 8 to 64 px. The
 others are for 224 px: the sizes of the paper (Table 1), and S/8, which is published but is not in that table.
 
 {sizes}

@@ -1,4 +1,4 @@
-"""Opens splits of datasets and reads its examples by index: decoded images and labels."""
+"""Opens splits of datasets and reads their examples by index: decoded images and labels."""
 
 import dataclasses
 import math
@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.data.dataset import Dataset, find_dataset
 from mlpmixer_flax.data.decoding import decode
 from mlpmixer_flax.data.image_checks import say_left_out
 from mlpmixer_flax.data.images import MODES, flaw_of, to_square
 from mlpmixer_flax.data.listing import FileRecords
-from mlpmixer_flax.data.named import Dataset, find_dataset
 from mlpmixer_flax.data.notes import say_once
 from mlpmixer_flax.data.splits import Label, Record, Source, SplitLike
 from mlpmixer_flax.data.tfds import TfdsRecords

@@ -212,7 +212,7 @@ def _groups(
 def _duplicate_notes(groups: Mapping[str, Sequence[str]], contents: Mapping[str, str]) -> Iterator[str]:
     """Yields a note for each pair of groups of images that have images of the same content.
 
-    An image that belongs to both groups itself is not counted; `named.Dataset.count_overlap` counts these.
+    An image that belongs to both groups itself is not counted; `dataset.Dataset.count_overlap` counts these.
 
     Args:
       groups: name -> files.

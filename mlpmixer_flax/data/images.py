@@ -10,7 +10,7 @@ from mlpmixer_flax import UserError
 from mlpmixer_flax.data.decoding import ImageLike, decode
 from mlpmixer_flax.data.files import ForeignFile
 from mlpmixer_flax.data.notes import Note, say_once
-from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.faults import first_line, pass_on
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for such images
 FITS = ("crop", "pad", "stretch")  # how an image becomes a square, see `to_square`
@@ -99,13 +99,6 @@ def flaw_of(error: Exception, name: str, file: str | os.PathLike[str] | None = N
     # Pillow's own message contains the address of a buffer.
     unknown = isinstance(error, UnidentifiedImageError)
     return "empty, cut short or not an image that Pillow can read" if unknown else first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the class of an exception and the first line of its message, which is safe to print."""
-    line = f"{type(error).__name__}: {error}".splitlines()[0]
-    # Names of files may have bytes that are not UTF-8.
-    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def _describe(image: ImageLike) -> str:

@@ -59,7 +59,7 @@ def find_layout(path: str, root: str) -> Layout:
       OSError: a folder cannot be read.
     """
     seen = _Seen()
-    start = _skip_wrappers(root, "")
+    start = _skip_wrappers(root)
     folders = _find_splits(path, root, start, seen)
     splits = {}
     for split, folder in folders.items():
@@ -188,11 +188,12 @@ def _one_folder_each(path: str, root: str, start: str, found: dict[str, str]) ->
     return chosen
 
 
-def _skip_wrappers(root: str, folder: str) -> str:
+def _skip_wrappers(root: str) -> str:
     """Returns the folder below root that holds splits or classes: "" or ending in "/".
 
     An unpacked archive often has a folder of its own around them: photos/photos/<class>.
     """
+    folder = ""
     while True:
         folders, images = _list_images(root, folder)
         if len(folders) != 1 or images or _split_and_others(folders[0])[0]:

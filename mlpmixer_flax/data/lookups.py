@@ -5,7 +5,8 @@ compare and multiply instead; they give the same result. The images of a batch l
 registers, so an operation on all of them costs little, although most of them do not need it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,43 +16,39 @@ import numpy as np
 GRAY = 128  # for pixels that a warp takes from outside the image
 
 
-class Source(NamedTuple):
+class PixelMap(NamedTuple):
     """Where each pixel of a warped image comes from: int (h, w) each; both are -1 outside the source image."""
 
     row: np.ndarray
     column: np.ndarray
 
 
-def warp(images: jax.Array, drawn: jax.Array, sources: Sequence[Source]) -> jax.Array:
+def warp(images: jax.Array, drawn: jax.Array, sources: Sequence[PixelMap]) -> jax.Array:
     """Moves the pixels of uint8 images (n, h, w, c); pixels from outside an image are gray (128).
 
     Image i follows `sources[drawn[i]]`. It stays as it is if `drawn` (n,) is not an index of `sources`.
     """
-    return _by_platform(_warp, _warp_on_tpu, images, drawn, sources=sources)
+    return jax.lax.platform_dependent(
+        images, drawn, default=partial(_warp, sources=sources), tpu=partial(_warp_on_tpu, sources=sources)
+    )
 
 
 def look_up(images: jax.Array, table: jax.Array) -> jax.Array:
     """Replaces each level of uint8 images (n, h, w, c) by its entry in the tables (n, c or 1, 256)."""
     n, _, _, c = images.shape
-    return _by_platform(_look_up, _look_up_on_tpu, images, jnp.broadcast_to(table, (n, c, 256)))
+    table = jnp.broadcast_to(table, (n, c, 256))
+    return jax.lax.platform_dependent(images, table, default=_look_up, tpu=_look_up_on_tpu)
 
 
 def count_levels(images: jax.Array) -> jax.Array:
     """Returns how many pixels have each level: uint8 (n, h, w, c) -> int32 (n, c, 256)."""
-    return _by_platform(_count_levels, _count_levels_on_tpu, images)
-
-
-def _by_platform(default: Callable, tpu: Callable, *arrays: jax.Array, **constants) -> jax.Array:
-    def with_constants(function):
-        return lambda *arrays: function(*arrays, **constants)
-
-    return jax.lax.platform_dependent(*arrays, default=with_constants(default), tpu=with_constants(tpu))
+    return jax.lax.platform_dependent(images, default=_count_levels, tpu=_count_levels_on_tpu)
 
 
 # By index
 
 
-def _warp(images: jax.Array, drawn: jax.Array, *, sources: Sequence[Source]) -> jax.Array:
+def _warp(images: jax.Array, drawn: jax.Array, *, sources: Sequence[PixelMap]) -> jax.Array:
     n, h, w, c = images.shape
     itself = np.arange(h * w)
     flat = [np.where(source.row < 0, -1, source.row * w + source.column).ravel() for source in sources]
@@ -89,7 +86,7 @@ def _from_planes(planes: jax.Array) -> jax.Array:
     return planes.astype(jnp.uint8).transpose(3, 0, 2, 1)
 
 
-def _warp_on_tpu(images: jax.Array, drawn: jax.Array, *, sources: Sequence[Source]) -> jax.Array:
+def _warp_on_tpu(images: jax.Array, drawn: jax.Array, *, sources: Sequence[PixelMap]) -> jax.Array:
     """Warps by products with matrices of zeros and ones: pixels move in rows, and then some in columns too.
 
     Levels minus 128 are whole numbers that bfloat16 has, and 0, the product with zeros only, is gray.
@@ -149,7 +146,7 @@ class _Plan(NamedTuple):
         return self.in_rows.tobytes() + (b"" if self.in_columns is None else self.in_columns.tobytes())
 
 
-def _plan(source: Source) -> _Plan:
+def _plan(source: PixelMap) -> _Plan:
     """Returns the plan with the fewest products; among these, always the same one if sources allow it."""
     row, column = source
     orders = [

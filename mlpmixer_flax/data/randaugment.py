@@ -137,7 +137,7 @@ def _own(candidates: Sequence[jax.Array], which: jax.Array) -> jax.Array:
     return own
 
 
-def _source(matrix: tuple[float, ...], h: int, w: int) -> lookups.Source:
+def _source(matrix: tuple[float, ...], h: int, w: int) -> lookups.PixelMap:
     """Returns the source of each pixel of an image (h, w) that is warped by a matrix, like Pillow's AFFINE.
 
     Pixel (x, y) comes from the pixel nearest to (a x + b y + c, d x + e y + f). Pixel centres are at halves.
@@ -154,7 +154,7 @@ def _source(matrix: tuple[float, ...], h: int, w: int) -> lookups.Source:
 
     column, row = floor(a, b, c), floor(d, e, f)
     inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-    return lookups.Source(np.where(inside, row, -1), np.where(inside, column, -1))
+    return lookups.PixelMap(np.where(inside, row, -1), np.where(inside, column, -1))
 
 
 def _rotate(m: float, h: int, w: int) -> tuple[float, ...]:

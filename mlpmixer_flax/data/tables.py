@@ -24,7 +24,7 @@ from mlpmixer_flax.data.folders import FIFTH, hash_of
 from mlpmixer_flax.data.layout import split_of
 from mlpmixer_flax.data.listing import LabelledFile, Listing
 from mlpmixer_flax.data.parquet import read_columns
-from mlpmixer_flax.faults import check_reachable, pass_on
+from mlpmixer_flax.faults import check_reachable, in_one_line, pass_on
 from mlpmixer_flax.limits import show
 from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.remote import copy_of
@@ -86,7 +86,7 @@ def _read(path: str, file: str) -> Listing:
         content = opened.read()
     columns, rows = _READERS[os.path.splitext(path)[1].lower()](content, path)
     multi_label = _check_columns(columns, path)
-    splits = _splits(rows, path, labels="labels" if multi_label else "label", has_split="split" in columns)
+    splits = _splits(rows, path, multi_label=multi_label, has_split="split" in columns)
     others = [name for name in columns if name not in _COLUMNS]
     notes = [f"columns of {path!r} that are not used: {quoted(others, 5)}"] if others else []
     if not multi_label and any(
@@ -164,7 +164,7 @@ def _read_parquet(content: bytes, path: str) -> tuple[list[str], _Rows]:
         columns, found = read_columns(content, _COLUMNS, most_bytes=_LARGEST_BYTES)
     except Exception as error:  # of any class
         pass_on(error, path)
-        reason = " ".join(str(error).split())[:150]
+        reason = in_one_line(error)
         raise UserError(f"table {path!r} cannot be read ({reason}): write it again") from None
 
     def rows() -> _Rows:
@@ -193,7 +193,7 @@ def _check_columns(columns: list[str], path: str) -> bool:
     return "labels" in columns
 
 
-def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str, list[LabelledFile]]:
+def _splits(rows: _Rows, path: str, *, multi_label: bool, has_split: bool) -> dict[str, list[LabelledFile]]:
     """Returns split -> its images, after a check of every row."""
     splits: dict[str, list[LabelledFile]] = {}
     places: dict[str, str] = {}  # of each file
@@ -210,10 +210,10 @@ def _splits(rows: _Rows, path: str, *, labels: str, has_split: bool) -> dict[str
             raise UserError(
                 f"{place} has split {show(row['split'])}, which is unknown: use {', '.join(_SPLITS)}"
             )
-        found = row[labels]
-        if labels == "labels" and (isinstance(found, str) or found is None):
+        found = row["labels" if multi_label else "label"]
+        if multi_label and (isinstance(found, str) or found is None):
             found = found.split(SEPARATOR) if found and found.strip() else []
-        each = found if labels == "labels" and isinstance(found, (list, tuple)) else [found]
+        each = found if multi_label and isinstance(found, (list, tuple)) else [found]
         for name in each:
             if not isinstance(name, str) or name not in names:
                 names[str(name)] = _name(name, "label", place)

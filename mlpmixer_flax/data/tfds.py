@@ -13,7 +13,7 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import check_no_url, fetch_once, is_archive
-from mlpmixer_flax.data.images import MODES, first_line
+from mlpmixer_flax.data.images import MODES
 from mlpmixer_flax.data.splits import (
     DatasetInfo,
     ImageShape,
@@ -26,7 +26,7 @@ from mlpmixer_flax.data.splits import (
     read_split,
 )
 from mlpmixer_flax.data.tables import is_table
-from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.faults import first_line, pass_on
 from mlpmixer_flax.remote import copy_of, fetch
 from mlpmixer_flax.text import listed, printable, quoted
 
@@ -88,14 +88,14 @@ def _is_damage(error: Exception) -> bool:
 
 
 def tfds_info(builder: Builder, split: SplitLike) -> DatasetInfo:
-    """Returns the facts about a split, as `named.get_dataset_info`.
+    """Returns the facts about a split, as `dataset.get_dataset_info`.
 
     Raises:
-      UserError: as `image_and_label_keys` and `split_parts`.
+      UserError: as `image_and_label_keys` and `tfds_parts`.
     """
     image, label = (builder.info.features[key] for key in image_and_label_keys(builder))
     return {
-        "num_examples": num_examples(split_parts(builder, split)),
+        "num_examples": num_examples(tfds_parts(builder, split)),
         "num_classes": label.num_classes,
         "class_names": list(label.names),
         "int2str": label.int2str,
@@ -113,7 +113,7 @@ def open_tfds(builder: Builder, dataset: str, split: SplitLike) -> Source:
     import tensorflow_datasets as tfds
 
     image_key, label_key = image_and_label_keys(builder)
-    split_parts(builder, split)
+    tfds_parts(builder, split)
     try:
         stored = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
     except Exception as error:
@@ -247,7 +247,7 @@ def image_and_label_keys(builder: Builder) -> tuple[str, str]:
     return image_key, label_key
 
 
-def split_parts(builder: Builder, split: SplitLike) -> list[Part]:
+def tfds_parts(builder: Builder, split: SplitLike) -> list[Part]:
     """Returns the parts of the dataset's splits that a split consists of.
 
     Raises:

@@ -60,7 +60,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool 
 
     Classes are matched by name; the dataset may have only some of the model's classes. If the class names of
     the dataset or the model are only "0", "1", ..., and both have the same number of classes, classes are
-    matched by number, and a note is printed. For a folder, whose numbers mean nothing, give `numbered=False`.
+    matched by number, and a note is printed. For a folder or table, whose numbers mean nothing, give `numbered=False`.
 
     Raises:
       UserError: the dataset has a class that the model does not have.

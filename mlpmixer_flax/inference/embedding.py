@@ -5,6 +5,7 @@ A table is a dict: name of a column -> array with one row per image. Its columns
 images may have several labels, `label` is uint8 (n, classes), 1 for each label, and `class_name` has "|" between the names.
 """
 
+import contextlib
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from tqdm import tqdm
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.data.tables import SEPARATOR
-from mlpmixer_flax.dataloader import Examples
-from mlpmixer_flax.inference.fewshot import features_of_split
+from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, iterate
+from mlpmixer_flax.inference.forward import concatenate, forward, on_all_devices, rows_per_batch
 from mlpmixer_flax.inference.model import Model
 
 Table = dict[str, np.ndarray]
@@ -52,6 +53,39 @@ def embed_split(model: Model, examples: Examples, *, batch_size: int = 64) -> Ta
 
 
 # --- files
+
+
+def features_of_split(
+    model: Model, examples: Examples, *, per_class: int = 0, batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns pooled features, float32 (n, hidden_dim), and the labels of the images of a split, as `Examples.read` has them.
+
+    With `per_class=0` these are all images, in order; else images with one label each, in random order until every
+    class has `per_class` of them, or all images if a class has fewer. `examples` come from `Model.open`.
+    """
+    batch_size = rows_per_batch(batch_size)
+    if per_class:
+        batches = TrainBatches(examples, batch_size=batch_size, seed=0)
+    else:
+        batches = TestBatches(examples, batch_size=batch_size)
+    pooled = model.features_of("pooled", cropped=examples.cropped)
+
+    def function(params, batch):
+        return {**pooled(params, batch), "label": batch["label"]}
+
+    parts, counts = [], np.zeros(examples.num_classes, int)
+    num_batches = -(-len(examples) // batch_size)
+    with contextlib.closing(iterate(batches, 0, num_batches)) as stream:
+        bar = tqdm(stream, "computing features", num_batches, delay=2, leave=False, disable=None)
+        for part in forward(on_all_devices(function), model.params, bar):
+            parts.append(part)
+            if per_class:
+                counts += np.bincount(part["label"], minlength=len(counts))
+                if counts.min() >= per_class:
+                    break
+    rows = concatenate(parts)
+    # More rows than the split has belong to the next epoch.
+    return rows["features"][: len(examples)], rows["label"][: len(examples)]
 
 
 def _write_npz(file: BinaryIO, table: Table) -> None:

@@ -3,54 +3,16 @@
 Follows `evaluators/fewshot_lsr.py` of google-research/big_vision, in float64.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.dataloader import Examples, TestBatches, TrainBatches, iterate
-from mlpmixer_flax.inference.forward import concatenate, forward, on_all_devices, rows_per_batch
-from mlpmixer_flax.inference.model import Model
 
 # big_vision reports this strength (`configs/common_fewshot.py`). It is fixed, so test labels do not choose it.
 HEADLINE_L2 = 2.0**10
 _BIAS = 100.0  # so large that its weight is small and hardly regularized; as in big_vision
-
-
-def features_of_split(
-    model: Model, examples: Examples, *, per_class: int = 0, batch_size: int = 64
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns pooled features, float32 (n, hidden_dim), and the labels of the images of a split, as `Examples.read` has them.
-
-    With `per_class=0` these are all images, in order; else images with one label each, in random order until every
-    class has `per_class` of them, or all images if a class has fewer. `examples` come from `Model.open`.
-    """
-    batch_size = rows_per_batch(batch_size)
-    if per_class:
-        batches = TrainBatches(examples, batch_size=batch_size, seed=0)
-    else:
-        batches = TestBatches(examples, batch_size=batch_size)
-    pooled = model.features_of("pooled", cropped=examples.cropped)
-
-    def function(params, batch):
-        return {**pooled(params, batch), "label": batch["label"]}
-
-    parts, counts = [], np.zeros(examples.num_classes, int)
-    num_batches = -(-len(examples) // batch_size)
-    with contextlib.closing(iterate(batches, 0, num_batches)) as stream:
-        bar = tqdm(stream, "computing features", num_batches, delay=2, leave=False, disable=None)
-        for part in forward(on_all_devices(function), model.params, bar):
-            parts.append(part)
-            if per_class:
-                counts += np.bincount(part["label"], minlength=len(counts))
-                if counts.min() >= per_class:
-                    break
-    rows = concatenate(parts)
-    # More rows than the split has belong to the next epoch.
-    return rows["features"][: len(examples)], rows["label"][: len(examples)]
 
 
 def few_shot(

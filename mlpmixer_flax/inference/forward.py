@@ -8,12 +8,10 @@ import numpy as np
 from mlpmixer_flax import UserError
 from mlpmixer_flax.dataloader import Batch
 from mlpmixer_flax.faults import is_memory
-from mlpmixer_flax.limits import show
 from mlpmixer_flax.training import sharding
 from mlpmixer_flax.training.evaluation import one_batch_late
 from mlpmixer_flax.training.optimizer import Params
 
-_LARGEST_COUNT = 2**24
 Rows = dict[str, np.ndarray]  # name -> array with one row per image
 RowFunction = Callable[[Params, Mapping[str, jax.Array]], dict[str, jax.Array]]  # (params, batch) -> rows
 
@@ -74,14 +72,3 @@ def concatenate(parts: Iterable[Rows]) -> Rows:
     """Returns the rows of all batches in one dict; there must be at least one batch."""
     parts = list(parts)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def check_positive(**counts: int) -> None:
-    """Raises UserError if a count, given by its name, is below 1 or so large that it must be a mistake."""
-    for name, count in counts.items():
-        if count < 1:
-            raise UserError(f"{name}={show(count)} must be at least 1")
-        if count > _LARGEST_COUNT:
-            raise UserError(
-                f"{name}={show(count)} must be at most {_LARGEST_COUNT:,}, because more do not fit into memory"
-            )

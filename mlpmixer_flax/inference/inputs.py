@@ -14,9 +14,9 @@ from PIL import Image
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data.files import advice, files_below, images_below, is_archive, local_path, suffix_of
-from mlpmixer_flax.data.images import MODES, ImageLike, first_line, read_square
+from mlpmixer_flax.data.images import MODES, ImageLike, read_square
 from mlpmixer_flax.dataloader import Batch
-from mlpmixer_flax.faults import check_reachable
+from mlpmixer_flax.faults import check_reachable, first_line
 from mlpmixer_flax.inference.forward import rows_per_batch
 from mlpmixer_flax.text import listed
 

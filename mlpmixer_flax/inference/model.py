@@ -11,12 +11,12 @@ import numpy as np
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import augment
-from mlpmixer_flax.data.named import Dataset
+from mlpmixer_flax.data.dataset import Dataset
 from mlpmixer_flax.dataloader import Examples, open_examples
 from mlpmixer_flax.inference.classes import in_words
-from mlpmixer_flax.inference.forward import RowFunction, check_positive, forward, on_all_devices
+from mlpmixer_flax.inference.forward import RowFunction, forward, on_all_devices
 from mlpmixer_flax.inference.inputs import ImageBatches, Images
-from mlpmixer_flax.limits import check_limits, show
+from mlpmixer_flax.limits import check_limits, check_positive, show
 from mlpmixer_flax.models import MlpMixer, check_patch
 from mlpmixer_flax.run_weights import sized
 from mlpmixer_flax.training.losses import LOSSES

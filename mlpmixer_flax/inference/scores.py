@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mlpmixer_flax.data.named import find_dataset, is_files
+from mlpmixer_flax.data.dataset import find_dataset, is_files
 from mlpmixer_flax.dataloader import Examples, TestBatches, iterate
 from mlpmixer_flax.inference.classes import in_words, match_classes
 from mlpmixer_flax.inference.forward import (
@@ -99,7 +99,7 @@ def rows_of_split(
 
 
 def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns all wrong predictions, the most confident first; `file` is None if the dataset is not a folder."""
+    """Returns all wrong predictions, the most confident first; `file` is None if the dataset is one of TFDS."""
     files = examples.files
     true, predicted = rows["label"].tolist(), rows["best"][:, 0].tolist()
     return [
@@ -110,7 +110,7 @@ def list_mistakes(rows: Rows, examples: Examples, names: Sequence[str]) -> list[
             "said": names[predicted[i]],
             "confidence": float(rows["confidence"][i]),
         }
-        for i in confident_mistakes(rows, len(examples)).tolist()
+        for i in confident_mistakes(rows).tolist()
     ]
 
 
@@ -196,10 +196,10 @@ def per_class(rows: Rows, class_names: Sequence[str]) -> list[dict[str, Any]]:
     return classes
 
 
-def confident_mistakes(rows: Rows, count: int = 30) -> np.ndarray:
-    """Returns the indices of the `count` wrong predictions with the highest confidence, highest first."""
+def confident_mistakes(rows: Rows) -> np.ndarray:
+    """Returns the indices of the wrong predictions, those with the highest confidence first."""
     wrong = np.flatnonzero(rows["best"][:, 0] != rows["label"])
-    return wrong[np.argsort(-rows["confidence"][wrong], kind="stable")[:count]]
+    return wrong[np.argsort(-rows["confidence"][wrong], kind="stable")]
 
 
 def table_of_classes(

@@ -123,7 +123,7 @@ def learn(setup: Setup, shuffle: Callable[[Any], Any]) -> list[dict[str, float]]
     everywhere = sharding.replicated(setup.mesh)
     placements = (setup.placements, everywhere)
     update = jax.jit(seeing(setup.update, shuffle), donate_argnums=0, out_shardings=placements)
-    score = jax.jit(seeing(setup.score, shuffle), out_shardings=everywhere)
+    score = jax.jit(seeing(setup.eval_step, shuffle), out_shardings=everywhere)
     state = start_state(setup, None)
     recent, rows = Recent(config.batch_size, []), []
     batches = iterate(setup.train_batches, 0, intervals.total_steps, num_workers=config.num_workers)

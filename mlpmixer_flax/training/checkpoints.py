@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
 from mlpmixer_flax.checksums import add_checksum, check_files, without_checksums, write_checksums
-from mlpmixer_flax.faults import check_readable, pass_on
+from mlpmixer_flax.faults import check_readable, in_one_line, pass_on
 from mlpmixer_flax.reading import check_files_in
 from mlpmixer_flax.remote import shown
 from mlpmixer_flax.run_weights import Score, read_scores, score_of
@@ -167,7 +167,7 @@ class Checkpoints:
             except Exception as error:  # of any class: from Orbax, TensorStore or JSON
                 pass_on(error, self.folder / str(step))
                 check_readable(self.folder / str(step))
-                failure = " ".join(str(error).split())[:150]
+                failure = in_one_line(error)
             # It counts as damaged in all processes if one of them cannot read its part.
             failure = next(filter(None, gather(failure)), None)
             if failure:

@@ -14,7 +14,7 @@ from mlpmixer_flax.training.evaluation import EvalStep
 from mlpmixer_flax.training.optimizer import Params
 from mlpmixer_flax.training.setup import Setup, start_state
 from mlpmixer_flax.training.signals import SIGNAL, agreeing
-from mlpmixer_flax.training.step import PreviewStep, TrainState, TrainStep, Update
+from mlpmixer_flax.training.step import CompiledUpdate, PreviewStep, TrainState, Update
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Steps:
     """The compiled functions of a run, and the state from which it starts."""
 
     state: TrainState
-    updates: Mapping[int, TrainStep]  # by the side of the images in px
-    scores: Mapping[int, EvalStep]
+    updates: Mapping[int, CompiledUpdate]  # by the side of the images in px
+    eval_steps: Mapping[int, EvalStep]
     preview: PreviewStep | None  # None if the run continues
 
 
@@ -45,7 +45,7 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
             "mask": jax.ShapeDtypeStruct((n,), bool, sharding=rows),
         }
 
-    def compile_update(update: Update) -> TrainStep:
+    def compile_update(update: Update) -> CompiledUpdate:
         batch = batch_of(setup.train_batches)
         if jax.process_count() > 1:
             update = agreeing(update)
@@ -54,9 +54,9 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
         compiled = update.lower(setup.like, batch, of_teacher).compile()
         return lambda state, batch: compiled(state, batch, of_teacher)
 
-    def compile_score(score: EvalStep) -> EvalStep:
-        score = jax.jit(score, out_shardings=everywhere)
-        return score.lower(setup.like.eval_params, batch_of(setup.test_batches)).compile()
+    def compile_eval_step(eval_step: EvalStep) -> EvalStep:
+        compiled = jax.jit(eval_step, out_shardings=everywhere)
+        return compiled.lower(setup.like.eval_params, batch_of(setup.test_batches)).compile()
 
     def compile_preview() -> PreviewStep:
         preview = jax.jit(setup.preview, out_shardings=everywhere)
@@ -69,12 +69,14 @@ def compile_steps(setup: Setup, state: TrainState | None, *, params: Params | No
     with ThreadPoolExecutor() as pool:
         started_state = pool.submit(start)
         updates = {size_px: pool.submit(compile_update, each) for size_px, each in setup.updates.items()}
-        scores = {size_px: pool.submit(compile_score, each) for size_px, each in setup.scores.items()}
+        eval_steps = {
+            size_px: pool.submit(compile_eval_step, each) for size_px, each in setup.eval_steps.items()
+        }
         preview = pool.submit(compile_preview) if state is None else None
     steps = Steps(
         started_state.result(),
         {size_px: update.result() for size_px, update in updates.items()},
-        {size_px: score.result() for size_px, score in scores.items()},
+        {size_px: each.result() for size_px, each in eval_steps.items()},
         preview and preview.result(),
     )
     print(f"compiled in {time.monotonic() - started:.1f} s (not counted in the speeds below)", flush=True)

@@ -18,7 +18,7 @@ from mlpmixer_flax.faults import check_reachable
 from mlpmixer_flax.limits import show
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.keys import suggest_key, suggest_option
-from mlpmixer_flax.training.validate import examples, validate
+from mlpmixer_flax.training.validate import example_values, validate
 
 
 def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any] | Sequence[str] = ()) -> ConfigDict:
@@ -58,7 +58,7 @@ def apply_changes(config: ConfigDict, changes: Mapping[str, Any] | Sequence[str]
     Raises:
       UserError: a key is unknown, or a value has the wrong type.
     """
-    values = examples()  # a key left open also has one of its type
+    values = example_values()  # a key left open also has one of its type
     if isinstance(changes, Mapping):
         given = flatten_dict(dict(changes), sep=".")
         for key, value in given.items():
@@ -131,7 +131,7 @@ def _explain(error: BaseException) -> str:
     inside = frames[-1] if frames else None
     if inside is None or inside.f_globals.get("__name__", "").split(".")[0] != ml_collections.__name__:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    values = examples()
+    values = example_values()
     section, key = inside.f_locals.get("self"), inside.f_locals.get("key", inside.f_locals.get("attribute"))
     if not isinstance(section, ConfigDict) or not isinstance(key, str):
         return "a value of the config cannot be changed in this way: write config.KEY = VALUE"

@@ -1,4 +1,4 @@
-"""Decides whether a run can begin or continue in a directory: its place, config, classes, data and length."""
+"""Decides whether a run can begin or continue in a directory: its place, config, classes and length."""
 
 import json
 import os

@@ -90,7 +90,7 @@ def class_scores(results: Iterable[dict[str, np.ndarray]]) -> tuple[dict[str, fl
 
 
 def evaluate_sizes(
-    scores: Mapping[int, EvalStep],
+    eval_steps: Mapping[int, EvalStep],
     summarize: Callable[[Iterable[dict[str, np.ndarray]]], Results],
     params: Params,
     batches: Iterable[Batch],
@@ -100,15 +100,15 @@ def evaluate_sizes(
     """Returns the scores of each size, from one pass over the data.
 
     Args:
-      scores: the compiled evaluation of a batch, by size.
+      eval_steps: the compiled evaluation of a batch, by size.
       summarize: from the results of all batches to scores: `class_scores` or `multi_label.label_scores`.
     """
 
     def at_every_size(params, batch):
-        return {size_px: score(params, batch) for size_px, score in scores.items()}
+        return {size_px: eval_step(params, batch) for size_px, eval_step in eval_steps.items()}
 
     results = list(one_batch_late(at_every_size, params, batches, mesh=mesh))
-    return {size_px: summarize(each[size_px] for each in results) for size_px in scores}
+    return {size_px: summarize(each[size_px] for each in results) for size_px in eval_steps}
 
 
 def one_batch_late(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mlpmixer_flax import UserError
-from mlpmixer_flax.faults import start_devices
+from mlpmixer_flax.faults import in_one_line, start_devices
 
 # How soon JAX ends the other processes if one stops without an error message. Compiling does not delay a heartbeat.
 _HEARTBEAT_TIMEOUT_SECONDS = 40
@@ -147,7 +147,7 @@ def _initialize(**arguments: Any) -> bool:
                 "this is one of several tasks, and JAX was used before it was connected with the others: call "
                 "jax.distributed.initialize() first, or give --distributed=off if each task is a run of its own"
             ) from None
-        reason = " ".join(str(error).split())[:150]
+        reason = in_one_line(error)
         raise UserError(
             f"the processes of this run did not find each other ({reason}): check that all of them run and that the "
             "machine of process 0 can be reached, or give another --distributed"

@@ -20,8 +20,10 @@ from mlpmixer_flax.remote import shown
 from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.processes import is_lead
 
-_FILE = "in_use.lock"
-_OWNER = "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
+LOCK_FILE = "in_use.lock"
+OWNER_FILE = (
+    "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
+)
 
 
 def name_of(owner: Mapping[str, Any]) -> str:
@@ -74,7 +76,7 @@ class RunLock:
         Raises:
           UserError: another process uses the directory.
         """
-        if (self._workdir / _FILE).exists():
+        if (self._workdir / LOCK_FILE).exists():
             self.take()
 
     def take(self) -> None:
@@ -87,21 +89,21 @@ class RunLock:
         if self._lock or not is_lead():
             return
         make_folder(self._workdir)
-        lock = try_lock(self._workdir / _FILE, otherwise="choose another --workdir")
+        lock = try_lock(self._workdir / LOCK_FILE, otherwise="choose another --workdir")
         if lock is None:
-            owner = name_of(read_object(self._workdir / _OWNER))
+            owner = name_of(read_object(self._workdir / OWNER_FILE))
             raise UserError(
                 f"{shown(self._workdir)} is in use by {owner}: wait until it ends, or choose another --workdir"
             )
         self._lock = lock
         owner = {"process": os.getpid(), "host": socket.gethostname()}
-        with replacing(self._workdir / _OWNER) as file:
+        with replacing(self._workdir / OWNER_FILE) as file:
             file.write(json.dumps(owner).encode())
 
     def close(self) -> None:
         """Releases the lock."""
         if self._lock:
             with contextlib.suppress(OSError):
-                (self._workdir / _OWNER).unlink()
+                (self._workdir / OWNER_FILE).unlink()
             self._lock.release()
             self._lock = None

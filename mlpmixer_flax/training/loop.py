@@ -61,9 +61,9 @@ def fit(
         ends with it, and can continue from its newest checkpoint.
 
     Returns:
-      The last scores of config.test_split: "step", "test/loss", "test/accuracy" and, if there are more than five
-      classes, "test/accuracy_top5"; with config.skip_bad_images, "test/skipped_images"; "validation/loss" and so on
-      if it is a validation split; {} if metrics.jsonl has no scores.
+      The last row of metrics.jsonl that has scores of config.test_split: "step", "test/loss", "test/accuracy" and the
+      others that `class_scores` or `label_scores` compute, "validation/loss" and so on if it is a validation split; {}
+      if there is none.
 
     Raises:
       UserError: config, data, weights or run directory cannot be used, or another process uses the directory. It
@@ -81,8 +81,8 @@ def fit(
             stored = from_lead(lambda: read_stored(workdir))
             setup, params = begin(config, workdir, stored=stored, lock=lock)
             keep, best_by = setup.config.keep_checkpoints, setup.config.best_by
-            folder = Checkpoints(workdir, keep=keep, best_by=best_by)
-            with closing(folder) as checkpoints, ending_all(), advising(workdir):
+            checkpoints = Checkpoints(workdir, keep=keep, best_by=best_by)
+            with closing(checkpoints), ending_all(), advising(workdir):
                 start, state = checkpoints.restore(setup.like)
                 if start:
                     print(f"continuing from step {start} of {shown(workdir)}", flush=True)
@@ -92,16 +92,18 @@ def fit(
                 )
                 if line:
                     print(line, flush=True)
-                whole = not _lacks_scores(setup.intervals, workdir, start) and (
+                lacks_scores = _lacks_scores(setup.intervals, workdir, start)
+                finished = not lacks_scores and (
                     start >= setup.intervals.total_steps or _stops_early(setup.config, workdir, start)
                 )
-                if not whole:
+                if not finished:
                     steps = compile_steps(setup, state, params=params)
                     del params  # the state has a copy
                     _run_updates(
                         setup,
                         steps,
                         start=start,
+                        lacks_scores=lacks_scores,
                         checkpoints=checkpoints,
                         workdir=workdir,
                         on_evaluation=on_evaluation,
@@ -115,11 +117,15 @@ def _run_updates(
     steps: Steps,
     *,
     start: int,
+    lacks_scores: bool,
     checkpoints: Checkpoints,
     workdir: Path,
     on_evaluation: OnEvaluation | None,
 ) -> None:
-    """Runs all updates after step `start`; logs, evaluates and saves at the intervals of the setup."""
+    """Runs all updates after step `start`; logs, evaluates and saves at the intervals of the setup.
+
+    With `lacks_scores`, it evaluates the state of step `start` first.
+    """
     config, intervals, several = setup.config, setup.intervals, jax.process_count() > 1
     state = steps.state
     earlier = checkpoints.best()
@@ -150,7 +156,7 @@ def _run_updates(
             # Of several processes, none may leave an evaluation before the others.
             stopping = () if several else signals
             try:
-                scores, by_class = _evaluate(setup, steps.scores, state, stopping=stopping)
+                scores, by_class = _evaluate(setup, steps.eval_steps, state, stopping=stopping)
             except _Abandoned:
                 return None
             if step == start:  # saved without its scores, because a signal had ended this evaluation
@@ -163,7 +169,7 @@ def _run_updates(
                 on_evaluation({"step": step, **scores})
             return scores
 
-        if _lacks_scores(intervals, workdir, start):
+        if lacks_scores:
             scores = evaluate(start, state)
             if scores is None:
                 raise Interrupted(signals[0], start)

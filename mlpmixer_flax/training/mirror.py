@@ -23,6 +23,7 @@ from typing import Any
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import make_folder, replacing
+from mlpmixer_flax.faults import in_one_line
 from mlpmixer_flax.reading import read_object
 from mlpmixer_flax.remote import (
     WORKING_COPIES,
@@ -37,13 +38,13 @@ from mlpmixer_flax.remote import (
 )
 from mlpmixer_flax.rundir import MARKER, files_of_run, saved_steps
 from mlpmixer_flax.training import remote_lock
-from mlpmixer_flax.training.lock import try_lock
+from mlpmixer_flax.training.lock import LOCK_FILE, OWNER_FILE, try_lock
 from mlpmixer_flax.training.processes import is_lead
 from mlpmixer_flax.training.remote_lock import LOCK, RemoteLock, read_there
 
 UPLOAD_SECONDS = 30.0  # how often changed files are uploaded
 _STATE, _LOCAL_LOCK = "mirror.json", "mirror.lock"
-_OWN = {_STATE, _LOCAL_LOCK, LOCK, "in_use.lock"}  # not files of the run
+_OWN = {_STATE, _LOCAL_LOCK, LOCK, LOCK_FILE, OWNER_FILE}  # not files of the run
 
 
 @contextlib.contextmanager
@@ -191,7 +192,7 @@ class _Mirror:
         if isinstance(error, FileNotFoundError) or self._reported:
             return
         self._reported = True
-        reason = " ".join(str(error).split())[:150]
+        reason = in_one_line(error)
         print(
             f"{self.url} cannot be reached ({reason}): the run goes on in {self.copy}, and is uploaded when it can be",
             file=sys.stderr,

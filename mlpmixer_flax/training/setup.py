@@ -10,9 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mlpmixer_flax.config import LEFT_OPEN, ConfigDict, flatten, in_steps, is_left_open, resolve
+from mlpmixer_flax.data.dataset import Dataset, find_dataset, with_absolute_path
 from mlpmixer_flax.data.examples import make_examples
 from mlpmixer_flax.data.files import absolute
-from mlpmixer_flax.data.named import Dataset, find_dataset, with_absolute_path
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches
 from mlpmixer_flax.models import MlpMixer
 from mlpmixer_flax.text import shorten
@@ -58,7 +58,7 @@ class Setup:
     # By size in px: (state, batch, parameters of the teacher if there is one) -> (state, metrics)
     updates: Mapping[int, Update]
     # By size in px: (parameters, batch) -> sums over the batch; rows, if images may have several labels
-    scores: Mapping[int, EvalStep]
+    eval_steps: Mapping[int, EvalStep]
     preview: PreviewStep  # first batch -> images as the first update sees them
 
     @property
@@ -67,9 +67,9 @@ class Setup:
         return self.updates[self.input_shape[0]]
 
     @property
-    def score(self) -> EvalStep:
+    def eval_step(self) -> EvalStep:
         """The evaluation with images of the model's own size."""
-        return self.scores[self.input_shape[0]]
+        return self.eval_steps[self.input_shape[0]]
 
     @cached_property
     def like(self) -> TrainState:
@@ -155,7 +155,7 @@ def make_setup(config: ConfigDict) -> Setup:
     warmup_steps = in_steps(config.schedule, "warmup", steps_per_epoch)
     schedule = make_schedule(config, total_steps=total_steps, warmup_steps=warmup_steps)
     optimizer = make_optimizer(config, schedule)
-    make_score = make_multi_label_step if info["multi_label"] else make_eval_step
+    make_step = make_multi_label_step if info["multi_label"] else make_eval_step
     cropped = train_batches.examples.cropped
     models = models_by_size(model, config)
     return Setup(
@@ -191,8 +191,8 @@ def make_setup(config: ConfigDict) -> Setup:
             )
             for size_px, resized in models.items()
         },
-        scores={
-            size_px: make_score(resized, config, mesh=mesh, cropped=test_batches.examples.cropped)
+        eval_steps={
+            size_px: make_step(resized, config, mesh=mesh, cropped=test_batches.examples.cropped)
             for size_px, resized in models.items()
         },
         preview=make_preview_step(config, num_classes=info["num_classes"], mesh=mesh, cropped=cropped),

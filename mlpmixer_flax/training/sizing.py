@@ -8,10 +8,9 @@ from PIL import Image
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
+from mlpmixer_flax.data.dataset import find_dataset, is_files
 from mlpmixer_flax.data.files import pixel_formats
-from mlpmixer_flax.data.folders import read_folder
 from mlpmixer_flax.data.listing import select_split
-from mlpmixer_flax.data.named import find_dataset
 from mlpmixer_flax.reading import open_file
 
 _SAMPLE = 64  # images whose size is looked at
@@ -39,9 +38,13 @@ def suit_images(dataset: str, *, backend: str) -> dict[str, Any]:
       backend: what trains: "cpu", "gpu" or "tpu", as `jax.default_backend` says.
 
     Raises:
-      UserError: as `data.folders.read_folder` and `data.tables.read_table`.
+      UserError: as `find_dataset`; or the dataset is one of TFDS.
     """
-    listing = find_dataset(dataset).listing or read_folder(dataset)
+    listing = find_dataset(dataset).listing if is_files(dataset) else None
+    if listing is None:
+        raise UserError(
+            f"dataset {dataset!r} is neither a folder nor a table of images: give its config file with --config=FILE"
+        )
     records = select_split(listing, "train")
     large = _typical_side(records.root, records.files[:_SAMPLE]) >= 48
     image_size_px, patch_px, architecture = _SIZES[large, backend != "cpu"]

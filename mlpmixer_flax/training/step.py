@@ -43,7 +43,7 @@ Metrics = dict[str, jax.Array]  # float32 scalars
 # The third argument has the parameters of the teacher, () without one.
 Update = Callable[[TrainState, DeviceBatch, Params], tuple[TrainState, Metrics]]
 # A compiled Update, with its teacher
-TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
+CompiledUpdate = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
 PreviewStep = Callable[[DeviceBatch], jax.Array]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
 from mlpmixer_flax.config import ConfigDict, flatten
-from mlpmixer_flax.data.images import first_line
+from mlpmixer_flax.faults import first_line
 from mlpmixer_flax.reading import read_object
 
 # config.tracker, if it is not "" -> function that returns the arguments of its `init` that choose a run, from the name of the run

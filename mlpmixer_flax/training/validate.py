@@ -49,7 +49,7 @@ def validate(config: ConfigDict) -> None:
       UserError: a value cannot be used; the message has the key, the value and what to do.
     """
     config = resolve(config, {})
-    usual = examples()
+    usual = example_values()
     for key, value in flatten(config).items():
         _check_type(key, value, usual[key])
         try:
@@ -62,7 +62,7 @@ def validate(config: ConfigDict) -> None:
     _validate_combinations(config)
 
 
-def examples() -> dict[str, Any]:
+def example_values() -> dict[str, Any]:
     """Returns an example of the value of each key, by dotted key: the one of the base config, unless it is empty."""
     return {**flatten(resolve(get_config(), {})), "resolutions_px": (16, 24, 32)}
 
@@ -172,7 +172,7 @@ def read_stored(workdir: Path) -> dict[str, Any]:
 def _known_values(given: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     """Returns the values of the keys that this version knows, checked, by dotted key; tuples replace lists."""
     values = {}
-    for key, usual in examples().items():
+    for key, usual in example_values().items():
         if key not in given:
             continue
         value = tuple(given[key]) if isinstance(given[key], list) else given[key]

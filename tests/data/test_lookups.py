@@ -21,11 +21,11 @@ def images(n: int, h: int, w: int, c: int = 3) -> jax.Array:
     return jnp.asarray(np.random.default_rng(h + w).integers(0, 256, (n, h, w, c), dtype=np.uint8))
 
 
-def sources(h: int, w: int, magnitude: float) -> list[lookups.Source]:
+def sources(h: int, w: int, magnitude: float) -> list[lookups.PixelMap]:
     return [_source(warp(m, h, w), h, w) for warp in WARPS.values() for m in (magnitude, -magnitude)]
 
 
-def both(pixels: jax.Array, drawn: jax.Array, every: list[lookups.Source]) -> list[np.ndarray]:
+def both(pixels: jax.Array, drawn: jax.Array, every: list[lookups.PixelMap]) -> list[np.ndarray]:
     """Returns the images as warped by index and as warped by products."""
     forms = (lookups._warp, lookups._warp_on_tpu)
     return [np.asarray(jax.jit(partial(form, sources=every))(pixels, drawn)) for form in forms]
@@ -42,7 +42,7 @@ def test_warps_by_products_equal_warps_by_index(side, magnitude):
 
 
 def test_a_warp_by_any_angle_and_one_that_leaves_only_gray():
-    def rotated(degrees: float) -> lookups.Source:
+    def rotated(degrees: float) -> lookups.PixelMap:
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         return _source((cos, sin, 10 - 10 * cos - 10 * sin, -sin, cos, 10 + 10 * sin - 10 * cos), 20, 20)
 

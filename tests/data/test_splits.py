@@ -12,7 +12,7 @@ from made_datasets import encode, write_dataset
 from made_folders import names, write
 
 from mlpmixer_flax import UserError, get_dataset_info
-from mlpmixer_flax.data.named import find_dataset
+from mlpmixer_flax.data.dataset import find_dataset
 from mlpmixer_flax.data.splits import Part, count_common
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import open_examples
@@ -231,7 +231,7 @@ def test_plain_names_of_a_folder_load_no_tfds(both):
     dataset, _ = both["folder"]
     code = f"""
 import sys
-from mlpmixer_flax.data.named import get_dataset_info, find_dataset
+from mlpmixer_flax.data.dataset import get_dataset_info, find_dataset
 get_dataset_info({dataset!r}, "train")
 find_dataset({dataset!r}).count_overlap("train", "val")
 assert "tensorflow_datasets" not in sys.modules

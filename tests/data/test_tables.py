@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.data import tables
+from mlpmixer_flax.data.dataset import find_dataset, get_dataset_info, with_absolute_path
 from mlpmixer_flax.data.listing import select_split
-from mlpmixer_flax.data.named import find_dataset, get_dataset_info, with_absolute_path
 from mlpmixer_flax.data.tables import read_table
 from mlpmixer_flax.data.tfds import load_builder
 from mlpmixer_flax.dataloader import TestBatches, TrainBatches, open_examples

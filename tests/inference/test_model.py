@@ -20,7 +20,7 @@ from mlpmixer_flax.cli import add_model, load_model
 from mlpmixer_flax.config import resolve
 from mlpmixer_flax.dataloader import open_examples
 from mlpmixer_flax.inference.classes import IMAGENET21K_NAMES, imagenet_names, in_words
-from mlpmixer_flax.inference.fewshot import features_of_split
+from mlpmixer_flax.inference.embedding import features_of_split
 from mlpmixer_flax.inference.load import load, load_run
 from mlpmixer_flax.inference.scores import open_split, score_images
 from mlpmixer_flax.inference.shuffling import symmetry

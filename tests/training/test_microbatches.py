@@ -76,7 +76,7 @@ def test_an_evaluation_needs_less_memory_too():
     def memory(accumulation_steps):
         changes = {"batch_size": 512, "accumulation_steps": accumulation_steps, "augment.mixup_alpha": 0.0}
         setup = make_setup(resolve(load_config("digits.py", changes), {}))
-        score = compile_steps(setup, None, params=None).scores[8]
+        score = compile_steps(setup, None, params=None).eval_steps[8]
         return score.memory_analysis().temp_size_in_bytes
 
     assert memory(32) < memory(1) / 8

@@ -5,6 +5,7 @@ import pytest
 from made_datasets import encode
 from made_folders import names, write
 
+from mlpmixer_flax import UserError
 from mlpmixer_flax.config import flatten, mixer_folder_config, mixer_tiny4_config
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.sizing import suit_images
@@ -61,3 +62,10 @@ def test_the_choice_is_valid_and_without_it_the_config_is_the_one_for_photos_on_
     plain = flatten(load_config("folder.py"))
     for_few = {"total_epochs", "eval_every_epochs", "save_every_epochs", "batch_size"}
     assert {key for key in chosen if plain[key] != chosen[key]} == for_few
+
+
+def test_a_dataset_of_tfds_is_refused():
+    with pytest.raises(
+        UserError, match="'digits' is neither a folder nor a table of images: .* --config=FILE"
+    ):
+        suit_images("digits", backend="cpu")

@@ -5,7 +5,7 @@ import pytest
 from mlpmixer_flax import UserError
 from mlpmixer_flax.config import get_config, resolve
 from mlpmixer_flax.limits import LIMITS
-from mlpmixer_flax.training.validate import examples, validate
+from mlpmixer_flax.training.validate import example_values, validate
 
 
 def changed(**values):
@@ -126,7 +126,7 @@ def test_an_unusable_value_is_named_with_the_remedy(values, message):
 def test_every_number_of_a_config_has_limits_that_its_usual_value_obeys():
     numbers = {
         key
-        for key, value in examples().items()
+        for key, value in example_values().items()
         if isinstance(value[0] if isinstance(value, tuple) else value, (int, float))
         and not isinstance(value, bool)
     }

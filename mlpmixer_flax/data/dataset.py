@@ -10,8 +10,7 @@ from mlpmixer_flax.data.image_checks import open_files
 from mlpmixer_flax.data.listing import Listing, info_of, split_parts
 from mlpmixer_flax.data.splits import DatasetInfo, Part, Source, SplitLike, count_common
 from mlpmixer_flax.data.tables import read_table
-from mlpmixer_flax.data.tfds import Builder, load_builder, open_tfds, tfds_info
-from mlpmixer_flax.data.tfds import split_parts as tfds_parts
+from mlpmixer_flax.data.tfds import Builder, load_builder, open_tfds, tfds_info, tfds_parts
 
 _READERS = {
     "folder": read_folder,
