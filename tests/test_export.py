@@ -233,7 +233,8 @@ def test_the_file_beside_stablehlo_says_how_to_prepare_a_photo(run, stablehlo, t
     photo.save(tmp_path / "photo.jpg", exif=turned)
     opening, cropping, stacking = _lines_after('if "fit" is "crop":')
     squares = {"crop": [cropping]} | {
-        fit: _lines_after(f'if "fit" is "{fit}":') for fit in ("stretch", "pad")
+        fit: _lines_after(f'If "fit" is "{fit}", these replace the second line:')
+        for fit in ("stretch", "pad")
     }
     assert squares.keys() == {*FITS}
     options = itertools.product(squares, ("bilinear", "bicubic"), (0.0625, 0.0), (1, 3))

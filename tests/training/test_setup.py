@@ -9,13 +9,12 @@ from made_folders import names, write
 
 from mlpmixer_flax import load_config
 from mlpmixer_flax.config import get_config, resolve
+from mlpmixer_flax.data.dataset import find_dataset
 from mlpmixer_flax.training.setup import _print_origin, _scored, to_store
 
 
 def scored(dataset, test_split, data_dir=""):
-    config = get_config()
-    config.update({"dataset": dataset, "test_split": test_split, "data_dir": data_dir})
-    return _scored(resolve(config, {}))
+    return _scored(find_dataset(dataset, data_dir=data_dir), test_split)
 
 
 @pytest.mark.parametrize(
