@@ -122,8 +122,8 @@ _TRAINED = {
             "optimizer.momentum": 0.9,
             "optimizer.learning_rate": 2e-3,
         },
-        remarks="Their sizes are unknown to us; ours has 671,882 parameters. The config itself has Muon now, which is not "
-        "measured to the end of these epochs yet.",
+        remarks="Their sizes are unknown to us; ours has 671,882 parameters. The config itself has Muon now, which is "
+        "measured after all of its epochs only: see nano_cifar10.",
     ),
     "nano_cifar10": Row(
         "CIFAR-10 from scratch, 0.67 M parameters, for a CPU: 100 epochs without strong augmentation",
