@@ -123,7 +123,7 @@ _TRAINED = {
             "optimizer.learning_rate": 2e-3,
         },
         remarks="Their sizes are unknown to us; ours has 671,882 parameters. The config itself has Muon now, which is "
-        "measured after all of its epochs only: see nano_cifar10.",
+        "measured only after all of its epochs: see nano_cifar10.",
     ),
     "nano_cifar10": Row(
         "CIFAR-10 from scratch, 0.67 M parameters, for a CPU: 100 epochs without strong augmentation",

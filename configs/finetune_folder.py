@@ -5,8 +5,8 @@
     python -m mlpmixer_flax.predict --workdir=runs/photos new.jpg
 
 The photos are photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg, in any format that Pillow decodes by
-itself. If they are in another folder, give it as the first word: train FOLDER --config=configs/finetune_folder.py. If there is no
-val, about a fifth of each class in train is used instead. Each epoch ends with an evaluation on val, so the
+itself. If they are in another folder, give it as the first word: train FOLDER --config=configs/finetune_folder.py. If
+there is no val, about a fifth of each class in train is used instead. Each epoch ends with an evaluation on val, so the
 test photos stay new to the model and to you. The config is made for a hundred to some ten thousand photos; if
 you have fewer, increase --config.total_epochs. We have not measured it yet.
 If a mirrored image may belong to another class, as with letters: add --config.augment.flip=false

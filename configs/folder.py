@@ -5,7 +5,8 @@
 
 The photos are photos/<class>/*.jpg, or photos/{train,val,test}/<class>/*.jpg, in any format that Pillow decodes by itself.
 The command uses this config and first changes image size, model, batch size, number of epochs and how often the run
-evaluates and saves, to suit the photos and the device; it prints these changes. To train with exactly the values below, on the photos in photos/:
+evaluates and saves, to suit the photos and the device; it prints these changes. To train with exactly the values
+below, on the photos in photos/:
 
     python -m mlpmixer_flax.train --config=configs/folder.py --workdir=runs/photos
 

@@ -118,9 +118,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images per update, over all devices
     config.accumulation_steps = 0  # microbatches per update: more need less memory; 0 = chosen for speed
     config.reproducible = 0  # chunks per batch, for the same bits on up to so many devices: 8 or 16; 0 = off
-    config.cache_bytes = (
-        4 * 1024**3
-    )  # decoded size of the largest split kept in memory; larger ones and photos with random crops are streamed
+    config.cache_bytes = 4 * 1024**3  # decoded size of the largest split kept in memory; others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process
 
     # Devices: the batch is divided over all of them
@@ -142,7 +140,7 @@ def get_config() -> ConfigDict:
     # Several resolutions with one model: each update has images of one of these sizes
     config.resolutions_px = ()  # sides in pixels, with image_size_px among them: (16, 24, 32, 48); () = only image_size_px
 
-    # Augmentation of training images, applied in this order (min_crop_area first for photos of several sizes); everything is off in this base config
+    # Augmentation of training images, applied in this order (photos: min_crop_area first); all off by default
     config.augment = ConfigDict()
     config.augment.crop_padding_px = 0  # pixels of zeros around the image before a random crop to its size
     config.augment.min_crop_area = 1.0  # smallest share of the area that a random resized crop keeps; 1 = off
@@ -204,9 +202,7 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 50  # updates from one line of training metrics to the next
     config.eval_every_epochs = 1.0  # epochs from one evaluation to the next
     config.eval_every_steps = 0  # the same in updates; 0 = eval_every_epochs
-    config.save_every_epochs = (
-        1.0  # epochs from one checkpoint to the next; the best evaluation so far saves one too
-    )
+    config.save_every_epochs = 1.0  # epochs from one checkpoint to the next; each best score saves one too
     config.save_every_steps = 0  # the same in updates; 0 = save_every_epochs
     config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
     config.best_by = "accuracy"  # the score that decides which is the best: or "balanced_accuracy", "loss"; with several labels an image, "mean_average_precision"

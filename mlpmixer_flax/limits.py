@@ -1,4 +1,4 @@
-"""The smallest and the largest value of every number in a config, in the metadata of weights, in a run directory and in options."""
+"""The smallest and the largest value of every number: in configs, metadata of weights, run directories and options."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
 """List or download weights: python -m mlpmixer_flax.pretrained
 
 Without a name, prints the table of published weights. With names, downloads
-these weights into the cache, $MLPMIXER_CACHE or ~/.cache/mlpmixer-flax, so that
-later commands need no network. Names that begin with hf-hub: go to the cache of
-huggingface_hub.
+these weights into the cache, so that later commands need no network. The cache
+is $MLPMIXER_CACHE, else mlpmixer-flax in $XDG_CACHE_HOME or ~/.cache; for names
+that begin with hf-hub: it is that of huggingface_hub.
 
 Names of weights are the same here, in --weights= and in --config.init_from=:
   imagenet21k/Mixer-B_16   published weights, by their name in the table

@@ -20,7 +20,7 @@ from mlpmixer_flax.remote import fetch, shown, url_of
 MARKER = (
     "_CHECKPOINT_METADATA"  # a file of each checkpoint; a remote checkpoint is complete if it has this file
 )
-MULTI_LABEL = "table with several labels an image"  # "dataset" in data.json, if so
+MULTI_LABEL = "table with several labels an image"  # stands in data.json as "dataset" of such a table
 _TOO_MANY = 2**31  # steps: they are counted with 32 bits
 KEYS_OF_A_RUN = {"model", "preprocess", "ema_decay", "loss"}
 

@@ -12,10 +12,8 @@ from mlpmixer_flax.data.splits import DatasetInfo, Part, Source, SplitLike, coun
 from mlpmixer_flax.data.tables import read_table
 from mlpmixer_flax.data.tfds import Builder, load_builder, open_tfds, tfds_info, tfds_parts
 
-_READERS = {
-    "folder": read_folder,
-    "table": read_table,
-}  # what is before the colon -> what reads the path after it
+# What is before the colon -> what reads the path after it
+_READERS = {"folder": read_folder, "table": read_table}
 
 
 @dataclasses.dataclass(frozen=True)

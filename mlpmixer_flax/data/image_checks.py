@@ -205,8 +205,8 @@ def _groups(
         for name, images in listing.splits.items()
         if name not in used
     }
-    first, *others = ((f"{split!r}", found) for split, found in zip(splits, files, strict=True))
-    return dict([first]) | unused | dict(others)
+    train, test = ({f"{split!r}": found} for split, found in zip(splits, files, strict=True))
+    return train | unused | test
 
 
 def _duplicate_notes(groups: Mapping[str, Sequence[str]], contents: Mapping[str, str]) -> Iterator[str]:

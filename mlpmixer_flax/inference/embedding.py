@@ -40,21 +40,6 @@ def embed_files(model: Model, files: Sequence[str], *, batch_size: int = 64) -> 
     return {"file": np.array(used), "features": np.stack(features)}, flaws
 
 
-def embed_split(model: Model, examples: Examples, *, batch_size: int = 64) -> Table:
-    """Returns the table of a split from `Model.open`, in its order."""
-    features, labels = features_of_split(model, examples, batch_size=batch_size)
-    files = {} if examples.files is None else {"file": np.array(examples.files)}
-    names = np.array(examples.class_names)
-    if examples.multi_label:
-        named = np.array([SEPARATOR.join(names[row > 0]) for row in labels])
-    else:
-        named = names[labels]
-    return {**files, "label": labels, "class_name": named, "features": features}
-
-
-# --- files
-
-
 def features_of_split(
     model: Model, examples: Examples, *, per_class: int = 0, batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +71,21 @@ def features_of_split(
     rows = concatenate(parts)
     # More rows than the split has belong to the next epoch.
     return rows["features"][: len(examples)], rows["label"][: len(examples)]
+
+
+def embed_split(model: Model, examples: Examples, *, batch_size: int = 64) -> Table:
+    """Returns the table of a split from `Model.open`, in its order."""
+    features, labels = features_of_split(model, examples, batch_size=batch_size)
+    files = {} if examples.files is None else {"file": np.array(examples.files)}
+    names = np.array(examples.class_names)
+    if examples.multi_label:
+        named = np.array([SEPARATOR.join(names[row > 0]) for row in labels])
+    else:
+        named = names[labels]
+    return {**files, "label": labels, "class_name": named, "features": features}
+
+
+# --- files
 
 
 def _write_npz(file: BinaryIO, table: Table) -> None:

@@ -21,9 +21,8 @@ from mlpmixer_flax.text import shorten
 from mlpmixer_flax.training.processes import is_lead
 
 LOCK_FILE = "in_use.lock"
-OWNER_FILE = (
-    "in_use.json"  # who holds the lock: not in the locked file, which some versions of filelock empty
-)
+# Who holds the lock: not in the locked file, which some versions of filelock empty
+OWNER_FILE = "in_use.json"
 
 
 def name_of(owner: Mapping[str, Any]) -> str:

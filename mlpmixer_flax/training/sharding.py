@@ -34,7 +34,7 @@ def make_mesh(*, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the placement of arrays of which every device has a copy: a copy on every device."""
+    """Returns the placement of arrays of which every device has a whole copy."""
     return NamedSharding(mesh, COPIED)
 
 
