@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from mlpmixer_flax import UserError
 from mlpmixer_flax.atomic import replacing
-from mlpmixer_flax.faults import pass_on
+from mlpmixer_flax.faults import in_one_line, pass_on
 from mlpmixer_flax.reading import open_file
 from mlpmixer_flax.weights.names import OURS, TIMM, find_parameters, renamed
 
@@ -203,8 +203,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile, zlib, NumPy's header parser and safetensors all raise their own
         pass_on(error, path)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
-        raise UserError(f"{path} cannot be read ({reason:.150}): check the path, or get it again") from None
+        reason = getattr(error, "strerror", None) or in_one_line(error)
+        raise UserError(f"{path} cannot be read ({reason}): check the path, or get it again") from None
 
 
 def _open_container(path: Path) -> _Container:

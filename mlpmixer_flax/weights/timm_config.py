@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlpmixer_flax import UserError
+from mlpmixer_flax.faults import in_one_line
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.weights.adapt import sizes_of
 from mlpmixer_flax.weights.catalog import PUBLISHED
@@ -74,8 +75,7 @@ def read(file: Path, weights: Weights) -> Origin:
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be used ({reason:.150}): correct it, or remove it") from None
+        raise UserError(f"{file} cannot be used ({in_one_line(error)}): correct it, or remove it") from None
 
 
 def _origin(config: Mapping[str, Any], weights: Weights) -> Origin:
