@@ -3,7 +3,8 @@
     python benchmarks/cifar10_folder.py FOLDER
 
 Writes FOLDER/train/<class>/*.png with 860 images and FOLDER/test/<class>/*.png with 200 images of each of five
-animals, from the training and the test split of CIFAR-10. Needs the prepared dataset; see docs/faq.md.
+animals, from the training and the test split of CIFAR-10. Needs CIFAR-10, prepared in $TFDS_DATA_DIR or ~/tensorflow_datasets
+(README.md says how).
 """
 
 import argparse

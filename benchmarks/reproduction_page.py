@@ -43,8 +43,8 @@ python benchmarks/reproduce.py mnist
 python benchmarks/reproduce.py all --seeds=3
 ```
 
-The first command shows which rows can run on your machine, and runs nothing. `all` runs every row that your
-machine can run: its data and weights are there, and so is a GPU if the row needs one.
+The first command shows which rows can run on your machine, how many hours a long one takes, and runs
+nothing. `all` runs every row that your machine can run: its data and weights are there, and so is a GPU if the row needs one.
 
 "Published" is the accuracy on the test split as its authors report it (ImageNet: the validation split). "Ours" is the mean of n
 runs with different seeds, each at its end, of all test images. "Not yet" means that nothing was measured; the row then says

@@ -1,10 +1,10 @@
 """Train a small Mixer on MNIST (28 px) from scratch.
 
-    JAX_NUM_CPU_DEVICES=2 python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist
+    python -m mlpmixer_flax.train --config=configs/mnist.py --workdir=runs/mnist
 
-Measured with this command, which makes two devices of 2 cores of an AMD EPYC, with jax 0.10.2 and flax
-0.12.8: test accuracy 97.63 % after the first epoch and 99.21 % at the end (n = 1), in 4 min 14 s from process
-start to end. The variable is not needed: one device is as fast today (docs/performance.md).
+Measured with this command and JAX_NUM_CPU_DEVICES=2, which makes two devices of 2 cores of an AMD EPYC, with jax
+0.10.2 and flax 0.12.8: test accuracy 97.63 % after the first epoch and 99.21 % at the end (n = 1), in 4 min 14 s
+from process start to end. One device is as fast today (docs/performance.md).
 """
 
 from mlpmixer_flax.config import get_config as get_base_config

@@ -9,7 +9,7 @@ dataset, and prints one line per model, kind and batch size:
             and three times as many for an update
   share     of the rate that a large matrix product reaches in this process,
             with the same data type
-  MiB       memory of the compiled program on one device, says the compiler
+  MiB       memory of the compiled program on one device, says its compiler
   compile   seconds, which are not part of the speed; nothing is taken from the
             folder of compiled programs
 
@@ -123,7 +123,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="images per update, over all devices (default: of the config; with --model 8 on a CPU, else 128)",
     )
     parser.add_argument("--kind", choices=KINDS, help="measure only this kind (default: both)")
-    parser.add_argument("--num_classes", type=int, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--num_classes",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="classes of the head (default: %(default)s)",
+    )
     parser.add_argument(
         "--seconds", type=float, default=5.0, metavar="S", help="time per line (default: %(default)s)"
     )

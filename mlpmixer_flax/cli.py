@@ -139,7 +139,7 @@ def add_distributed(parser: argparse.ArgumentParser) -> None:
         "--distributed",
         default="auto",
         metavar="HOW",
-        help="several processes: auto (found under Slurm, Open MPI, on TPUs and Kubernetes), off, or "
+        help="several processes: auto (found under Slurm, Open MPI 4, on TPUs and Kubernetes), off, or "
         "COORDINATOR,N,I: this is process I from 0 of N, and process 0 is at COORDINATOR, address:port (default: auto)",
     )
 

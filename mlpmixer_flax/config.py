@@ -116,8 +116,8 @@ def get_config() -> ConfigDict:
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
     config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
     config.batch_size = 64  # images per update, over all devices
-    config.accumulation_steps = 0  # microbatches per update: more need less memory; 0 = chosen for speed
-    config.reproducible = 0  # chunks per batch, for the same bits on up to so many devices: 8 or 16; 0 = off
+    config.accumulation_steps = 0  # microbatches per update: more need less memory; 0 = fast (GPU, TPU: 1)
+    config.reproducible = 0  # chunks per batch, for the same bits on 1 to so many devices: 8 or 16; 0 = off
     config.cache_bytes = 4 * 1024**3  # decoded size of the largest split kept in memory; others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process
 
@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
     # Several resolutions with one model: each update has images of one of these sizes
     config.resolutions_px = ()  # sides in pixels, with image_size_px among them: (16, 24, 32, 48); () = only image_size_px
 
-    # Augmentation of training images, applied in this order (photos: min_crop_area first); all off by default
+    # Augmentation of training images, applied in this order (photos of different sizes: min_crop_area first); all off by default
     config.augment = ConfigDict()
     config.augment.crop_padding_px = 0  # pixels of zeros around the image before a random crop to its size
     config.augment.min_crop_area = 1.0  # smallest share of the area that a random resized crop keeps; 1 = off
@@ -205,7 +205,7 @@ def get_config() -> ConfigDict:
     config.save_every_epochs = 1.0  # epochs from one checkpoint to the next; each best score saves one too
     config.save_every_steps = 0  # the same in updates; 0 = save_every_epochs
     config.keep_checkpoints = 2  # how many of the newest checkpoints to keep, besides the best one
-    config.best_by = "accuracy"  # the score that decides which is the best: or "balanced_accuracy", "loss"; with several labels an image, "mean_average_precision"
+    config.best_by = "accuracy"  # the score that decides which is the best: or "balanced_accuracy", "loss"; with several labels per image, "mean_average_precision"
     config.early_stopping_evals = 0  # end after so many evaluations without a better best_by score; 0 = off
     config.tracker = ""  # also send metrics to "wandb" or "trackio", if it is installed; "" = to neither
     return config.lock()

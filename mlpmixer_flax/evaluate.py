@@ -7,9 +7,9 @@ also a name. If a TFDS dataset or the model has no class names, classes are
 matched by number. Images are read in gray or color, as the model needs them.
 The program writes to a directory:
 
-  scores.json      all scores and what they are of; with --flip, a second time
-                   under "flip"; "confusion": [true class, predicted class,
-                   images] for all pairs that occur;
+  scores.json      all scores, with model, dataset and split; with --flip, a
+                   second time under "flip"; "confusion": [true class,
+                   predicted class, images] for all pairs that occur;
                    "mistakes", with file names for a folder or table
   per_class.csv    one row per class: precision, recall (its accuracy) and F1,
                    and the class it is most often mistaken for

@@ -154,7 +154,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--threshold",
         metavar="P",
         help="print sets of classes: those with a probability of at least P; or a scores.json of evaluate, for its "
-        "threshold of each class (default for a model with several labels an image: 0.5)",
+        "threshold of each class (default for a model with several labels per image: 0.5)",
     )
     parser.add_argument(
         "--batch_size", type=int, default=32, metavar="N", help="images per forward pass (default: 32)"

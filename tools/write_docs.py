@@ -35,7 +35,7 @@ python -m mlpmixer_flax.train --config=configs/mnist.py --config.optimizer.learn
     --config.model.patches.size=4,4 --config.augment.flip=true
 ```
 
-Nothing after "=" makes a list empty: `--config.resolutions_px=`.
+Nothing after "=" makes a list or a text empty: `--config.resolutions_px=`, `--config.init_from=`.
 
 In Python, give the changes to `load_config`: `mlpmixer_flax.load_config("mnist.py", {{"optimizer.learning_rate": 1e-3}})`
 ([python.md](python.md)).

@@ -93,7 +93,7 @@ def _read(path: str, file: str) -> Listing:
         SEPARATOR in name for rows in splits.values() for row in rows for name in row.classes
     ):
         notes.append(
-            f"labels of {path!r} with {SEPARATOR!r} are one class each: for several labels an image, call the column 'labels'"
+            f"labels of {path!r} with {SEPARATOR!r} are one class each: for several labels per image, call the column 'labels'"
         )
     if "train" in splits and "validation" not in splits:
         splits["train"], splits["validation"] = _cut(splits["train"])

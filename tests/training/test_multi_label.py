@@ -242,7 +242,7 @@ def test_a_table_is_followed_from_training_to_sets_of_classes(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     rows = write_quarters(tmp_path, "scenes.csv")
     printed = []
-    for command in commands_below("labels.md", "Several labels an image"):
+    for command in commands_below("labels.md", "Several labels per image"):
         program, arguments = words_of(command)
         assert run(program, [*arguments, *(TINY if program == "train" else [])]) == 0, capsys.readouterr().err
         printed.append(capsys.readouterr().out)
