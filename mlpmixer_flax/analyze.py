@@ -23,9 +23,10 @@ trains three models.
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -45,11 +46,13 @@ from mlpmixer_flax.limits import check_positive
 from mlpmixer_flax.reading import read_json
 from mlpmixer_flax.remote import publish, shown
 from mlpmixer_flax.run_weights import score_of
+from mlpmixer_flax.rundir import fetch_run, read_config_of_run
 from mlpmixer_flax.training import record
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.keys import find_key
 from mlpmixer_flax.training.report import read_metrics
 from mlpmixer_flax.training.setup import make_setup, settle
+from mlpmixer_flax.training.validate import complete
 
 # Features are computed for _POOL * shots training images per class, and each draw takes `shots` of them: enough
 # that two draws have few images in common, without reading all of a large split.
@@ -57,23 +60,25 @@ _POOL = 10
 _TOO_MANY_IMAGES = 2**48  # no dataset has so many, but a damaged file may say so
 
 
-def _curves(model: Model, arguments: argparse.Namespace) -> None:
+def _curves(_: Model | None, arguments: argparse.Namespace) -> None:
     if arguments.workdir is None:
-        raise UserError(f"{model.name} has no training curves: give a run directory, --workdir")
-    rows = read_metrics(arguments.workdir / "metrics.jsonl")
-    figure = figures.curves(rows, title=model.name, steps_per_epoch=steps_per_epoch(model, arguments.workdir))
+        raise UserError(f"{arguments.weights} has no training curves: give a run directory, --workdir")
+    workdir = fetch_run(arguments.workdir)
+    config = complete(read_config_of_run(workdir), name=f"{shown(workdir)}/config.json")
+    rows, per_epoch = read_metrics(workdir / "metrics.jsonl"), steps_per_epoch(config["batch_size"], workdir)
+    figure = figures.curves(rows, title=shown(workdir), steps_per_epoch=per_epoch)
     save(figure, arguments.output / "curves.png")
     print("curves: curves.png")
 
 
-def steps_per_epoch(model: Model, workdir: Path) -> float | None:
+def steps_per_epoch(batch_size: int, workdir: Path) -> float | None:
     """Returns the updates per epoch; None if the run has no record of its data, or a damaged one."""
     try:
         images = read_json(workdir / record.FILE)["train"]["examples"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     usable = type(images) is int and 0 < images < _TOO_MANY_IMAGES
-    return images / model.config["batch_size"] if usable else None
+    return images / batch_size if usable else None
 
 
 def _named(model: Model) -> str:
@@ -106,14 +111,14 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         for split in (data.train_split, data.test_split)
     )
     if train.multi_label:
-        print("fewshot: left out, because the images may have several labels each")
-        return
+        raise UserError("its images may have several labels each: choose a dataset with one label per image")
     shots, batch_size = arguments.shots, arguments.batch_size
     train = features_of_split(model, train, per_class=_POOL * shots, batch_size=batch_size)
     test = features_of_split(model, test, batch_size=batch_size)
     result = few_shot(*train, *test, shots=shots)
     named = {
         "model": model.name,
+        "step": model.step,
         **({"image_size_px": arguments.image_size_px} if arguments.image_size_px else {}),
         "dataset": data.dataset,
         "train_split": data.train_split,
@@ -165,8 +170,8 @@ def _shuffle(model: Model, arguments: argparse.Namespace) -> None:
     print("  shuffle.png")
 
 
-# In the order in which they are shown; the last only if it is named.
-_PARTS = {
+# In the order in which they are shown; the last only if it is named. The model is None if it is not needed.
+_PARTS: dict[str, Callable[[Any, argparse.Namespace], None]] = {
     "curves": _curves,
     "token_mixing": _token_mixing,
     "stem": _stem,
@@ -222,11 +227,15 @@ def _run(arguments: argparse.Namespace) -> None:
             raise UserError(f"part {name!r} is unknown: choose from {', '.join(_PARTS)}")
     if "shuffle" in arguments.parts:
         arguments.shuffled = _config_to_shuffle(arguments)
-    model = load_model(arguments)
+    # The curves of a run need no weights: it may have saved none yet.
+    model = None if arguments.parts == ["curves"] else load_model(arguments)
     size = f"-{arguments.image_size_px}px" if arguments.image_size_px else ""
     arguments.output = arguments.output or (arguments.workdir or Path()) / f"analysis{size}"
     make_folder(arguments.output)
-    print(f"{model.name}, files in {shown(arguments.output)}:", flush=True)
+    print(
+        f"{model.name if model else arguments.weights or shown(arguments.workdir)}, files in {shown(arguments.output)}:",
+        flush=True,
+    )
     asked_for = {*arguments.parts} | ({"fewshot"} if arguments.dataset else set())
     for name in [part for part in _PARTS if part in arguments.parts] or list(_PARTS)[:-1]:
         try:

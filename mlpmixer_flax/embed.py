@@ -43,7 +43,6 @@ from mlpmixer_flax.cli import (
     path,
 )
 from mlpmixer_flax.data.images import MODES, open_image
-from mlpmixer_flax.dataloader import Examples
 from mlpmixer_flax.ending import exit_status, leave
 from mlpmixer_flax.inference.drawing import save
 from mlpmixer_flax.inference.embedding import (
@@ -88,6 +87,9 @@ def _run(arguments: argparse.Namespace) -> int:
             f"--nearest for {len(queries)} images with --count={arguments.count} does not fit on a sheet of "
             f"{MOST_ROWS} rows of {COLUMNS}: give fewer"
         )
+    sheet_file = output.with_suffix(".png")
+    if queries:
+        _check_not_drawn_over([*files, *queries], sheet_file)
     model = load_model(arguments)
     make_folder(output.parent)  # first, so that an error here is found before the work
     if files:
@@ -99,7 +101,14 @@ def _run(arguments: argparse.Namespace) -> int:
         table["file"] = np.array([url_of(Path(file)) or file for file in used])
         subject, paths, read = f"{len(used):,} images", used, _reader_of_files(used, model)
     else:
-        table, subject, examples = _embed_split(model, arguments)
+        data = named_dataset(arguments, model)
+        examples = model.open(
+            data.dataset, data.test_split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images
+        )
+        if queries:
+            _check_not_drawn_over(examples.paths or [], sheet_file)
+        table = embed_split(model, examples, batch_size=arguments.batch_size)
+        subject = f"{data.dataset}, split {data.test_split}"
         paths, read = examples.paths or [], partial(read_originals, examples, side_px=_SIDE_PX)
     found = _find_nearest(queries, model, table["features"], paths, arguments.count) if queries else []
     write_table(output, table)
@@ -107,19 +116,17 @@ def _run(arguments: argparse.Namespace) -> int:
     n, width = table["features"].shape
     print(f"{shown(output)}: features of {n:,} images, {width} numbers each, by {printable(model.name)}")
     if found:
-        _show_nearest(found, table, read, model, output.with_suffix(".png"), subject=subject)
+        _show_nearest(found, table, read, model, sheet_file, subject=subject)
     return 0 if all_usable else 1
 
 
-def _embed_split(model: Model, arguments: argparse.Namespace) -> tuple[Table, str, Examples]:
-    """Returns the table of a split, its name, and its examples."""
-    data = named_dataset(arguments, model)
-    examples = model.open(
-        data.dataset, data.test_split, data_dir=data.data_dir, skip_bad_images=data.skip_bad_images
-    )
-    table = embed_split(model, examples, batch_size=arguments.batch_size)
-    subject = f"{data.dataset}, split {data.test_split}"
-    return table, subject, examples
+def _check_not_drawn_over(images: Sequence[str], sheet_file: Path) -> None:
+    """Raises UserError if the file of the sheet is one of the images: it would be lost."""
+    there = os.path.realpath(sheet_file)
+    if any(os.path.realpath(image) == there for image in images):
+        raise UserError(
+            f"the similar images would be drawn in {shown(sheet_file)}, which is one of the images: choose another --output"
+        )
 
 
 def _find_nearest(

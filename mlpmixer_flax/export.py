@@ -34,7 +34,8 @@ A stablehlo file runs without this package, after pip install jax flatbuffers:
 
 Images must have the model's size and channels, and values from 0 to 255; the
 function applies mean and std. "preprocess" in OUTPUT.json says how to prepare a
-photo as in evaluation, with Pillow. Three lines do it if "fit" is "crop":
+photo as in evaluation, with Pillow; if it is transparent, paste it on white
+first. Three lines do it if "fit" is "crop":
 
   photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
   photo = ImageOps.fit(photo, (224, 224), Image.BILINEAR, bleed=0.0625)
@@ -78,7 +79,7 @@ from mlpmixer_flax.atomic import make_folder
 from mlpmixer_flax.cli import add_model, load_model, make_parser, path
 from mlpmixer_flax.data.files import check_no_url
 from mlpmixer_flax.ending import exit_status, leave
-from mlpmixer_flax.inference.hub_folder import TANH_IN_TIMM, write_hub
+from mlpmixer_flax.inference.hub_folder import TANH_IN_TIMM, check_not_a_run, write_hub
 from mlpmixer_flax.inference.model import Model
 from mlpmixer_flax.inference.onnx_file import write_onnx
 from mlpmixer_flax.inference.stablehlo import write_stablehlo
@@ -130,6 +131,7 @@ def export(model: Model, output: str | os.PathLike[str], *, format: str, hub_nam
     write = FORMATS[format]
     if hub_name:
         hub.check_name(hub_name)
+        check_not_a_run(output)  # before the hub has a new model, which would stay empty
         hub.create(hub_name)
         write = partial(write, hub_name=hub_name)
     make_folder(output.parent)

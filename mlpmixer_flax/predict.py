@@ -116,8 +116,10 @@ def _run(arguments: argparse.Namespace) -> int:
     names = {file: url_of(Path(file)) or file for file in files}
     class_names = in_words(model.class_names)
     thresholds = None
-    if arguments.threshold or model.multi_label:
-        thresholds = read_thresholds(arguments.threshold or str(USUAL_THRESHOLD), class_names)
+    if arguments.threshold is not None or model.multi_label:
+        thresholds = read_thresholds(
+            str(USUAL_THRESHOLD) if arguments.threshold is None else arguments.threshold, class_names
+        )
     header, show = _output_format(arguments.form, list(names.values()), class_names)
     if header:
         print(header, flush=True)

@@ -1,6 +1,7 @@
 """Reads the weights of a run: of its newest or best checkpoint, or of any other, and their scores."""
 
 import contextlib
+import functools
 import logging
 import math
 import re
@@ -278,8 +279,13 @@ def _scores(workdir: Path) -> dict[int, Score]:
         if score := score_of(scores, name):
             found[step] = score
         elif not scores and file.exists():  # a run in training may have removed it
-            print(f"the scores of checkpoint {step} are damaged and are not used", file=sys.stderr)
+            _say_not_used(workdir, step)
     return found
+
+
+@functools.lru_cache  # a program asks for the scores several times
+def _say_not_used(workdir: Path, step: int) -> None:
+    print(f"the scores of checkpoint {step} are damaged and are not used", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -27,9 +27,8 @@ from mlpmixer_flax.models import MlpMixer, check_patch
 from mlpmixer_flax.training.configfile import load_config
 from mlpmixer_flax.training.optimizer import make_optimizer, split_frozen
 from mlpmixer_flax.training.table import summarize
-from mlpmixer_flax.weights.catalog import PUBLISHED
 from mlpmixer_flax.weights.module import module_of
-from mlpmixer_flax.weights.source import find
+from mlpmixer_flax.weights.source import find, published_as
 
 
 def summarize_config(path: str, overrides: Sequence[str] = (), *, num_classes: int | None = None) -> str:
@@ -72,8 +71,7 @@ def summarize_weights(source: str, *, size_px: int | None = None) -> str:
     Raises:
       UserError: the weights cannot be found or have no head, or cannot have images of this size.
     """
-    if source in PUBLISHED:
-        published = PUBLISHED[source]
+    if published := published_as(source):
         own_px = published.origin["preprocess"]["image_size_px"]
         own_shape = (own_px, own_px, 3)
         module = MlpMixer(num_classes=published.num_classes, **published.origin["model"])

@@ -132,17 +132,24 @@ def test_shuffle_trains_three_times_and_says_which_split_is_scored(run, tmp_path
         assert image.text["Title"] == "digits.py, trained on images as they are and on shuffled ones"
 
 
+def test_curves_of_a_run_that_has_saved_nothing_yet(run, tmp_path, capsys):
+    young = shutil.copytree(run, tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints", "analysis"))
+    assert main([f"--workdir={young}", "curves"]) == 0
+    assert capsys.readouterr().out == f"{young}, files in {young}/analysis:\ncurves: curves.png\n"
+    assert written(young / "analysis") == ["curves.png"]
+
+
 def test_the_length_of_an_epoch_is_that_of_the_training_and_may_be_unknown(run, model, tmp_path):
-    assert steps_per_epoch(model, run) == 1433 / 64
+    assert steps_per_epoch(model.config["batch_size"], run) == 1433 / 64
     for examples in ('"many"', "1" + "0" * 4000, "1" + "0" * 300, "NaN", "1e-320", "0", "-5", "true"):
         (tmp_path / "data.json").write_text(f'{{"train": {{"examples": {examples}}}}}')
-        assert steps_per_epoch(model, tmp_path) is None
+        assert steps_per_epoch(model.config["batch_size"], tmp_path) is None
     for content in (None, "{", "[]", '{"train": {}}'):
         if content:
             (tmp_path / "data.json").write_text(content)
         else:
             (tmp_path / "data.json").unlink()
-        assert steps_per_epoch(model, tmp_path) is None
+        assert steps_per_epoch(model.config["batch_size"], tmp_path) is None
 
 
 def test_weights_have_no_curves_and_no_dataset(model, tmp_path, capsys, monkeypatch):

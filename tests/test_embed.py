@@ -175,18 +175,39 @@ def test_nearest_sorts_by_the_angle_and_leaves_rows_out():
         (["{broken}", "--output=a.npz"], "broken.png' cannot be used"),
         (["{image}", "--nearest={broken}", "--output=a.npz"], "broken.png' cannot be used"),
         (["{image}", "--nearest={image}", "--output=a.npz"], "there is no other image to compare --nearest="),
+        # The sheet would replace an image
+        (
+            ["{image}", "--nearest={image}", "--output={sheet}"],
+            "which is one of the images: choose another --output",
+        ),
+        (
+            [
+                "--nearest={image}",
+                "--output={sheet}",
+                "--dataset=folder:{folder}",
+                "--split=train+validation",
+            ],
+            "which is one of",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_nothing_is_written(
     arguments, message, digits_run, digits, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"image": next(digits.glob("0/*.png")), "broken": digits / "broken.png"}
+    image = next(digits.glob("0/*.png"))
+    places = {
+        "image": image,
+        "broken": digits / "broken.png",
+        "sheet": image.with_suffix(".npz"),
+        "folder": digits,
+    }
+    before = image.read_bytes()
     arguments = [argument.format(**places) for argument in arguments]
     assert main([f"--workdir={digits_run}", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
-    assert list(Path().iterdir()) == []
+    assert list(Path().iterdir()) == [] and image.read_bytes() == before
 
 
 def test_one_of_several_tasks_is_refused(tmp_path, monkeypatch, capsys):

@@ -180,7 +180,7 @@ def run_program(environment, program, *arguments):
 
 
 @pytest.mark.slow
-def test_a_pushed_model_is_on_the_hub_and_its_card_there_is_kept(hub, folder, tmp_path):
+def test_a_pushed_model_is_on_the_hub_and_its_card_there_is_kept(hub, folder, digits_run, tmp_path):
     models, environment = hub
     push = [f"--weights={folder}", "--format=hub", f"--output={tmp_path}/out", "--push=someone/mixer"]
     done = run_program(environment, "export", *push)
@@ -197,6 +197,12 @@ def test_a_pushed_model_is_on_the_hub_and_its_card_there_is_kept(hub, folder, tm
     assert done.returncode == 0 and "README.md on the hub is kept" in done.stdout
     assert (uploaded / "README.md").read_text() == "license: mit"
     assert (models / "requests.txt").read_text().count("/api/repos/create") == 2
+
+    run = shutil.copytree(digits_run, tmp_path / "run")  # may not be overwritten, so no new model is made
+    wrong = [f"--workdir={run}", "--format=hub", f"--output={run}", "--push=someone/other"]
+    done = run_program(environment, "export", *wrong)
+    assert done.returncode == 2 and "is a run directory" in done.stderr
+    assert os.listdir(models / "someone") == ["mixer"]
 
     done = run_program(environment, "predict", "--weights=hf-hub:someone/mixer", photo(tmp_path))
     assert done.returncode == 0 and "photo.png" in done.stdout, done.stderr

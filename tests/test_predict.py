@@ -339,6 +339,7 @@ def test_the_reader_of_the_output_may_stop_early(run, digits):
         (["--workdir={run}", "{notes}"], "notes.txt' cannot be used"),
         (["--workdir=nowhere", "{photo}"], "no run in nowhere"),
         (["--weights=nothing", "{photo}"], "no weights 'nothing'"),
+        (["--workdir={run}", "{photo}", "--threshold="], "threshold"),
     ],
 )
 def test_an_error_is_one_line(run, tmp_path, arguments, message, capsys):

@@ -78,6 +78,11 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], *, numbered: bool 
             "that class 0, 1, ... means the same in both"
         )
         return np.arange(len(ours), dtype=np.int32)
+    if twice := [name for name in unknown if times[name]]:
+        raise UserError(
+            f"the model has several classes named {', '.join(map(show, twice[:3]))}, so the classes of the dataset cannot be "
+            "matched to them: rename them in the dataset and in the file of the weights"
+        )
     raise UserError(
         f"the model has no class named {', '.join(map(show, unknown[:3]))}; the dataset has {len(theirs)} "
         f"classes, the model {len(ours)} such as {', '.join(map(show, ours[:3]))}: choose another dataset, or rename the classes of the dataset"

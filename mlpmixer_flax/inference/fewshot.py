@@ -41,9 +41,10 @@ def few_shot(
     classes = np.union1d(train_labels, test_labels)
     counts = np.array([np.sum(train_labels == label) for label in classes])
     if not 1 <= shots <= counts.min():
+        fewer = f"1 to {counts.min()}, or " if counts.min() else ""
         raise UserError(
-            f"shots={shots} is not possible, because class {classes[counts.argmin()]} has {counts.min()} training "
-            f"images: choose 1 to {counts.min()}, or a larger training split"
+            f"shots={shots} is not possible, because class {classes[counts.argmin()]} has {counts.min()} "
+            f"training images: choose {fewer}a larger training split"
         )
     strengths = sorted({*l2, HEADLINE_L2})
     accuracies = np.empty((len(strengths), len(seeds)))

@@ -13,7 +13,7 @@ from mlpmixer_flax.remote import shown
 from mlpmixer_flax.rundir import is_run
 from mlpmixer_flax.weights.files import write_safetensors
 from mlpmixer_flax.weights.hub import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
-from mlpmixer_flax.weights.timm_config import FIT_OF, GELU_OF
+from mlpmixer_flax.weights.timm_config import FIT_OF, GELU_OF, PADDED_IN_TIMM
 
 # timm's names of sizes: (height and width of a patch in pixels, hidden_dim, num_blocks). timm creates no other sizes by name.
 ARCHITECTURES: dict[tuple[int, ...], str] = {
@@ -42,12 +42,9 @@ def write_hub(folder: Path, model: Model, *, metadata: dict[str, Any], hub_name:
     Raises:
       UserError: the folder is a run directory, or a file cannot be written.
     """
-    if is_run(folder):
-        raise UserError(
-            f"{shown(folder)} is a run directory, whose config.json would be replaced: choose another folder"
-        )
+    check_not_a_run(folder)
     make_folder(folder)
-    config = timm_config(model)
+    config, preprocess = timm_config(model), model.preprocess
     notes = write_safetensors(folder / WEIGHTS_FILE, model.params, metadata=metadata)
     with replacing(folder / CONFIG_FILE) as file:
         write_json(file, config)
@@ -63,7 +60,18 @@ def write_hub(folder: Path, model: Model, *, metadata: dict[str, Any], hub_name:
         notes.append(f"timm has no name for this size: {CARD_FILE} shows how to create the model")
     elif model.module.gelu == "tanh":
         notes.append(TANH_IN_TIMM)
+    same_padding = preprocess["crop_fraction"] == 1 and set(preprocess["mean"]) == {0.5}
+    if preprocess["fit"] == "pad" and not same_padding:
+        notes.append(f"images that are not square differ a little in timm: {PADDED_IN_TIMM}")
     return notes
+
+
+def check_not_a_run(folder: Path) -> None:
+    """Raises UserError if a folder to write is a run directory."""
+    if is_run(folder):
+        raise UserError(
+            f"{shown(folder)} is a run directory, whose config.json would be replaced: choose another folder"
+        )
 
 
 def timm_config(model: Model) -> dict[str, Any]:

@@ -84,8 +84,9 @@ def _load_weights(source: str) -> Model:
             f"{module.num_classes} classes): write the file again"
         )
     if not class_names:  # a file of ours that has no room for the names says how many there are
-        numbered = "num_classes" in origin
-        class_names = numbers(module.num_classes) if numbered else imagenet_names(module.num_classes)
+        class_names = numbers(module.num_classes)
+        if "num_classes" not in origin:
+            class_names = _imagenet_names(source, module.num_classes)
     like = shapes_of(module, image_shape)
     return Model(
         name=source,
@@ -97,6 +98,17 @@ def _load_weights(source: str) -> Model:
         config={},
         resolutions_px=tuple(origin.get("resolutions_px", ())),
     )
+
+
+def _imagenet_names(source: str, num_classes: int) -> list[str]:
+    """Returns ImageNet's class names if their number fits; says so if the weights are not known to be ImageNet's."""
+    names = imagenet_names(num_classes)
+    if names != numbers(num_classes) and not weight_source.published_as(source):
+        print(
+            f"{source}: the weights do not say what their classes are called; they have the names of ImageNet's, because "
+            f"there are {num_classes:,} of them"
+        )
+    return names
 
 
 def _preprocess(source: str, stated: Mapping[str, Any], image_shape: tuple[int, int, int]) -> dict[str, Any]:

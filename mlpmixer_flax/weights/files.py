@@ -46,6 +46,8 @@ _REFUSED = (
 )  # fmt: skip
 # Other files that people have of a model: bytes in their first 64 KiB, what they are, the remedy.
 _OTHER_FORMATS = (
+    (rb"\A(?:[\x81-\x8f]|\xde..)[\xa1-\xbf\xd9]", "a MessagePack file, such as flax.serialization writes",
+     "convert it to npz (docs/migration.md shows how)"),
     (rb"\A\x80", "a pickle, which runs as code", "convert it to safetensors first"),
     (rb"ML\xefR.{0,9}StableHLO", "a stablehlo file, from which no weights can be read",
      "export the run again, with --format=npz or safetensors"),

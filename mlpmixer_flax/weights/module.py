@@ -27,9 +27,11 @@ def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, in
     """
     sizes = sizes_of(weights.shapes)
     if "classes" not in sizes or "tokens" not in sizes:
-        raise UserError(
-            f"{name} has no {'head' if 'tokens' in sizes else 'Mixer blocks'}: give other weights"
-        )
+        missing, remedy = "Mixer blocks", "give other weights"
+        if "tokens" in sizes:
+            missing = "head"
+            remedy = "give weights with a head, or train one, with --config.init_from of these weights"
+        raise UserError(f"{name} has no {missing}: {remedy}")
     for key in _DIMENSIONS:
         if key not in sizes:
             raise UserError(f"{name} has no arrays that tell model.{key}: give other weights")

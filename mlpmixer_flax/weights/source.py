@@ -26,11 +26,26 @@ from mlpmixer_flax.weights.origin import with_origin
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
+# The address of a file on the hub: OWNER/NAME and the revision are its groups.
+_HUB_FILE = re.compile(r"(?i)https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/.*")
+
+
 class NamedRun(NamedTuple):
     """A run directory and which of its weights are meant, as "runs/b16@best" names them."""
 
     workdir: Path
     checkpoint: str | None  # as for `run_weights.open_run`
+
+
+def published_as(source: str | Path) -> Published | None:
+    """Returns the published weights that a source names, by their name, also with a revision, or by their address."""
+    source = _synonym(source)
+    if source.startswith("hf-hub:"):
+        source = f"hf-hub:{hub.parse(source).name}"
+    address = _without_query(source)
+    if hub_file := _HUB_FILE.fullmatch(address):
+        address = f"hf-hub:{hub_file[1]}"
+    return PUBLISHED.get(source) or next((each for each in PUBLISHED.values() if each.url == address), None)
 
 
 def describe(source: str | Path) -> Mapping[str, Any]:
@@ -41,7 +56,7 @@ def describe(source: str | Path) -> Mapping[str, Any]:
     Raises:
       UserError: as `load`.
     """
-    published = PUBLISHED.get(_synonym(source))
+    published = published_as(source)
     return published.origin if published else find(source).metadata
 
 
@@ -150,14 +165,9 @@ def _open_published(name: str) -> Weights:
 
 def _open_url(url: str) -> Weights:
     weights = open_weights(_download(lambda: fetch(url)))
-    address = url.partition("#")[0].partition("?")[0]
-    hub_file = re.fullmatch(
-        r"(?i)https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/.*", address
-    )
-    published = _published_at(f"hf-hub:{hub_file[1]}" if hub_file else address)
-    if published:
+    if published := published_as(url):
         return with_origin(weights, published.origin)
-    if hub_file:
+    if hub_file := _HUB_FILE.fullmatch(_without_query(url)):
         note = f"for the config.json of these weights, give hf-hub:{hub_file[1]}@{hub_file[2]}"
         weights = replace(weights, notes=(*weights.notes, note))
     return with_origin(weights, {})
@@ -170,8 +180,7 @@ def _open_hub_model(model: hub.Model) -> Weights:
             f"{model} has no {hub.WEIGHTS_FILE}: choose another model, or convert its weights to safetensors and "
             "give the file (a pickle, such as pytorch_model.bin, is never read)"
         )
-    published = _published_at(f"hf-hub:{model.name}")
-    if published:
+    if published := published_as(str(model)):
         return with_origin(open_weights(file), published.origin)
     return _with_config_file(open_weights(file), _download(lambda: hub.get_file(model, hub.CONFIG_FILE)))
 
@@ -251,8 +260,8 @@ def _existing(source: str) -> Path | None:
         return None
 
 
-def _published_at(url: str) -> Published | None:
-    return next((weights for weights in PUBLISHED.values() if weights.url == url), None)
+def _without_query(url: str) -> str:
+    return url.partition("#")[0].partition("?")[0]
 
 
 def _download(get: Callable[[], Any]) -> Any:

@@ -30,6 +30,9 @@ DEFAULTS = {
     "std": (0.229, 0.224, 0.225),
 }
 FIT_OF = {"center": "crop", "squash": "stretch", "border": "pad"}  # timm's crop_mode -> preprocess.fit
+PADDED_IN_TIMM = (
+    "timm pads with the mean, not with gray, and with crop_pct below 1 it crops less of the shorter side"
+)
 # Keys that change results, but have no counterpart here
 _UNUSED = ("test_input_size", "test_crop_pct", "label_offset", "hf_hub_filename")
 # Arguments of timm's MlpMixer that are used below, or that the arrays tell, or that matter only in training
@@ -222,8 +225,9 @@ def _fit(trained: Mapping[str, Any], notes: list[str]) -> str | None:
     fit = FIT_OF[mode]
     if fit == "crop":
         return None
-    padding = " (which pads with gray; timm with the mean)" if fit == "pad" else ""
-    notes.append(f"crop_mode={mode!r} is preprocess.fit={fit!r} here{padding}")
+    notes.append(
+        f"crop_mode={mode!r} is preprocess.fit={fit!r} here" + f" ({PADDED_IN_TIMM})" * (fit == "pad")
+    )
     return fit
 
 

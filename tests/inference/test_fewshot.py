@@ -110,7 +110,11 @@ def test_images_that_are_not_drawn_do_not_matter_even_for_whitening():
     [
         (6, [], "shots=6 is not possible, because class 0 has 5"),
         (5, [7], "shots=5 is not possible, because class 1 has 4"),
-        (1, range(15, 20), "shots=1 is not possible, because class 3 has 0"),
+        (
+            1,
+            range(15, 20),
+            "shots=1 is not possible, because class 3 has 0 training images: choose a larger training split",
+        ),
         (
             0,
             [],

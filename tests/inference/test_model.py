@@ -208,13 +208,16 @@ def test_a_file_keeps_the_precision_and_the_loss_that_its_run_computes_with(run,
         load(str(tmp_path / "w.npz"))
 
 
-def test_a_run_with_a_thousand_classes_has_no_names_of_imagenet(tmp_path):
+def test_a_run_with_a_thousand_classes_has_no_names_of_imagenet(tmp_path, capsys):
     module = MlpMixer(num_classes=1000, patches={"size": (4, 4)}, **dict.fromkeys(SIZES, 8), num_blocks=1)
     params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     own = {"model": {"gelu": "tanh"}, "preprocess": {}, "num_classes": 1000}
     for metadata, first in [({}, "tench, Tinca tinca"), (own, "0")]:
         write_npz(tmp_path / "w.npz", jax.device_get(params), metadata=metadata)
         assert load(str(tmp_path / "w.npz")).class_names[0] == first
+        assert ("they have the names of ImageNet's, because there are 1,000" in capsys.readouterr().out) == (
+            not metadata
+        )
     write_npz(tmp_path / "w.npz", jax.device_get(params), metadata={**own, "class_names": ["a", "b"]})
     with pytest.raises(UserError, match="contradicts itself .*2 names for 1000 classes"):
         load(str(tmp_path / "w.npz"))
@@ -231,7 +234,7 @@ def test_sizes_of_a_file_without_metadata_are_read_from_its_shapes(file):
 def test_weights_without_a_head_or_blocks_are_refused(run, tmp_path):
     params = load_run(run).params
     write_npz(tmp_path / "w.npz", {k: v for k, v in params.items() if k != "head"}, metadata={})
-    with pytest.raises(UserError, match="w.npz has no head: give other weights"):
+    with pytest.raises(UserError, match="w.npz has no head: give weights with a head, or train one"):
         load(str(tmp_path / "w.npz"))
     write_npz(tmp_path / "x.npz", {"head": params["head"], "stem": params["stem"]}, metadata={})
     with pytest.raises(UserError, match="x.npz has no Mixer blocks"):

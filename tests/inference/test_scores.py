@@ -127,7 +127,10 @@ def test_other_classes_are_refused():
         match_classes([str(i) for i in range(10)], NAMES)
     twice = ["crane", "crane", "tench"]
     assert match_classes(twice, twice).tolist() == [0, 1, 2]
-    with pytest.raises(UserError, match="the model has no class named 'crane'; .* the model 3"):
+    with pytest.raises(
+        UserError,
+        match="the model has several classes named 'crane', so the classes of the dataset cannot be matched",
+    ):
         match_classes(["crane", "tench"], twice)
     with pytest.raises(
         UserError, match="the model has no class named 'eel'; the dataset has 4 classes, the model 4"

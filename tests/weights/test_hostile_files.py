@@ -7,6 +7,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import flax
 import numpy as np
 import pytest
 from golden_weights import CONTAINERS, golden, read_all, refusal, save_npz
@@ -67,6 +68,14 @@ NO_WEIGHTS = {
     "a Keras file": (
         lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n"),
         "is an HDF5 file: convert it to safetensors",
+    ),
+    "a checkpoint of flax.training": (
+        lambda p: p.write_bytes(flax.serialization.to_bytes(({"stem": np.zeros(3)}, {}, 7))),
+        "is a MessagePack file, such as flax.serialization writes: convert it to npz",
+    ),
+    "a large tree in MessagePack": (
+        lambda p: p.write_bytes(flax.serialization.msgpack_serialize({f"a{i}": i for i in range(20)})),
+        "is a MessagePack file",
     ),
     "an empty file": (lambda p: p.touch(), "neither npz nor safetensors"),
     "a folder": (lambda p: p.mkdir(), "Is a directory"),

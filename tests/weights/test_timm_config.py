@@ -130,7 +130,7 @@ CONTRADICTED = {
         {"pretrained_cfg__crop_mode": "squash"}, {"fit": "stretch"}, "crop_mode='squash' is preprocess.fit='stretch' here",
     ),
     "border": (
-        {"pretrained_cfg__crop_mode": "border"}, {"fit": "pad"}, "crop_mode='border' is preprocess.fit='pad' here (which pads with gray",
+        {"pretrained_cfg__crop_mode": "border"}, {"fit": "pad"}, "crop_mode='border' is preprocess.fit='pad' here (timm pads with the mean, not",
     ),
     "another crop": ({"pretrained_cfg__crop_mode": "zoom"}, {}, "crop_mode='zoom' is unknown; the centre of images"),
     "interpolation": (
