@@ -1,16 +1,17 @@
 """Train a Mixer with 0.67 M parameters on CIFAR-10 (32 px) from scratch; it is small enough for a CPU.
 
-    python -m mlpmixer_flax.train --config=configs/nano_cifar10.py --workdir=runs/nano --config.total_epochs=10
+    python -m mlpmixer_flax.train --config=configs/nano_cifar10.py --workdir=runs/nano
 
 The optimizer is Muon, because it learned more than AdamW in 3 of the 100 epochs: 70.30 % of images held out from
 training, AdamW at best 63.32 % (n = 1; `python benchmarks/optimizers.py nano --workdir=FOLDER`; docs/recipes.md has
-the learning rates). Test accuracy on a JPEG copy of CIFAR-10 after all 100 epochs: 80.93 % (n = 1), in
-5.4 hours on 2 cores of an AMD EPYC that had other work too, with jax 0.10.2 and flax 0.12.8. Alone, the machine
-computes 378 images/s, so it would need 3.7 hours:
+the learning rates). Test accuracy on a JPEG copy of CIFAR-10 after all 100 epochs: 80.93 % (n = 1). The
+updates took 5.4 hours on 2 cores of an AMD EPYC that had other work too, with jax 0.10.2 and flax 0.12.8. Alone, the
+machine computes 378 images/s, so they would take 3.7 hours:
 
     python benchmarks/reproduce.py nano_cifar10
 
-10 epochs with AdamW: 72.90 % (n = 1), in 55 minutes on 2 such cores that had other work too:
+Nearly as much comes from a run of 10 epochs, with --config.total_epochs=10: 79.57 % (n = 1). Its updates took 33
+minutes on 2 cores of an Intel Xeon with AMX that had other work too:
 
     python benchmarks/reproduce.py class_project
 """

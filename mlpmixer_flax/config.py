@@ -199,7 +199,7 @@ def get_config() -> ConfigDict:
     config.ema_decay = 0.0  # decay of the weights' moving average (EMA), which is evaluated instead; 0 = off
 
     # Intervals: 0 steps and 0 epochs = only at the end; the end is always logged, evaluated and saved
-    config.log_every_steps = 50  # updates from one line of training metrics to the next
+    config.log_every_steps = 50  # updates from one line of training metrics to the next; at least 1
     config.eval_every_epochs = 1.0  # epochs from one evaluation to the next
     config.eval_every_steps = 0  # the same in updates; 0 = eval_every_epochs
     config.save_every_epochs = 1.0  # epochs from one checkpoint to the next; each best score saves one too

@@ -130,13 +130,15 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
     """Returns the config of the run; prints what was chosen for a folder without a config file."""
     overrides = arguments.overrides
     if arguments.folder:
+        if other := next((word for word in overrides if word.startswith("--config.dataset=")), ""):
+            raise UserError(f"{arguments.folder} and {other} are two datasets: leave one of them out")
         kind = "table" if is_table(arguments.folder) else "folder"
         overrides = [f"--config.dataset={kind}:{arguments.folder}", *overrides]
     if arguments.config:
         return load_config(arguments.config, overrides)
     config = get_config()
     apply_changes(config, overrides)  # so a wrong key is found before the images are looked at
-    chosen = suit_images(config.dataset, backend=jax.default_backend())
+    chosen = suit_images(config.dataset, backend=jax.default_backend(), num_devices=jax.device_count())
     stored = {}
     if arguments.workdir:
         with contextlib.suppress(NothingThere):

@@ -109,6 +109,9 @@ def jax_option():
     ("name", "value"),
     [
         ("jax_enable_x64", True),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_threefry_partitionable", False),
+        ("jax_random_seed_offset", 1),
         ("jax_disable_jit", True),
         ("jax_numpy_dtype_promotion", "strict"),
         ("jax_numpy_rank_promotion", "raise"),

@@ -160,7 +160,8 @@ class Checkpoints:
           UserError: checkpoints exist, but none can be read.
         """
         failures = {}
-        for step in from_lead(lambda: sorted(self._manager.all_steps(), reverse=True)):
+        steps = from_lead(lambda: sorted(self._manager.all_steps(), reverse=True))
+        for step in steps:
             state = failure = None
             try:
                 state, checked = self._restore(step, like)
@@ -172,7 +173,8 @@ class Checkpoints:
             failure = next(filter(None, gather(failure)), None)
             if failure:
                 failures[step] = failure
-                print(f"checkpoint {step} cannot be read, trying the one before: {failures[step]}")
+                older = ", trying the one before" if step != steps[-1] else ""
+                print(f"checkpoint {step} cannot be read{older}: {failure}")
             else:
                 if not checked:
                     print(without_checksums(step))

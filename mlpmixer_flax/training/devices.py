@@ -9,7 +9,11 @@ from mlpmixer_flax.training.reproducible import check_threads
 
 # Options of JAX that change what training computes, or stop it; the value that they must have.
 _JAX_OPTIONS = {
-    "jax_enable_x64": False,  # random numbers are others
+    # With other values of these four, random numbers are others.
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
     "jax_disable_jit": False,
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
@@ -23,7 +27,7 @@ def check_jax() -> None:
       UserError: one is set with which training fails or gives other results.
     """
     for option, allowed in _JAX_OPTIONS.items():
-        value = getattr(jax.config, option)
+        value = getattr(jax.config, option, allowed)  # a release of JAX may lack one
         if value != allowed:
             raise UserError(
                 f"{option}={value} is set, and training works with {allowed} only: unset the environment variable "

@@ -1,7 +1,7 @@
 """Distillation: a run learns the predictions of a trained model, its teacher, instead of the labels.
 
 Both see the same augmented images in every update (function matching, arXiv 2106.05237), and the loss is the divergence of
-the model's softened predictions from those of the teacher (arXiv 1503.02531). Labels are for the accuracy only.
+the model's softened predictions from those of the teacher (arXiv 1503.02531). Labels are for the accuracy and for `class_weights` only.
 """
 
 import hashlib

@@ -44,17 +44,21 @@ def start(distributed: str = "auto") -> None:
 def _connect(distributed: str) -> None:
     if distributed != "auto":
         coordinator, count, index = _parse(distributed)
-        _initialize(
+        failure = _initialize(
             coordinator_address=coordinator,
             num_processes=count,
             process_id=index,
             cluster_detection_method="deactivate",  # otherwise JAX would choose devices by the variables of Slurm
         )
+        if failure:
+            raise UserError(
+                f"--distributed={distributed} cannot be used ({failure}): check the variables of JAX"
+            )
         return
     sign = find_sign(os.environ)
     # JAX sets TPU_ML_PLATFORM on a machine with TPUs. There, only the metadata server knows about other machines.
     if sign or "TPU_ML_PLATFORM" in os.environ:
-        found = _initialize(local_device_ids=choose_devices(os.environ))
+        found = not _initialize(local_device_ids=choose_devices(os.environ))
         several, unknown = jax.process_count() > 1, not sign or (found and sign.startswith("JOB_"))
         if not (found if several else unknown):
             raise UserError(
@@ -120,8 +124,8 @@ def _parse(distributed: str) -> tuple[str, int, int]:
     return coordinator, count, index
 
 
-def _initialize(**arguments: Any) -> bool:
-    """Calls `jax.distributed.initialize`; returns False if JAX does not know the environment.
+def _initialize(**arguments: Any) -> str:
+    """Calls `jax.distributed.initialize`; returns "", or what is wrong if JAX cannot use the environment.
 
     Raises:
       UserError: JAX is in use already, or the processes did not find each other.
@@ -139,8 +143,12 @@ def _initialize(**arguments: Any) -> bool:
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_SECONDS,
             **arguments,
         )
-    except (ValueError, OSError, ImportError):  # the last two: no metadata server, or no package to ask it
-        return False
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+    ) as error:  # the last two: no metadata server, or no package to ask it
+        return in_one_line(error)
     except RuntimeError as error:
         if "before any JAX calls" in str(error):
             raise UserError(
@@ -154,4 +162,4 @@ def _initialize(**arguments: Any) -> bool:
         ) from None
     finally:
         waiting.cancel()
-    return True
+    return ""

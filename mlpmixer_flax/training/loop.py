@@ -71,7 +71,7 @@ def fit(
       FloatingPointError: a metric of an update is not finite.
       OSError, MemoryError, jax.errors.JaxRuntimeError: the environment is at fault: memory, disk or driver. Notes of
         the exception say what is saved.
-      Interrupted: SIGTERM or SIGINT arrived; the state is saved.
+      Interrupted: SIGTERM, SIGINT or SIGHUP arrived; the state is saved.
     """
     started = time.monotonic()
     launch.start(distributed)
@@ -87,16 +87,16 @@ def fit(
                 if start:
                     print(f"continuing from step {start} of {shown(workdir)}", flush=True)
                 per_epoch = setup.steps_per_epoch
-                line = continuing.describe_length(
-                    stored, setup.config, start=start, steps_per_epoch=per_epoch
-                )
-                if line:
-                    print(line, flush=True)
                 lacks_scores = _lacks_scores(setup.intervals, workdir, start)
                 finished = not lacks_scores and (
                     start >= setup.intervals.total_steps or _stops_early(setup.config, workdir, start)
                 )
                 if not finished:
+                    line = continuing.describe_length(
+                        stored, setup.config, start=start, steps_per_epoch=per_epoch
+                    )
+                    if line:
+                        print(line, flush=True)
                     steps = compile_steps(setup, state, params=params)
                     del params  # the state has a copy
                     _run_updates(

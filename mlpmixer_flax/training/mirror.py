@@ -189,7 +189,8 @@ class _Mirror:
 
     def report(self, error: Exception) -> None:
         """Says once that an upload has failed; a file that the run has deleted meanwhile is no failure."""
-        if isinstance(error, FileNotFoundError) or self._reported:
+        vanished = isinstance(error, FileNotFoundError) and str(self.copy) in str(error.filename)
+        if vanished or self._reported:
             return
         self._reported = True
         reason = in_one_line(error)

@@ -30,7 +30,6 @@ def make_record(config: ConfigDict, train: Examples, test: Examples) -> dict[str
     (of a table also of the labels) in the order of the examples, and the files themselves if they are not too many.
     Names are relative, so a folder or table that was moved has the same record. For TFDS datasets they are name,
     version and number of examples. The content of a file that keeps its size is not compared.
-
     """
     kind = MULTI_LABEL if train.multi_label else config.dataset.partition(":")[0]
     splits = {name: _describe(each, kind) for name, each in {"train": train, "test": test}.items()}

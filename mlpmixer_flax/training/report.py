@@ -76,8 +76,8 @@ class Recent:
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"{name} is {value} at step {step}: the run stops and keeps its last checkpoint; "
-                        "lower optimizer.learning_rate, lengthen the warmup or set optimizer.clip_norm"
+                        f"{name} is {value} at step {step}: the run stops, and keeps what it has saved; begin "
+                        "again in a new --workdir, and lower optimizer.learning_rate or optimizer.clip_norm, or lengthen the warmup"
                     )
             self.fetched.append(values)
 

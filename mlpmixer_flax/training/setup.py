@@ -265,6 +265,6 @@ def _open_batches(config: ConfigDict, dataset: Dataset) -> tuple[TrainBatches, T
     shard = {"shard_index": jax.process_index(), "shard_count": jax.process_count()}
     return (
         TrainBatches(train_examples, batch_size=config.batch_size, seed=config.seed, **shard),
-        # No more images at a time than an update computes, because more might not fit into the memory
+        # With accumulation_steps, no more images at a time than an update computes: more might not fit into the memory
         TestBatches(test_examples, batch_size=config.batch_size // (config.accumulation_steps or 1), **shard),
     )

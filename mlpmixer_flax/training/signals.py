@@ -39,11 +39,13 @@ def noted_signals() -> Iterator[list[int]]:
 
     # None: a handler that is not of Python, such as that of JAX's preemption service, which then ignores the signal.
     before = {
-        number: signal.signal(number, note) or signal.SIG_DFL
+        number: signal.getsignal(number) or signal.SIG_DFL
         for number in _STOPPING
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
+        for number in before:
+            signal.signal(number, note)
         yield noted
     finally:
         for number, handler in before.items():

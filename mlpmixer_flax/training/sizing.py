@@ -25,17 +25,18 @@ _SIZES = {
 _MULTI_LABEL = {"loss": "sigmoid", "augment.label_smoothing": 0.0, "best_by": "mean_average_precision"}
 
 
-def suit_images(dataset: str, *, backend: str) -> dict[str, Any]:
+def suit_images(dataset: str, *, backend: str, num_devices: int) -> dict[str, Any]:
     """Returns the changes of configs/folder.py that suit a folder or table of images and the device, by dotted key.
 
     Images with a typical short side below 48 px keep about their size; larger ones become 64 px on a CPU and 128 px
     on a GPU or TPU, where the model is larger too. A run sees about 400,000 images: it has 20 to 200 epochs. With
-    fewer than 256 images the batches are smaller, so that an epoch still has several updates. If images have several
+    fewer than 256 images the batches are smaller, so that an epoch still has several updates; all devices can share a batch. If images have several
     labels each, loss and scores are for these.
 
     Args:
       dataset: "folder:PATH" or "table:FILE".
       backend: what trains: "cpu", "gpu" or "tpu", as `jax.default_backend` says.
+      num_devices: how many of them.
 
     Raises:
       UserError: as `find_dataset`; or the dataset is one of TFDS.
@@ -46,12 +47,15 @@ def suit_images(dataset: str, *, backend: str) -> dict[str, Any]:
             f"dataset {dataset!r} is neither a folder nor a table of images: give its config file with --config=FILE"
         )
     records = select_split(listing, "train")
-    large = _typical_side(records.root, records.files[:_SAMPLE]) >= 48
+    # From all parts of the split, because a table may be sorted by its labels.
+    sample = records.files[:: -(-len(records) // _SAMPLE)]
+    large = _typical_side(records.root, sample) >= 48
     image_size_px, patch_px, architecture = _SIZES[large, backend != "cpu"]
+    batch_size = next((size for size in (64, 32) if len(records) >= 4 * size), 16)
     epochs = min(max(round(400_000 / len(records)), 20), 200)
     return {
         "preprocess.image_size_px": image_size_px,
-        "batch_size": next((size for size in (64, 32) if len(records) >= 4 * size), 16),
+        "batch_size": -(-batch_size // num_devices) * num_devices,
         "total_epochs": float(epochs),
         "eval_every_epochs": float(-(-epochs // 50)),
         "save_every_epochs": float(-(-epochs // 50)),

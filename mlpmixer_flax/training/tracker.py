@@ -7,6 +7,7 @@ training goes on, because metrics.jsonl has everything.
 import contextlib
 import importlib
 import json
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ TRACKERS = {
     "wandb": lambda name: {"name": name, "id": name},
 }
 _PROJECT = "mlpmixer-flax"
-_FILE = "tracker.json"  # in the run directory: the name of the run in the tracker
+_FILE = "tracker.json"  # in the run directory: the tracker, and the name of the run in it
 
 
 def forget_run(workdir: Path) -> None:
@@ -42,7 +43,10 @@ def check_tracker(name: str) -> None:
     else:
         if hasattr(module, "init"):
             return
-        reason = f"{module.__path__[0]} is a folder of that name, and not the package"  # as wandb leaves in the current one
+        # wandb leaves a folder of its name in the current one.
+        place = module.__file__ or next(iter(module.__path__))
+        kind = "file" if module.__file__ else "folder"
+        reason = f"{place} is a {kind} of that name, and not the package"
     raise UserError(
         f"tracker={name!r} cannot be imported ({reason}): run pip install {name}, or set --config.tracker= (empty)"
     )
@@ -55,17 +59,23 @@ class Tracker:
 
     Args:
       rows: those of metrics.jsonl so far. A run that continues from a checkpoint computes the last of them again, and
-        they are not sent again.
+        they are not sent again, if this tracker has them.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, *, rows: list[dict[str, float]]):
         self._name, self._run = config.tracker, None
-        self._sent = {(row["step"], *sorted(row)) for row in rows}
+        file = workdir / _FILE
+        stored = read_object(file)
+        # Earlier versions did not store which tracker it is.
+        has_rows = bool(stored) and stored.get("tracker", self._name) == self._name
+        self._sent = {(row["step"], *sorted(row)) for row in rows if has_rows}
         with self._forgiving("cannot be started"):
-            run = _name_of_run(workdir)
+            run = name if isinstance(name := stored.get("name"), str) else _new_name(workdir)
             self._run = importlib.import_module(config.tracker).init(
                 project=_PROJECT, config=flatten(config), resume="allow", **TRACKERS[config.tracker](run)
             )
+            with replacing(file) as new:
+                new.write((json.dumps({"tracker": self._name, "name": run}) + "\n").encode())
             print(f"metrics also go to {config.tracker}: project {_PROJECT}, run {run}", flush=True)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -94,15 +104,10 @@ class Tracker:
             )
 
 
-def _name_of_run(workdir: Path) -> str:
-    """Returns the name of this run in a tracker; it is stored, so a run that continues has the same one.
+def _new_name(workdir: Path) -> str:
+    """Returns a name for a run in a tracker.
 
     It ends in random letters, because a tracker has many runs, of which two may have directories of the same name.
     """
-    file = workdir / _FILE
-    if isinstance(name := read_object(file).get("name"), str):
-        return name
-    name = f"{workdir.absolute().name}-{secrets.token_hex(3)}"
-    with replacing(file) as new:
-        new.write((json.dumps({"name": name}) + "\n").encode())
-    return name
+    name = re.sub(r"[/\\#?%:]", "_", workdir.absolute().name)  # which wandb refuses
+    return f"{name}-{secrets.token_hex(3)}"

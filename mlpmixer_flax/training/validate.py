@@ -255,6 +255,11 @@ def _validate_combinations(config: ConfigDict) -> None:
             f"augment.label_smoothing={config.augment.label_smoothing} has no effect with distill_from, because the teacher's "
             "predictions replace the labels: set it to 0, or distill_from to nothing"
         )
+    if config.distill_temperature != 1 and not config.distill_from:
+        raise UserError(
+            f"distill_temperature={config.distill_temperature} has no effect without a teacher: set distill_from, or "
+            "distill_temperature to 1"
+        )
     schedule = config.schedule
     if schedule.name == "rsqrt" and not (schedule.warmup_steps or schedule.warmup_epochs):
         raise UserError("schedule.name='rsqrt' needs a warmup: set schedule.warmup_steps to 1 or more")

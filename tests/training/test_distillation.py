@@ -301,6 +301,13 @@ def test_a_run_whose_config_is_damaged_cannot_teach(digits_run, tmp_path, change
         teacher_with(digits_run, tmp_path / "teacher", **changes)
 
 
+def test_a_temperature_without_a_teacher_is_refused():
+    with pytest.raises(
+        UserError, match="distill_temperature=4.0 has no effect without a teacher: set distill_from"
+    ):
+        validate(config_with(distill_temperature=4.0))
+
+
 def test_several_resolutions_are_refused():
     with pytest.raises(
         UserError, match="because a teacher has one size: set --config.resolutions_px= .empty."

@@ -115,6 +115,19 @@ def test_rows_that_are_computed_again_are_not_sent_again(package, tmp_path):
     assert len(calls(package, "log")) == 2  # training and evaluation
 
 
+@pytest.mark.parametrize("before", ["", "wandb"])
+def test_a_tracker_that_is_chosen_later_gets_all_rows_from_then_on(before, package, tmp_path):
+    """Also those that are computed again: it has not had them."""
+    workdir = tmp_path / "run"
+    train(workdir, tracker=before)
+    for step in (6, 8):  # as if it had been killed: step 4 is saved
+        for folder in (workdir / "checkpoints").glob(f"{step}*"):
+            shutil.rmtree(folder)
+    (package / "calls.jsonl").unlink(missing_ok=True)
+    train(workdir, tracker="trackio")
+    assert [row["step"] for row in calls(package, "log")] == [6, 8, 8]
+
+
 @pytest.mark.parametrize("name", TRACKERS)
 @pytest.mark.parametrize(
     ("call", "words"), [("init", "be started"), ("log", "has failed"), ("finish", "send the last")]
@@ -148,6 +161,15 @@ def test_a_folder_that_is_named_like_a_tracker_is_not_its_package(tmp_path, monk
     with pytest.raises(UserError, match="wandb is a folder of that name, and not the package"):
         train(tmp_path / "run", tracker="wandb")
     sys.modules.pop("wandb", None)
+
+
+def test_a_file_that_is_named_like_a_tracker_is_not_its_package(tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(UserError, match=r"trackio.py is a file of that name, and not the package"):
+        train(tmp_path / "run", tracker="trackio")
+    sys.modules.pop("trackio", None)
 
 
 def test_the_real_trackio_has_the_rows_of_metrics_jsonl(tmp_path, monkeypatch):
