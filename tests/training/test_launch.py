@@ -81,6 +81,18 @@ def test_one_of_several_tasks_that_cannot_find_the_others_is_refused(tmp_path):
     assert not workdir.exists()
 
 
+def test_variables_that_jax_cannot_use_are_refused_and_start_no_run_of_its_own(tmp_path):
+    """With them, JAX connects nothing; two such runs would write into one directory."""
+    options = ["--config=digits.py", f"--workdir={tmp_path / 'run'}", "--distributed=127.0.0.1:12987,2,0"]
+    (process,) = start_all(1, "train", *options, environment=lambda _: {"JAX_LOCAL_DEVICE_IDS": "0:"})
+    (status,), _, (error,) = finish([process], timeout=120)
+    assert status == 2 and error.count("\n") == 1
+    assert error.startswith(
+        "error: --distributed=127.0.0.1:12987,2,0 cannot be used (invalid literal for int() with base 10"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_of_several_tasks_that_has_used_jax_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     jax.devices()
