@@ -9,7 +9,7 @@ dataset, and prints one line per model, kind and batch size:
             and three times as many for an update
   share     of the rate that a large matrix product reaches in this process,
             with the same data type
-  MiB       memory of the compiled program on one device, says its compiler
+  MiB       memory that the compiler plans for the program on one device
   compile   seconds, which are not part of the speed; nothing is taken from the
             folder of compiled programs
 

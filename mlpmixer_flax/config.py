@@ -116,11 +116,9 @@ def get_config() -> ConfigDict:
     config.train_split = "train"  # the split to train on, in TFDS's syntax: "train[:90%]"
     config.test_split = "test"  # the split to evaluate on, as often as the eval_every keys say
     config.batch_size = 64  # images per update, over all devices
-    config.accumulation_steps = 0  # microbatches per update: more need less memory; 0 = fast (GPU, TPU: 1)
+    config.accumulation_steps = 0  # microbatches per update, to save memory; 0 = for speed (GPU, TPU: 1)
     config.reproducible = 0  # chunks per batch, for the same bits on 1 to so many devices: 8 or 16; 0 = off
-    config.cache_bytes = (
-        4 * 1024**3
-    )  # largest decoded split kept in memory; others, and photos with random crops, are streamed
+    config.cache_bytes = 4 * 1024**3  # decoded size of the largest split kept in memory; others are streamed
     config.num_workers = 0  # processes that decode a streamed split; 0 = threads of this process
 
     # Devices: the batch is divided over all of them

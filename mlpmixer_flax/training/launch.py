@@ -143,11 +143,8 @@ def _initialize(**arguments: Any) -> str:
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_SECONDS,
             **arguments,
         )
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-    ) as error:  # the last two: no metadata server, or no package to ask it
+    # The last two: there is no metadata server, or no package to ask it.
+    except (ValueError, OSError, ImportError) as error:
         return in_one_line(error)
     except RuntimeError as error:
         if "before any JAX calls" in str(error):

@@ -30,8 +30,8 @@ def suit_images(dataset: str, *, backend: str, num_devices: int) -> dict[str, An
 
     Images with a typical short side below 48 px keep about their size; larger ones become 64 px on a CPU and 128 px
     on a GPU or TPU, where the model is larger too. A run sees about 400,000 images: it has 20 to 200 epochs. With
-    fewer than 256 images the batches are smaller, so that an epoch still has several updates; all devices can share a batch. If images have several
-    labels each, loss and scores are for these.
+    fewer than 256 images the batches are smaller, so that an epoch still has several updates; all devices can share a batch.
+    If images have several labels each, loss and scores are for these.
 
     Args:
       dataset: "folder:PATH" or "table:FILE".
