@@ -161,7 +161,7 @@ def test_analyze_draws_all_sizes_and_never_replaces_the_files_of_another_size(fl
     )
     assert "image_size_px" not in own and other["image_size_px"] == 16
     with Image.open(flexible / "analysis-16px" / "token_mixing_block00.png") as image:
-        assert image.text["Title"].endswith(", 16 px")
+        assert image.text["Title"].replace("\n", " ").endswith(", 16 px")
     assert f"files in {flexible}/analysis-16px:" in capsys.readouterr().out.replace("\n  ", " ")
 
 

@@ -275,8 +275,8 @@ def test_a_table_is_followed_from_training_to_sets_of_classes(tmp_path, monkeypa
     ]
     assert run("predict", ["--workdir=runs/scenes", "--csv", "--threshold=1", "images/0.png"]) == 0
     assert [*csv.reader(io.StringIO(capsys.readouterr().out))][1] == ["images/0.png", "", "", "", ""]
-    assert run("analyze", ["fewshot", "--workdir=runs/scenes"]) == 0
-    assert "left out, because the images may have several labels" in capsys.readouterr().out
+    assert run("analyze", ["fewshot", "--workdir=runs/scenes"]) == 2
+    assert "error: its images may have several labels each: choose a dataset" in capsys.readouterr().err
 
     # With other labels the run does not continue.
     text = (tmp_path / "scenes.csv").read_text()
