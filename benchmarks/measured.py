@@ -16,8 +16,7 @@ from mlpmixer_flax.training.configfile import load_config
 MEASURED = Path(__file__).resolve().parent / "measured.jsonl"
 
 # What a run measured, a line of measured.jsonl: "row", "seed", "accuracy" and "first" in %, "minutes", "step" (the last),
-# "hardware", "versions", "commit", "data", "date", and "form" of the row. Lines that were entered by hand have a "note"
-# in place of "step" and "commit".
+# "hardware", "versions", "commit", "data", "date", and "form" of the row. A "note" may be added by hand.
 Result = Mapping[str, Any]
 
 # Keys that change no update, but decide when a run ends, or which of its scores is the result

@@ -34,8 +34,7 @@ HEAD = """\
 <!-- benchmarks/reproduce.py writes this page from benchmarks/figures.py and benchmarks/measured.jsonl: run it, do not edit -->
 
 Each row is a figure that somebody published for an MLP-Mixer, and the run of ours that stands beside it. One command runs
-a row, continues it exactly after any interruption, and writes its result into this page. A result that was entered by hand
-instead says so.
+a row, continues it exactly after any interruption, and writes its result into this page.
 
 ```
 python benchmarks/reproduce.py
