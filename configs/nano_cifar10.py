@@ -10,7 +10,7 @@ machine computes 378 images/s, so they would take 3.7 hours:
 
     python benchmarks/reproduce.py nano_cifar10
 
-Nearly as much comes from a run of 10 epochs, with --config.total_epochs=10: 79.57 % (n = 1). Its updates took 33
+A run of 10 epochs (--config.total_epochs=10) ends close to that: 79.57 % (n = 1). Its updates took 33
 minutes on 2 cores of an Intel Xeon with AMX that had other work too:
 
     python benchmarks/reproduce.py class_project

@@ -60,11 +60,13 @@ _POOL = 10
 _TOO_MANY_IMAGES = 2**48  # no dataset has so many, but a damaged file may say so
 
 
-def _curves(_: Model | None, arguments: argparse.Namespace) -> None:
+def _curves(model: Model | None, arguments: argparse.Namespace) -> None:
     if arguments.workdir is None:
         raise UserError(f"{arguments.weights} has no training curves: give a run directory, --workdir")
-    workdir = fetch_run(arguments.workdir)
-    config = complete(read_config_of_run(workdir), name=f"{shown(workdir)}/config.json")
+    workdir = arguments.workdir
+    config = (
+        model.config if model else complete(read_config_of_run(workdir), name=f"{shown(workdir)}/config.json")
+    )
     rows, per_epoch = read_metrics(workdir / "metrics.jsonl"), steps_per_epoch(config["batch_size"], workdir)
     figure = figures.curves(rows, title=shown(workdir), steps_per_epoch=per_epoch)
     save(figure, arguments.output / "curves.png")
@@ -111,7 +113,9 @@ def _fewshot(model: Model, arguments: argparse.Namespace) -> None:
         for split in (data.train_split, data.test_split)
     )
     if train.multi_label:
-        raise UserError("its images may have several labels each: choose a dataset with one label per image")
+        raise UserError(
+            f"fewshot needs one label per image, but images of {data.dataset!r} may have several: choose another dataset"
+        )
     shots, batch_size = arguments.shots, arguments.batch_size
     train = features_of_split(model, train, per_class=_POOL * shots, batch_size=batch_size)
     test = features_of_split(model, test, batch_size=batch_size)
@@ -227,15 +231,17 @@ def _run(arguments: argparse.Namespace) -> None:
             raise UserError(f"part {name!r} is unknown: choose from {', '.join(_PARTS)}")
     if "shuffle" in arguments.parts:
         arguments.shuffled = _config_to_shuffle(arguments)
-    # The curves of a run need no weights: it may have saved none yet.
-    model = None if arguments.parts == ["curves"] else load_model(arguments)
+    if (
+        arguments.parts == ["curves"] and arguments.workdir
+    ):  # need no weights: the run may have saved none yet
+        model, named = None, shown(fetch_run(arguments.workdir))
+    else:
+        model = load_model(arguments)
+        named = model.name
     size = f"-{arguments.image_size_px}px" if arguments.image_size_px else ""
     arguments.output = arguments.output or (arguments.workdir or Path()) / f"analysis{size}"
     make_folder(arguments.output)
-    print(
-        f"{model.name if model else arguments.weights or shown(arguments.workdir)}, files in {shown(arguments.output)}:",
-        flush=True,
-    )
+    print(f"{named}, files in {shown(arguments.output)}:", flush=True)
     asked_for = {*arguments.parts} | ({"fewshot"} if arguments.dataset else set())
     for name in [part for part in _PARTS if part in arguments.parts] or list(_PARTS)[:-1]:
         try:

@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check_not_drawn_over(images: Sequence[str], sheet_file: Path) -> None:
     """Raises UserError if the file of the sheet is one of the images: it would be lost."""
     there = os.path.realpath(sheet_file)
-    if any(os.path.realpath(image) == there for image in images):
+    if sheet_file.exists() and any(os.path.realpath(image) == there for image in images):
         raise UserError(
             f"the similar images would be drawn in {shown(sheet_file)}, which is one of the images: choose another --output"
         )

@@ -139,3 +139,14 @@ def test_a_mistake_is_named_before_anything_is_measured(arguments, message, caps
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and "matrix product" not in captured.out
+
+
+@pytest.mark.parametrize("batch_sizes", ["8,x", "8,", ""])
+def test_batch_sizes_that_are_no_numbers_are_refused(batch_sizes, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--model=digits", f"--batch_size={batch_sizes}"])
+    assert stop.value.code == 2
+    assert (
+        f"argument --batch_size: '{batch_sizes}' is not a list of whole numbers, such as 8,32"
+        in capsys.readouterr().err
+    )

@@ -120,6 +120,22 @@ def test_the_card_of_a_run_with_a_table_and_several_labels(digits_run):
     assert "central crop" not in card  # which would keep everything
 
 
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({}, False),
+        ({"crop_fraction": 0.875}, True),
+        ({"mean": (0.0,)}, True),
+        ({"fit": "crop", "mean": (0.0,)}, False),
+    ],
+)
+def test_padding_that_is_another_in_timm_is_said(digits_run, tmp_path, changes, differs):
+    model = load(digits_run)
+    preprocess = model.preprocess | {"fit": "pad", "crop_fraction": 1.0, "mean": (0.5,)} | changes
+    notes = export(dataclasses.replace(model, preprocess=preprocess), tmp_path / "padded", format="hub")
+    assert any("timm pads with the mean, not with gray" in note for note in notes) == differs
+
+
 def test_a_card_that_exists_is_kept_and_the_rest_is_replaced(folder, digits_run, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "README.md").write_text("license: mit")

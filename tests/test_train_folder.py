@@ -98,6 +98,10 @@ def test_given_values_are_checked_with_those_that_suit_the_images(tmp_path):
             ["photos", "--lr=1"],
             "error: cannot use '--lr=1': did you mean --config.optimizer.learning_rate=1?",
         ),
+        (
+            ["photos", "--config.dataset=digits"],
+            "photos and --config.dataset=digits are two datasets: leave one of them out",
+        ),
         (["--config=digits.py", "--config.total_epochs", "3"], "did you mean --config.total_epochs=VALUE"),
     ],
 )

@@ -105,8 +105,7 @@ def _imagenet_names(source: str, num_classes: int) -> list[str]:
     names = imagenet_names(num_classes)
     if names != numbers(num_classes) and not weight_source.published_as(source):
         print(
-            f"{source}: the weights do not say what their classes are called; they have the names of ImageNet's, because "
-            f"there are {num_classes:,} of them"
+            f"{source}: the weights have no class names; those of ImageNet are used, because there are {num_classes:,} classes"
         )
     return names
 

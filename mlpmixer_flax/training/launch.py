@@ -52,7 +52,7 @@ def _connect(distributed: str) -> None:
         )
         if failure:
             raise UserError(
-                f"--distributed={distributed} cannot be used ({failure}): check the variables of JAX"
+                f"--distributed={distributed} cannot be used ({failure}): check the environment variables whose names begin with JAX_"
             )
         return
     sign = find_sign(os.environ)

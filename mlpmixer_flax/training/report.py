@@ -77,7 +77,8 @@ class Recent:
                 if not math.isfinite(value):
                     raise FloatingPointError(
                         f"{name} is {value} at step {step}: the run stops, and keeps what it has saved; begin "
-                        "again in a new --workdir, and lower optimizer.learning_rate or optimizer.clip_norm, or lengthen the warmup"
+                        "again in a new --workdir, and lower optimizer.learning_rate, lengthen the warmup, or lower "
+                        "optimizer.clip_norm (0 is off)"
                     )
             self.fetched.append(values)
 

@@ -26,12 +26,12 @@ def module_of(weights: Weights, name: str) -> tuple[MlpMixer, tuple[int, int, in
       UserError: the weights have no head, or are not those of a Mixer; the message contains `name`.
     """
     sizes = sizes_of(weights.shapes)
-    if "classes" not in sizes or "tokens" not in sizes:
-        missing, remedy = "Mixer blocks", "give other weights"
-        if "tokens" in sizes:
-            missing = "head"
-            remedy = "give weights with a head, or train one, with --config.init_from of these weights"
-        raise UserError(f"{name} has no {missing}: {remedy}")
+    if "tokens" not in sizes:
+        raise UserError(f"{name} has no Mixer blocks: give other weights")
+    if "classes" not in sizes:
+        raise UserError(
+            f"{name} has no head: give weights with a head, or train one that starts from these (--config.init_from)"
+        )
     for key in _DIMENSIONS:
         if key not in sizes:
             raise UserError(f"{name} has no arrays that tell model.{key}: give other weights")

@@ -24,8 +24,6 @@ from mlpmixer_flax.weights.origin import with_origin
 
 # The ends of names of pickles in a folder of weights; of them, PyTorch's name on the hub is pytorch_model.bin.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
-
-
 # The address of a file on the hub: OWNER/NAME and the revision are its groups.
 _HUB_FILE = re.compile(r"(?i)https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/resolve/([^/]+)/.*")
 

@@ -215,7 +215,7 @@ def test_a_run_with_a_thousand_classes_has_no_names_of_imagenet(tmp_path, capsys
     for metadata, first in [({}, "tench, Tinca tinca"), (own, "0")]:
         write_npz(tmp_path / "w.npz", jax.device_get(params), metadata=metadata)
         assert load(str(tmp_path / "w.npz")).class_names[0] == first
-        assert ("they have the names of ImageNet's, because there are 1,000" in capsys.readouterr().out) == (
+        assert ("those of ImageNet are used, because there are 1,000 classes" in capsys.readouterr().out) == (
             not metadata
         )
     write_npz(tmp_path / "w.npz", jax.device_get(params), metadata={**own, "class_names": ["a", "b"]})

@@ -52,7 +52,7 @@ def test_the_best_weights_are_found_if_metrics_of_a_checkpoint_are_damaged(tmp_p
     chex.assert_trees_all_equal(params, jax.device_get(state(2).params))
 
 
-def test_if_no_checkpoint_can_be_read_the_run_is_refused_and_nothing_is_moved(tmp_path):
+def test_if_no_checkpoint_can_be_read_the_run_is_refused_and_nothing_is_moved(tmp_path, capsys):
     save(tmp_path, {1: None})
     for file in files_with_content(tmp_path / "checkpoints" / "1"):
         file.write_bytes(b"")
@@ -61,6 +61,8 @@ def test_if_no_checkpoint_can_be_read_the_run_is_refused_and_nothing_is_moved(tm
     ):
         restore(tmp_path)
     assert kept(tmp_path) == [1]
+    out = capsys.readouterr().out
+    assert "checkpoint 1 cannot be read: " in out and "trying" not in out
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"test/accuracy": "high"}', "\0\0", '{"loss": 1}'])
